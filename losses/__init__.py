@@ -1,0 +1,24 @@
+"""Objectives as pure functions: arrays in, per-token or per-sequence arrays out; a loss is a weighted sum of them.
+
+Per-token arrays are `[B, T]` and column `t` speaks of `tokens[:, t]`.  `mask` is True on trained tokens; where it is False,
+values and gradients are exactly 0, whatever the inputs hold there.
+"""
+
+from rlhf.losses import advantages as advantages
+from rlhf.losses import kl as kl
+from rlhf.losses import logits as logits
+from rlhf.losses import preference as preference
+from rlhf.losses import segments as segments
+from rlhf.losses import weights as weights
+from rlhf.losses.advantages import gae as gae
+from rlhf.losses.advantages import group_relative as group_relative
+from rlhf.losses.advantages import token_rewards as token_rewards
+from rlhf.losses.advantages import whiten as whiten
+from rlhf.losses.chunks import chunked as chunked
+from rlhf.losses.policy import clipped_surrogate as clipped_surrogate
+from rlhf.losses.policy import log_ratio as log_ratio
+from rlhf.losses.reward_model import bradley_terry as bradley_terry
+from rlhf.losses.segments import segment_sum as segment_sum
+from rlhf.losses.supervised import cross_entropy as cross_entropy
+from rlhf.losses.value import clipped_value_loss as clipped_value_loss
+from rlhf.losses.weights import weighted_sum as weighted_sum

@@ -1,0 +1,52 @@
+"""Checks and small helpers that every objective shares."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+MAX_LOG_RATIO = 20.0  # nats; exp(20) = 4.9e8, far beyond any trust region and far from overflow
+
+
+def check_shapes(**arrays) -> None:
+    """Raises unless all arrays have the shape of the last one named; `None` is skipped.
+
+    A `mask`, where there is one, must also be boolean.
+    """
+    given = {name: x for name, x in arrays.items() if x is not None}
+    reference = list(given)[-1]
+    expected = jnp.shape(given[reference])
+    for name, x in given.items():
+        if jnp.shape(x) != expected:
+            raise ValueError(f"{name} {list(jnp.shape(x))} but {reference} {list(expected)}")
+    if "mask" in given and jnp.result_type(given["mask"]) != jnp.bool_:
+        raise TypeError(f"mask must be bool, True on trained tokens, but is {jnp.result_type(given['mask'])}")
+    if "segment_ids" in given and not jnp.issubdtype(jnp.result_type(given["segment_ids"]), jnp.integer):
+        raise TypeError(f"segment_ids must be integers, 0 = padding, but are {jnp.result_type(given['segment_ids'])}")
+
+
+def check_positive(**values) -> None:
+    """Raises where a Python number is not above 0; traced values are trusted."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be above 0, but is {value}")
+
+
+def widen(x) -> Array:
+    """`x` in at least float32: integers and half precision are promoted, float64 stays."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def clean(x, mask) -> Array:
+    """`x` in at least float32, with 0 where `mask` is False, so that NaN and inf there reach neither value nor gradient."""
+    return jnp.where(mask, widen(x), 0.0)
+
+
+def constant(x, mask) -> Array:
+    """`clean`, and no gradient flows through it."""
+    return jax.lax.stop_gradient(clean(x, mask))
+
+
+def bounded_difference(x, y, mask) -> Array:
+    """`x - y` within ±`MAX_LOG_RATIO` where `mask` is True, 0 elsewhere."""
+    return jnp.clip(clean(x, mask) - clean(y, mask), -MAX_LOG_RATIO, MAX_LOG_RATIO)

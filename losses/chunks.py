@@ -1,0 +1,62 @@
+"""Any per-position function of logits, without the logits of all positions at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf.losses._common import Array
+
+
+def chunked(fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, chunk_size: int = 128) -> Any:
+    """`fn(unembed(hidden), *per_token)`, computed and differentiated `chunk_size` columns at a time.
+
+    The logits `[B, T, V]` exist in neither the value nor the gradient: each chunk's are made, used and dropped, and made again
+    on the way back (a rematerialised scan along T, so that a sharded B stays where it is).
+
+    Args:
+      fn: `(logits [B, C, V], *chunks [B, C, ...]) -> pytree of [B, C, ...]`; must treat each position by itself.
+      hidden: `[B, T, D]`; gradients flow through it, and through whatever `unembed` closes over.
+      unembed: `[..., D] -> [..., V]`, with its soft cap, bias and temperature.
+      per_token: arrays `[B, T, ...]` that go along, for example target tokens.
+      chunk_size: columns a chunk; `B * chunk_size * V` numbers exist at a time.
+
+    Returns: what `fn` returns, `[B, T, ...]`.
+
+    Raises: ValueError where a per-token array is not `[B, T, ...]`, or `fn` returns something else than `[B, C, ...]`.
+
+    >>> from rlhf.losses import logits
+    >>> h, w, tokens = jnp.ones((1, 6, 2)), jnp.ones((2, 4)), jnp.zeros((1, 6), jnp.int32)
+    >>> chunked(logits.token_logprob, h, lambda h: h @ w, tokens, chunk_size=4).shape
+    (1, 6)
+    """
+    batch, length = hidden.shape[:2]
+    for x in per_token:
+        if x.shape[:2] != (batch, length):
+            raise ValueError(f"per-token array {list(x.shape)} but hidden {list(hidden.shape)}: they differ in B or T")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
+
+    def piece(hidden, *per_token):
+        out = fn(unembed(hidden), *per_token)
+        for x in jax.tree.leaves(out):
+            if x.shape[:2] != hidden.shape[:2]:
+                raise ValueError(f"fn must return [B, C, ...] = {list(hidden.shape[:2])}, but returned {list(x.shape)}")
+        return out
+
+    if length <= chunk_size:
+        return jax.checkpoint(piece)(hidden, *per_token)
+
+    number = -(-length // chunk_size)
+
+    def split(x):  # [B, T, ...] -> [number, B, C, ...]
+        x = jnp.pad(x, [(0, 0), (0, number * chunk_size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, number, chunk_size, *x.shape[2:]), 1, 0)
+
+    def join(x):  # [number, B, C, ...] -> [B, T, ...]
+        return jnp.moveaxis(x, 0, 1).reshape(batch, number * chunk_size, *x.shape[3:])[:, :length]
+
+    step = jax.checkpoint(lambda _, xs: (None, piece(*xs)), prevent_cse=False)
+    _, out = jax.lax.scan(step, None, jax.tree.map(split, (hidden, *per_token)))
+    return jax.tree.map(join, out)

@@ -1,0 +1,115 @@
+"""Reduction: weights are made once per optimizer mini-batch, and a loss is a weighted sum.
+
+Splitting the batch splits the sum, so micro-batches, meshes, padding and packing leave a gradient as it is.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf.losses import segments
+from rlhf.losses._common import Array, check_positive, check_shapes, widen
+
+
+def weighted_sum(values, weights) -> Array:
+    """`Σ w x`, with 0 wherever the weight is 0, whatever the value is there (NaN and inf included).
+
+    Args:
+      values: any shape, for example per-token losses `[B, T]`.
+      weights: the same shape, from `token_mean` and its kin.
+
+    Returns: a scalar, in at least float32.  Gradients flow through `values` alone.
+
+    Raises: ValueError on unequal shapes.
+
+    >>> weighted_sum(jnp.array([1., 3., jnp.nan]), jnp.array([0.5, 0.5, 0.]))
+    Array(2., dtype=float32)
+    """
+    check_shapes(values=values, weights=weights)
+    weights = jax.lax.stop_gradient(widen(weights))
+    return jnp.sum(jnp.where(weights != 0, widen(values), 0.0) * weights)
+
+
+def token_mean(mask, segment_ids=None) -> Array:
+    """Every trained token of the mini-batch counts the same: `w = m / Σm`  (DAPO, arXiv:2503.14476, eq. 8; TRL's `dapo`).
+
+    Args:
+      mask: `[B, T]` bool, True on trained tokens, of the whole optimizer mini-batch.
+      segment_ids: accepted for a common signature; a token's weight does not depend on its sequence.
+
+    Returns: `[B, T]` float32 that sums to 1, or all 0 where nothing is trained.  No gradient.
+
+    Raises: TypeError where `mask` is not bool.
+
+    >>> token_mean(jnp.array([[True, False], [True, True]])).tolist()[0]
+    [0.3333, 0.0]
+    """
+    check_shapes(segment_ids=segment_ids, mask=mask)
+    return mask / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+
+
+def sequence_mean(mask, segment_ids=None) -> Array:
+    """The mean over sequences of the mean over their tokens: `w = m / (N · Σ_sequence m)`  (GRPO, arXiv:2402.03300, eq. 3).
+
+    Args:
+      mask: `[B, T]` bool, of the whole optimizer mini-batch.
+      segment_ids: `[B, T]` int32 for packed rows; each segment is a sequence.
+
+    Returns: `[B, T]` float32 that sums to 1; `N` counts the sequences with at least one trained token.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> sequence_mean(jnp.array([[True, False], [True, True]])).tolist()
+    [[0.5, 0.0], [0.25, 0.25]]
+    """
+    return token_share(mask, segment_ids) / number_of_sequences(mask, segment_ids)
+
+
+def sequence_sum(mask, segment_ids=None) -> Array:
+    """The mean over sequences of the sum over their tokens: `w = m / N`  (verl's `seq-mean-token-sum`).
+
+    Args and errors as `sequence_mean`.
+
+    Returns: `[B, T]` float32.  No gradient.
+
+    >>> sequence_sum(jnp.array([[True, False], [True, True]])).tolist()
+    [[0.5, 0.0], [0.5, 0.5]]
+    """
+    check_shapes(segment_ids=segment_ids, mask=mask)
+    return mask / number_of_sequences(mask, segment_ids)
+
+
+def constant(mask, segment_ids=None, *, length: float) -> Array:
+    """A fixed length divides every sequence: `w = m / (N · length)`  (Dr. GRPO, arXiv:2503.20783, §3.2).
+
+    Args:
+      mask, segment_ids: as for `sequence_mean`.
+      length: tokens, usually the longest completion that sampling allows.
+
+    Returns: `[B, T]` float32.  No gradient.
+
+    Raises: ValueError where `length` is not above 0, and as `sequence_mean`.
+
+    >>> constant(jnp.array([[True, False], [True, True]]), length=2).tolist()
+    [[0.25, 0.0], [0.25, 0.25]]
+    """
+    check_positive(length=length)
+    return sequence_sum(mask, segment_ids) / length
+
+
+def token_share(mask, segment_ids=None) -> Array:
+    """A token's share of its sequence, `m / Σ_sequence m`: per-sequence means of per-token values.
+
+    Args and errors as `sequence_mean`.
+
+    Returns: `[B, T]` float32 that sums to 1 over every sequence with a trained token.  No gradient.
+
+    >>> token_share(jnp.array([[True, False], [True, True]])).tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
+    """
+    check_shapes(segment_ids=segment_ids, mask=mask)
+    return mask / jnp.maximum(segments.count(mask, segment_ids), 1.0)
+
+
+def number_of_sequences(mask, segment_ids=None) -> Array:
+    """How many sequences have a trained token, at least 1.  `[B, T]` bool -> `[]` float32."""
+    return jnp.maximum(segments.last_trained(mask, segment_ids).sum(), 1).astype(jnp.float32)

@@ -1,0 +1,43 @@
+"""Post-train language models in JAX with pure functions."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf.lm import LM as LM
+    from rlhf.lm import Head as Head
+    from rlhf.lm import from_linen as from_linen
+    from rlhf.lm import from_nnx as from_nnx
+    from rlhf.train import TrainState as TrainState
+    from rlhf.train import coupled_train_step as coupled_train_step
+    from rlhf.train import init_state as init_state
+    from rlhf.train import minibatches as minibatches
+    from rlhf.train import reference as reference
+    from rlhf.train import train_step as train_step
+
+_EXPORTS = {
+    "LM": "rlhf.lm",
+    "Head": "rlhf.lm",
+    "from_linen": "rlhf.lm",
+    "from_nnx": "rlhf.lm",
+    "TrainState": "rlhf.train",
+    "init_state": "rlhf.train",
+    "train_step": "rlhf.train",
+    "coupled_train_step": "rlhf.train",
+    "minibatches": "rlhf.train",
+    "reference": "rlhf.train",
+}
+_MODULES = ("losses", "rollouts", "models", "sharding", "checkpoint", "metrics", "train", "lm", "data", "tasks")
+__all__ = [*_EXPORTS, *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"rlhf.{name}")
+    raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

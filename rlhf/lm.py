@@ -1,0 +1,162 @@
+"""What a language model is: a tuple of pure functions, as optax does it for optimizers.
+
+Nothing in `rlhf.losses` or `rlhf.rollouts` knows more of a model than this page.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any
+
+
+class LM(NamedTuple):
+    """A language model.  Two models built alike compare and hash equal, so that they share their compilations."""
+
+    init: Callable  # (key) -> params, plain arrays
+    axes: Callable  # () -> pytree like params; a leaf is a tuple of logical axis names, or None
+    hidden: Callable  # (params, tokens [B, T], *, positions, segment_ids, cache=None, inputs=None) -> ([B, T, D], cache, aux)
+    unembed: Callable  # (params, hidden [..., D]) -> logits [..., V], at least float32
+    init_cache: Callable  # (batch, length) -> cache; every leaf has the batch on axis 0
+    encode: Callable | None = None  # encoder-decoders: (params, inputs) -> the encoded form of inputs
+
+
+class Head(NamedTuple):
+    """A value head, a reward head: numbers from hidden states."""
+
+    init: Callable  # (key) -> params
+    axes: Callable  # () -> pytree like params
+    apply: Callable  # (params, hidden [..., D]) -> [...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """`functools.partial` that compares and hashes by what it binds.
+
+    >>> Bound(max, (1,)) == Bound(max, (1,)), Bound(max, (1,))(2)
+    (True, 2)
+    """
+
+    fn: Callable
+    args: tuple
+
+    def __call__(self, *args, **kwargs):
+        return self.fn(*self.args, *args, **kwargs)
+
+
+def from_linen(module) -> LM:
+    """An `LM` from a Flax Linen module with methods `hidden`, `unembed` and `init_cache`, as in `LM` but without `params`.
+
+    `hidden` must create every parameter.  Parameters boxed by `nn.with_partitioning` give `axes`; others get None.
+
+    Raises: TypeError where a method is missing.
+
+    >>> from rlhf.models import Decoder, DecoderConfig
+    >>> lm = from_linen(Decoder(DecoderConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8)))
+    >>> sorted(lm.init(jax.random.key(0)))
+    ['embedding', 'final_norm', 'layers', 'unembedding']
+    """
+    _check_methods(module, type(module).__name__)
+    return LM(
+        init=Bound(_linen_init, (module,)),
+        axes=Bound(_linen_axes, (module,)),
+        hidden=Bound(_linen_apply, (module, "hidden")),
+        unembed=Bound(_linen_apply, (module, "unembed")),
+        init_cache=Bound(_init_cache, (module,)),
+    )
+
+
+def _linen_boxed(module, key):
+    import jax.numpy as jnp
+
+    one = jnp.ones((1, 1), jnp.int32)
+    variables = module.init(key, one, positions=one - 1, segment_ids=one, method="hidden")
+    if set(variables) - {"params"}:
+        raise TypeError(f"{type(module).__name__} keeps state in {sorted(variables)}; an LM has 'params' alone")
+    return variables["params"]
+
+
+def _linen_init(module, key):
+    from flax.core import meta
+
+    return meta.unbox(_linen_boxed(module, key))
+
+
+def _linen_axes(module):
+    from flax.core import meta
+
+    boxed = jax.eval_shape(Bound(_linen_boxed, (module,)), jax.random.key(0))
+    names = lambda x: x.names if isinstance(x, meta.Partitioned) else None
+    return jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, meta.Partitioned))
+
+
+def _linen_apply(module, method, params, *args, **kwargs):
+    return module.apply({"params": params}, *args, **kwargs, method=method)
+
+
+def _init_cache(module, batch, length):
+    return module.init_cache(batch, length)
+
+
+def from_nnx(make: Callable) -> LM:
+    """An `LM` from a function that makes a Flax NNX module: `make(rngs) -> module` with `hidden`, `unembed`, `init_cache`.
+
+    The module is split once, into its graph and its parameters; every call merges them inside the pure function.
+
+    Raises: TypeError where a method is missing, or the module holds state other than `nnx.Param` (batch statistics,
+      dropout keys): an LM is a function of its parameters.
+    """
+    from flax import nnx
+
+    module = nnx.eval_shape(Bound(_nnx_make, (make, 0)))
+    _check_methods(module, type(module).__name__)
+    graph, _, rest = nnx.split(module, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        raise TypeError(f"{type(module).__name__} holds state beside nnx.Param: {list(nnx.to_pure_dict(rest))}; an LM has none")
+    return LM(
+        init=Bound(_nnx_init, (make,)),
+        axes=Bound(_nnx_axes, (make,)),
+        hidden=Bound(_nnx_call, (graph, "hidden")),
+        unembed=Bound(_nnx_call, (graph, "unembed")),
+        init_cache=Bound(_nnx_init_cache, (make,)),
+    )
+
+
+def _nnx_make(make, seed):
+    from flax import nnx
+
+    with nnx.use_eager_sharding(False):  # axes are names here; arrays are placed by rlhf.sharding
+        return make(nnx.Rngs(seed))
+
+
+def _nnx_init(make, key):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(_nnx_make(make, key), nnx.Param))
+
+
+def _nnx_axes(make):
+    from flax import nnx
+
+    state = nnx.state(nnx.eval_shape(Bound(_nnx_make, (make, 0))), nnx.Param)
+    return jax.tree.map(lambda spec: tuple(spec) or None, nnx.to_pure_dict(nnx.get_partition_spec(state)))
+
+
+def _nnx_call(graph, method, params, *args, **kwargs):
+    from flax import nnx
+
+    return getattr(nnx.merge(graph, params), method)(*args, **kwargs)
+
+
+def _nnx_init_cache(make, batch, length):
+    from flax import nnx
+
+    return nnx.eval_shape(Bound(_nnx_make, (make, 0))).init_cache(batch, length)
+
+
+def _check_methods(module, name) -> None:
+    missing = [m for m in ("hidden", "unembed", "init_cache") if not callable(getattr(module, m, None))]
+    if missing:
+        raise TypeError(f"{name} has no {', '.join(missing)}; a module that becomes an LM has hidden, unembed and init_cache")

@@ -1,0 +1,46 @@
+"""Metrics as sums and maxima: they add up over micro-batches, and ratios are made once a step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Ratio(NamedTuple):
+    """`total / count`, both summed first."""
+
+    total: Any  # [] float32
+    count: Any  # [] float32
+
+
+class Max(NamedTuple):
+    """The largest value seen."""
+
+    value: Any  # [] float32
+
+
+def _is_metric(x) -> bool:
+    return isinstance(x, Ratio | Max)
+
+
+def reduce(stacked: Any) -> Any:
+    """One set of metrics from a stack of them along axis 0: sums, and the maximum of a `Max`."""
+    one = lambda m: Max(m.value.max(0)) if isinstance(m, Max) else jax.tree.map(lambda x: jnp.sum(x, axis=0), m)
+    return jax.tree.map(one, stacked, is_leaf=_is_metric)
+
+
+def result(metrics: Any) -> Any:
+    """Plain numbers: a `Ratio` is divided (0 where it counted nothing), a `Max` opened.
+
+    >>> result({"kl": Ratio(jnp.float32(6), jnp.float32(3)), "loss": jnp.float32(1)})["kl"].item()
+    2.0
+    """
+
+    def one(m):
+        if isinstance(m, Max):
+            return m.value
+        if isinstance(m, Ratio):
+            return jnp.where(m.count == 0, 0.0, m.total / jnp.where(m.count == 0, 1.0, m.count))
+        return m
+
+    return jax.tree.map(one, metrics, is_leaf=_is_metric)

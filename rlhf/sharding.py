@@ -1,0 +1,190 @@
+"""Where arrays live: logical axis names, one table to mesh axes, states created sharded, steps jitted for a mesh."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: Mapping[str, Any] = {
+    "batch": ("data", "fsdp"),
+    "sequence": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "expert": None,
+}
+SMALL = 1024  # elements; larger arrays of a state are never whole on one device when fsdp > 1
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh with axes `data` (batch), `fsdp` (batch and parameters) and `tensor` (heads, MLP, vocabulary).
+
+    Raises: ValueError where the sizes do not multiply to the number of devices.
+
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else devices
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(f"data {data} × fsdp {fsdp} × tensor {tensor} = {data * fsdp * tensor} but {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+def spec(names, mesh, rules: Mapping[str, Any] = RULES) -> PartitionSpec:
+    """Logical names to a `PartitionSpec`; mesh axes that `mesh` lacks, or has with size 1, are left out.
+
+    Raises: ValueError for a name the table lacks, or two names of one array on the same mesh axis.
+
+    >>> tuple(spec(("layers", "embed", "mlp"), make_mesh(devices=jax.devices()[:1])))
+    (None, None, None)
+    """
+    out, taken = [], {}
+    for name in names:
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} of {names} is not in the table, which has {sorted(rules)}")
+        target = rules[name] if name is not None else None
+        axes = tuple(a for a in ((target,) if isinstance(target, str) else target or ()) if mesh.shape.get(a, 1) > 1)
+        for axis in axes:
+            if axis in taken:
+                raise ValueError(f"{taken[axis]!r} and {name!r} of {names} both map to mesh axis {axis!r}")
+            taken[axis] = name
+        out.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*out)
+
+
+def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
+    """A `NamedSharding` for every leaf of a state.
+
+    A leaf whose path ends like a path in `axes` gets those names: parameters, their moments in the optimizer, reference
+    parameters.  With fsdp > 1, a leaf above `SMALL` elements that no name puts on `fsdp` is split there along its largest
+    axis that divides.
+
+    Args:
+      tree: arrays or their shapes, for example a `TrainState`.
+      axes: `lm.axes()`, or a dict of several.
+
+    Raises: ValueError where a size does not divide by its mesh axes, or a large array cannot be split at all.
+    """
+    names = {_path(path): leaf for path, leaf in _with_path(axes)}
+
+    def one(path, leaf):
+        path = _path(path)
+        known = next((names[path[i:]] for i in range(len(path)) if path[i:] in names), None)
+        known = known if known is not None and len(known) == len(leaf.shape) else (None,) * len(leaf.shape)
+        parts = list(spec(known, mesh, rules))
+        for size, part, name in zip(leaf.shape, parts, known, strict=True):
+            if size % _ways(part, mesh):
+                raise ValueError(
+                    f"{'.'.join(path)} {list(leaf.shape)}: {name} = {size} does not divide by mesh axis {part} = "
+                    f"{_ways(part, mesh)}; pad it, or map {name!r} to None in the table"
+                )
+        if "fsdp" not in jax.tree.leaves(parts):
+            parts = _split(leaf, path, parts, mesh)
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _split(leaf, path, parts, mesh):
+    ways = mesh.shape.get("fsdp", 1)
+    if ways == 1 or np.prod(leaf.shape) <= SMALL:
+        return parts
+    free = [i for i, part in enumerate(parts) if part is None and leaf.shape[i] % ways == 0]
+    if not free:
+        raise ValueError(f"{'.'.join(path)} {list(leaf.shape)}: no free axis divides by fsdp = {ways}; pad one")
+    largest = max(free, key=lambda i: leaf.shape[i])
+    return [*parts[:largest], "fsdp", *parts[largest + 1 :]]
+
+
+def create(init: Callable, axes: Any, mesh: Mesh, *args, rules: Mapping[str, Any] = RULES) -> Any:
+    """`init(*args)` with every leaf born in its place; nothing is ever whole on one device.
+
+    >>> from rlhf.models import scalar_head
+    >>> head = scalar_head(4)
+    >>> create(head.init, head.axes(), make_mesh(devices=jax.devices()[:1]), jax.random.key(0))["weight"].shape
+    (4,)
+    """
+    where = shardings(jax.eval_shape(init, *args), axes, mesh, rules)
+    return jax.jit(init, out_shardings=where)(*args)
+
+
+def batch_sharding(mesh: Mesh, rules: Mapping[str, Any] = RULES) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, spec(("batch",), mesh, rules))
+
+
+def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
+    """Puts a batch's rows over `data` and `fsdp`; scalars and keys are copied to every device.
+
+    Raises: ValueError where the rows do not divide.
+    """
+    rows, whole = batch_sharding(mesh, rules), NamedSharding(mesh, PartitionSpec())
+    ways = _ways(rows.spec[0], mesh)
+
+    def place(path, x):
+        if x.ndim and x.shape[0] % ways:
+            raise ValueError(f"{'.'.join(_path(path))} {list(x.shape)}: {x.shape[0]} rows do not divide by {ways} devices")
+        return jax.device_put(x, rows if x.ndim else whole)
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> Callable:
+    """Jits `step(state, batch) -> (state, metrics)` for a mesh; the state stays where it is and its memory is reused.
+
+    Args:
+      step: what `rlhf.train_step` returns, or any function of that form.
+      state: a state as `create` made it; only its shardings are read.
+      donate: the state passed in is consumed.
+    """
+    where = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(step, in_shardings=(where, None), out_shardings=(where, None), donate_argnums=0 if donate else ())
+
+    def run(state, batch):
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    return run
+
+
+def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES) -> jax.Array:
+    """Keeps an activation where its names say, if a mesh is set and the sizes divide; elsewhere `x` as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = [part if size % _ways(part, mesh) == 0 else None for size, part in zip(x.shape, spec(names, mesh, rules), strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def start_distributed(**kwargs) -> None:
+    """Joins the hosts of one run: call first, once per process  (`jax.distributed.initialize`).
+
+    On Cloud TPU, Slurm and Open MPI the cluster is found by itself; elsewhere give `coordinator_address`, `num_processes`
+    and `process_id`.  A single process without arguments is left as it is.
+    """
+    import os
+
+    cluster = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS")
+    if kwargs or any(name in os.environ for name in cluster):
+        jax.distributed.initialize(**kwargs)
+
+
+def _ways(part, mesh) -> int:
+    return int(np.prod([mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ())], dtype=int))
+
+
+def _is_names(x) -> bool:
+    return x is None or (isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x))
+
+
+def _with_path(axes):
+    return jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_names)
+
+
+def _path(path) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

@@ -1,0 +1,99 @@
+"""Scoring: what models say of tokens that are already there, in one pass through the trunk."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf import losses
+from rlhf.lm import LM, Head, Params
+from rlhf.rollouts.types import Array
+
+
+class Scored(NamedTuple):
+    """What `score` returns; column `t` speaks of `tokens[:, t]`."""
+
+    logprobs: Array  # [B, T] float32, log p(token | its sequence so far); 0 in the first column of a sequence and at padding
+    entropy: Array  # [B, T] float32, nats, of the distribution the token was drawn from; 0 where logprobs is
+    values: dict[str, Array]  # per head [B, T] float32: its output before the token was read; 0 where logprobs is
+    last_value: dict[str, Array]  # per head [B * max_segments] float32: its output after a sequence's last token
+    aux: dict[str, Array]  # what the model reports of itself
+
+
+def score(
+    lm: LM,
+    params: Params,
+    tokens: Array,
+    *,
+    positions: Array,
+    segment_ids: Array,
+    temperature=1.0,
+    heads: dict[str, tuple[Head, Params]] | None = None,
+    inputs: dict | None = None,
+    chunk_size: int = 128,
+    max_segments: int = 1,
+) -> Scored:
+    """Log-probs and entropies of tokens under softmax(logits / temperature), and the outputs of heads on the same hidden states.
+
+    Never makes `[B, T, V]`: it rests on `losses.chunked`.  Gradients flow through `params` and the heads' parameters.
+
+    Args:
+      lm, params: a language model.
+      tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding.
+      temperature: divides the logits; a number or `[]`.
+      heads: name -> (head, its params).  A value head's `values` are V(s_t); a reward head's `last_value` is the sequence's score.
+      inputs: what the tokens are conditioned on, `[B, ...]`.
+      chunk_size: columns whose logits exist at a time.
+      max_segments: the most sequences in a packed row; static.
+
+    Returns: `Scored`.
+
+    Raises: ValueError on unequal shapes.
+    """
+    heads = heads or {}
+    _check(tokens, positions, segment_ids)
+    names = tuple(heads)
+    applies = tuple(heads[name][0].apply for name in names)
+    return _score(
+        lm, names, applies, chunk_size, max_segments, params, tuple(heads[name][1] for name in names),
+        tokens, positions, segment_ids, jnp.asarray(temperature, jnp.float32), inputs,
+    )  # fmt: skip
+
+
+def token_logprobs(lm: LM, params: Params, tokens: Array, *, positions, segment_ids, temperature=1.0, **kwargs) -> Array:
+    """`log p(tokens[:, t] | its sequence so far)`, `[B, T]`: the short form of `score`, with its arguments."""
+    return score(lm, params, tokens, positions=positions, segment_ids=segment_ids, temperature=temperature, **kwargs).logprobs
+
+
+@partial(jax.jit, static_argnums=range(5))
+def _score(
+    lm, names, applies, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, temperature, inputs
+):
+    hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)  # the token before belongs to the same sequence
+
+    def here(x):  # what position t - 1 says of tokens[:, t]
+        return jnp.where(follows, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0)
+
+    def per_position(logits, token):
+        logits = logits / temperature.astype(logits.dtype)
+        return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
+
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    logprobs, entropy = losses.chunked(per_position, hidden, partial(lm.unembed, params), following, chunk_size=chunk_size)
+    outputs = {name: apply(p, hidden) for name, apply, p in zip(names, applies, head_params, strict=True)}
+    last = losses.segments.last_columns(segment_ids, max_segments=max_segments)  # [B, S]
+    return Scored(
+        logprobs=here(logprobs),
+        entropy=here(entropy),
+        values={name: here(x) for name, x in outputs.items()},
+        last_value={name: jnp.take_along_axis(x, last, axis=1).reshape(-1) for name, x in outputs.items()},
+        aux=aux,
+    )
+
+
+def _check(tokens, positions, segment_ids) -> None:
+    for name, x in (("positions", positions), ("segment_ids", segment_ids)):
+        if x.shape != tokens.shape or tokens.ndim != 2:
+            raise ValueError(f"{name} {list(x.shape)} but tokens {list(tokens.shape)}; both must be [B, T]")
