@@ -46,7 +46,7 @@ def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam
 
 
 def token_rewards(scores, penalties, mask, *, segment_ids=None) -> Array:
-    """`r_t = -penalty_t + 1[t is the sequence's last trained token] · score`  (PPO for language models, arXiv:2203.02155, §3.5).
+    """`r_t = -penalty_t + 1[t is the sequence's last trained token] · score`  (arXiv:2203.02155, §3.5).
 
     Args:
       scores: `[B]` a score per sequence; for packed rows `[B * S]`, as `segments.segment_sum` orders them.
@@ -92,7 +92,7 @@ def group_relative(rewards, *, eps=1e-4) -> Array:
 
 
 def whiten(values, mask, *, eps=1e-8) -> Array:
-    """Couples rows: `(x - mean) / √(var + eps)` over the trained tokens of the mini-batch  (Andrychowicz et al., arXiv:2006.05990, C67).
+    """Couples rows: `(x - mean) / √(var + eps)` over the mini-batch's trained tokens  (arXiv:2006.05990, C67).
 
     Computed once per optimizer mini-batch, before it is split.
 
@@ -127,8 +127,7 @@ def _bootstrap_of(per_sequence, ids) -> Array:
     rows = ids.shape[0]
     if per_sequence.ndim != 1 or per_sequence.shape[0] % max(rows, 1):
         raise ValueError(
-            f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, "
-            f"but is {list(per_sequence.shape)}"
+            f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, but is {list(per_sequence.shape)}"
         )
     table = per_sequence.reshape(rows, -1)
     return jnp.take_along_axis(table, jnp.clip(ids - 1, 0, table.shape[1] - 1), axis=1)

@@ -28,7 +28,7 @@ _EXPORTS = {
     "reference": "rlhf.train",
 }
 _MODULES = ("losses", "rollouts", "models", "sharding", "checkpoint", "metrics", "train", "lm", "data", "tasks")
-__all__ = [*_EXPORTS, *_MODULES]  # noqa: PLE0604
+__all__ = [*_EXPORTS, *_MODULES]
 
 
 def __getattr__(name):

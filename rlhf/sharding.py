@@ -157,7 +157,9 @@ def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    parts = [part if size % _ways(part, mesh) == 0 else None for size, part in zip(x.shape, spec(names, mesh, rules), strict=True)]
+    parts = [
+        part if size % _ways(part, mesh) == 0 else None for size, part in zip(x.shape, spec(names, mesh, rules), strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 

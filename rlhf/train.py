@@ -36,7 +36,9 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array,
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path)
         if id(leaf) in seen:
-            raise ValueError(f"{name} and {seen[id(leaf)]} are one array, which a donated state frees twice; use reference(params)")
+            raise ValueError(
+                f"{name} and {seen[id(leaf)]} are one array, which a donated state frees twice; use reference(params)"
+            )
         seen[id(leaf)] = name
     return state
 
@@ -52,7 +54,11 @@ def reference(params: Any) -> Any:
 
 
 def train_step(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, *, micro_batches: int = 1, update_context: Callable | None = None
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    update_context: Callable | None = None,
 ) -> Callable:
     """A step of gradient descent on `loss_fn`, which must be a sum over rows.
 
@@ -64,7 +70,7 @@ def train_step(
       update_context: `(context, params, metrics) -> context` after the update, for controllers and moving references.
 
     Returns: `step(state, batch) -> (state, metrics)`, a plain function to jit, scan, vmap or shard.  The metrics gain `loss`,
-    `grad_norm` and `skipped`: an update with a non-finite gradient leaves params, optimizer and context as they were and counts 1.
+    `grad_norm` and `skipped`, which is 1 where the gradient is not finite: params, optimizer and context then stay.
     Leaves of the batch without axes are given whole to every micro-batch.
 
     Raises: ValueError where M does not divide the rows, or `loss_fn` returns something else than a scalar and a dict.
@@ -248,4 +254,6 @@ def _merge(pieces):
 
 def _check_loss(loss, metrics, name) -> None:
     if jnp.shape(loss) != () or not isinstance(metrics, dict):
-        raise ValueError(f"{name} must return (loss [], metrics dict), but returned {list(jnp.shape(loss))}, {type(metrics).__name__}")
+        raise ValueError(
+            f"{name} must return (loss [], metrics dict), but returned {list(jnp.shape(loss))}, {type(metrics).__name__}"
+        )

@@ -12,6 +12,9 @@ from rlhf.rollouts.score import Scored as Scored
 from rlhf.rollouts.score import score as score
 from rlhf.rollouts.score import token_logprobs as token_logprobs
 from rlhf.rollouts.types import Batch as Batch
+from rlhf.rollouts.types import Pairs as Pairs
 from rlhf.rollouts.types import Prompts as Prompts
 from rlhf.rollouts.types import Rollout as Rollout
 from rlhf.rollouts.types import batch_of as batch_of
+from rlhf.rollouts.types import pair_rows as pair_rows
+from rlhf.rollouts.types import whole_rows as whole_rows

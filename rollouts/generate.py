@@ -57,14 +57,14 @@ def generate(
     if max_new_tokens < 1 or num_samples < 1:
         raise ValueError(f"max_new_tokens and num_samples must be at least 1, but are {max_new_tokens} and {num_samples}")
     if prompts.tokens.ndim != 2 or prompts.tokens.shape != prompts.mask.shape:
-        raise ValueError(f"prompts.tokens {list(prompts.tokens.shape)} but prompts.mask {list(prompts.mask.shape)}; both [P, L]")
+        raise ValueError(
+            f"prompts.tokens {list(prompts.tokens.shape)} but prompts.mask {list(prompts.mask.shape)}; both [P, L]"
+        )
     if prompts.mask.dtype != jnp.bool_:
         raise TypeError(f"prompts.mask must be bool, True on real tokens, but is {prompts.mask.dtype}")
     if isinstance(eos_ids, int):
         raise TypeError(f"eos_ids must be a tuple of tokens, but is {eos_ids}; write ({eos_ids},)")
-    return _generate(
-        lm, max_new_tokens, num_samples, tuple(eos_ids), pad_id, early_end, params, prompts, key, sampler
-    )
+    return _generate(lm, max_new_tokens, num_samples, tuple(eos_ids), pad_id, early_end, params, prompts, key, sampler)
 
 
 @partial(jax.jit, static_argnums=range(6))

@@ -34,7 +34,7 @@ def score(
     chunk_size: int = 128,
     max_segments: int = 1,
 ) -> Scored:
-    """Log-probs and entropies of tokens under softmax(logits / temperature), and the outputs of heads on the same hidden states.
+    """Log-probs and entropies of tokens under softmax(logits / temperature), and heads on the same hidden states.
 
     Never makes `[B, T, V]`: it rests on `losses.chunked`.  Gradients flow through `params` and the heads' parameters.
 
@@ -42,7 +42,7 @@ def score(
       lm, params: a language model.
       tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding.
       temperature: divides the logits; a number or `[]`.
-      heads: name -> (head, its params).  A value head's `values` are V(s_t); a reward head's `last_value` is the sequence's score.
+      heads: name -> (head, its params).  A value head's `values` are V(s_t); a reward head's `last_value` is the reward.
       inputs: what the tokens are conditioned on, `[B, ...]`.
       chunk_size: columns whose logits exist at a time.
       max_segments: the most sequences in a packed row; static.

@@ -17,7 +17,7 @@ class Prompts(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Prompts with their completions, a prompt's samples contiguous.  Prompts are padded on the left, completions on the right."""
+    """Prompts, padded on the left, with their completions, padded on the right; a prompt's samples are contiguous."""
 
     tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool, sampled by the policy
@@ -47,23 +47,43 @@ class Batch(NamedTuple):
     inputs: dict | None = None
 
 
+class Pairs(NamedTuple):
+    """Preference pairs: R rows of the leading axis travel together, `[chosen, rejected]` along K.
+
+    Unpacked, a row is one pair: K = 2 rows of tokens with one sequence each.  Packed, K = 1 and segments 1, 2, 3, 4, … of a row
+    are chosen, rejected, chosen, rejected, …
+    """
+
+    tokens: Array  # [R, K, T] int32
+    mask: Array  # [R, K, T] bool, True on completion tokens
+    positions: Array  # [R, K, T] int32
+    segment_ids: Array  # [R, K, T] int32, 0 = padding
+    ref_logprobs: Array | None = None  # [R, N, 2] float32, sequence log-probs under the reference; N pairs a row
+    weights: Array | None = None  # [R, N] float32, of the whole optimizer mini-batch
+
+
+def pair_rows(pairs: Pairs) -> Batch:
+    """The token rows of pairs, `[R * K, T]`."""
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    return Batch(flat(pairs.tokens), flat(pairs.mask), flat(pairs.positions), flat(pairs.segment_ids))
+
+
 def batch_of(rollout: Rollout, **fields) -> Batch:
     """A `Batch` of a rollout's arrays and the fields given."""
     common = {name: getattr(rollout, name) for name in Batch._fields if name in Rollout._fields}
     return Batch(**{**common, **fields})
 
 
-def whole(tokens, mask=None, **fields) -> Batch:
-    """A `Batch` of rows that hold one sequence each, padded on the right.
+def whole_rows(tokens: Array, real: Array, mask: Array | None = None) -> Batch:
+    """A `Batch` whose rows hold one sequence each.
 
     Args:
       tokens: `[B, T]` int32.
-      mask: `[B, T]` bool, True on tokens that are not padding; None: all.
-      fields: of `Batch`; `mask` (of training) defaults to every real token.
+      real: `[B, T]` bool, False on padding.
+      mask: `[B, T]` bool, True on trained tokens; None: every real token.
 
-    >>> whole(jnp.array([[5, 6, 0]]), jnp.array([[True, True, False]])).segment_ids.tolist()
-    [[1, 1, 0]]
+    >>> whole_rows(jnp.array([[5, 6, 0]]), jnp.array([[True, True, False]])).positions.tolist()
+    [[0, 1, 0]]
     """
-    real = jnp.ones(tokens.shape, bool) if mask is None else mask
-    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    return Batch(tokens, fields.pop("trained", real), positions, real.astype(jnp.int32), **fields)
+    positions = jnp.where(real, jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    return Batch(tokens, real if mask is None else mask, positions, real.astype(jnp.int32))

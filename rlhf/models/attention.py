@@ -41,9 +41,7 @@ def attention(
     mask = visible(positions, segment_ids, kv_positions, kv_segment_ids, window)
     if _cudnn_serves(q, softcap):
         btnh = lambda x: jnp.swapaxes(x, 1, 2)
-        out = jax.nn.dot_product_attention(
-            btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn"
-        )
+        out = jax.nn.dot_product_attention(btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn")
         return btnh(out)
     return _xla(q, k, v, mask, softcap, scale)
 

@@ -279,9 +279,7 @@ class Decoder(_Module):
         cache_positions = update(0)(cache.positions, positions, cache.index)
         cache_segments = update(0)(cache.segment_ids, segment_ids, cache.index)
         write = lambda old, new: update(1)(old, new, cache.index)
-        where = dict(
-            positions=positions, segment_ids=segment_ids, kv_positions=cache_positions, kv_segment_ids=cache_segments
-        )
+        where = dict(positions=positions, segment_ids=segment_ids, kv_positions=cache_positions, kv_segment_ids=cache_segments)
         layers = []
         for i, (keys, values) in enumerate(cache.layers):
             block = Block(c, parent=None)
