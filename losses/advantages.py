@@ -33,7 +33,7 @@ def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam
     check_shapes(rewards=rewards, values=values, mask=mask)
     ids = segments.or_whole_rows(mask, segment_ids)
     rewards, values = constant(rewards, mask), constant(values, mask)
-    end = _bootstrap_of(jax.lax.stop_gradient(widen(bootstrap)), ids)
+    end = clean(_bootstrap_of(jax.lax.stop_gradient(widen(bootstrap)), ids), segments.count(mask, ids) > 0)
     goes_on = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (0, 1)))  # the next column belongs to the same sequence
     trained = mask.astype(values.dtype)
 

@@ -8,10 +8,8 @@ from rlhf.losses._common import Array, check_shapes, clean
 
 def or_whole_rows(mask, segment_ids) -> Array:
     """`segment_ids`, or all ones: each row is one sequence.  `[B, T]` -> `[B, T]` int32."""
-    if segment_ids is None:
-        return jnp.ones(jnp.shape(mask), jnp.int32)
     check_shapes(segment_ids=segment_ids, mask=mask)
-    return segment_ids
+    return jnp.ones(jnp.shape(mask), jnp.int32) if segment_ids is None else segment_ids
 
 
 def segment_sum(values, mask, segment_ids=None, *, max_segments: int = 1) -> Array:
@@ -41,7 +39,7 @@ def count(mask, segment_ids=None) -> Array:
     """How many trained tokens the sequence of each token has.  `[B, T]` bool -> `[B, T]` float32; no gradient."""
     ids = or_whole_rows(mask, segment_ids)
     longest = ids.shape[-1]
-    totals = jax.vmap(lambda m, s: jax.ops.segment_sum(m.astype(jnp.float32), s, num_segments=longest + 1))(mask, ids)
+    totals = jax.vmap(lambda m, s: jax.ops.segment_sum(m.astype(float), s, num_segments=longest + 1))(mask, ids)
     return jnp.take_along_axis(totals, jnp.minimum(ids, longest), axis=-1)
 
 

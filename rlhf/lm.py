@@ -5,6 +5,7 @@ Nothing in `rlhf.losses` or `rlhf.rollouts` knows more of a model than this page
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,7 @@ def _linen_boxed(module, key):
     return variables["params"]
 
 
+@partial(jax.jit, static_argnums=0)  # one program instead of hundreds of small ones
 def _linen_init(module, key):
     from flax.core import meta
 
@@ -131,6 +133,7 @@ def _nnx_make(make, seed):
         return make(nnx.Rngs(seed))
 
 
+@partial(jax.jit, static_argnums=0)
 def _nnx_init(make, key):
     from flax import nnx
 

@@ -135,19 +135,19 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any
 
 
 def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> Callable:
-    """Jits `step(state, batch) -> (state, metrics)` for a mesh; the state stays where it is and its memory is reused.
+    """Jits `step(state, *inputs) -> (state, metrics)` for a mesh; the state stays where it is and its memory is reused.
 
     Args:
-      step: what `rlhf.train_step` returns, or any function of that form.
+      step: what `rlhf.train_step` returns, a recipe's iteration, or any function of that form.
       state: a state as `create` made it; only its shardings are read.
       donate: the state passed in is consumed.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(step, in_shardings=(where, None), out_shardings=(where, None), donate_argnums=0 if donate else ())
+    jitted = jax.jit(step, out_shardings=(where, None), donate_argnums=0 if donate else ())
 
-    def run(state, batch):
+    def run(state, *inputs):
         with jax.set_mesh(mesh):
-            return jitted(state, batch)
+            return jitted(state, *inputs)
 
     return run
 

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array, context: Any = ()) -> TrainState:
-    """The state at step 0.
+    """The state at step 0.  `key` is consumed, and so is every array once the state is donated.
 
     Raises: ValueError where two leaves are the same array: a donated state would free it twice.
 

@@ -30,7 +30,7 @@ def generate(
     *,
     max_new_tokens: int,
     num_samples: int = 1,
-    sampler: samplers.Sampler = samplers.Sampler(),  # noqa: B008 - an immutable tuple
+    sampler: samplers.Sampler = samplers.Sampler(),
     eos_ids: tuple[int, ...] = (),
     pad_id: int = 0,
     early_end: bool = True,

@@ -32,7 +32,7 @@ def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
     """
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be above 0, but is {temperature}; for the likeliest token use greedy()")
-    return Sampler(temperature, transforms)
+    return Sampler(temperature, tuple(t if isinstance(t, Partial) else Partial(t) for t in transforms))
 
 
 def greedy() -> Sampler:
@@ -104,7 +104,7 @@ def _min_p(logits, *, p):
 
 
 def _only_first_best(logits):
-    return _keep(logits, jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[..., None])
+    return _keep(logits, jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool))
 
 
 def _keep(logits, where):

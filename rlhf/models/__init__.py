@@ -1,6 +1,5 @@
 """Flax models as `LM`s and `Head`s."""
 
-from rlhf.models.attention import attention as attention
 from rlhf.models.decoder import Decoder as Decoder
 from rlhf.models.decoder import DecoderConfig as DecoderConfig
 from rlhf.models.decoder import LayerKind as LayerKind

@@ -100,7 +100,8 @@ def decoder(config: DecoderConfig) -> LM:
 
 def linear(x: Array, weight: Any, bias: Array | None = None) -> Array:
     """`x W + b` in the dtype of `x`: the one place where a weight meets an activation."""
-    y = x @ weight.astype(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])  # one plain matrix product: on CPU its backward pass takes half the time of a batched one
+    y = (flat @ weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + _rows(bias, y)
 
 

@@ -66,7 +66,7 @@ def iteration(
     *,
     max_new_tokens: int,
     num_samples: int = 8,
-    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),  # noqa: B008 - an immutable tuple
+    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),
     eos_ids: tuple[int, ...] = (),
     epochs: int = 1,
     mini_batches: int = 1,

@@ -76,7 +76,7 @@ def iteration(
     *,
     max_new_tokens: int,
     num_samples: int = 1,
-    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),  # noqa: B008 - an immutable tuple
+    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),
     eos_ids: tuple[int, ...] = (),
     kl_coef: float = 0.05,
     discount: float = 1.0,

@@ -1,0 +1,303 @@
+"""`rlhf demo`: supervised fine-tuning, a reward model, then PPO, GRPO or DPO, from nothing, on a laptop's CPU.
+
+A small grammar writes movie reviews, half of them positive.  A language model learns them from scratch, a reward model learns
+from pairs which review is the better one, and the language model is moved towards positive reviews, held close to where it
+started.  The grammar, not the reward model, judges the outcome.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import data, losses, rollouts
+from rlhf.checkpoint import Checkpoints
+from rlhf.lm import LM, Head
+from rlhf.loop import RunFolder, run
+from rlhf.models import DecoderConfig, decoder, huggingface, scalar_head
+from rlhf.recipes import dpo, grpo, ppo, reward, sft
+from rlhf.tasks import reviews
+from rlhf.train import TrainState, init_state, reference, train_step
+
+CORPUS, PAIRS, HELD_OUT, SAMPLES = 8192, 4096, 512, 256
+PROMPT_LENGTH, NEW_TOKENS = 7, 16
+STEPS = {"sft": 400, "reward": 60, "ppo": 40, "grpo": 40, "dpo": 60}
+
+
+class Task(NamedTuple):
+    """What the demo trains on."""
+
+    tokenizer: Any
+    corpus: rollouts.Batch  # whole reviews
+    pairs: rollouts.Pairs  # positive against negative, and whole against garbled
+    held_out: rollouts.Pairs
+    prompts: rollouts.Prompts  # starts of reviews, without sentiment
+
+
+class Models(NamedTuple):
+    """A policy; a reward model and a critic are heads on trunks of the same shape."""
+
+    config: DecoderConfig
+    lm: LM
+    value_head: Head
+    reward_head: Head
+
+
+def make_task(seed: int, *, corpus: int = CORPUS, pairs: int = PAIRS, held_out: int = HELD_OUT) -> Task:
+    """Draws the corpus, the pairs and the prompts from the grammar."""
+    rng = np.random.default_rng([seed, 0])
+    tokenizer = reviews.tokenizer()
+    texts = [reviews.review(rng) for _ in range(corpus)]
+    starts, chosen, rejected = [], [], []
+    for i in range(pairs + held_out):
+        starts.append(reviews.prompt(rng))
+        chosen.append(reviews.completion(rng, positive=True))
+        # every fourth pair teaches grammar instead: the same review with a word out of place
+        rejected.append(reviews.garbled(rng, chosen[-1]) if i % 4 == 3 else reviews.completion(rng, positive=False))
+    together = data.preference_pairs(tokenizer, starts, chosen, rejected, reviews.LONGEST)
+    part = lambda cut: jax.tree.map(lambda x: x[cut], together)
+    return Task(
+        tokenizer=tokenizer,
+        corpus=data.encode_rows(tokenizer, [""] * corpus, texts, reviews.LONGEST),
+        pairs=part(slice(None, pairs)),
+        held_out=part(slice(pairs, None)),
+        prompts=rollouts.text.encode(tokenizer, [reviews.prompt(rng) for _ in range(1024)], length=PROMPT_LENGTH),
+    )
+
+
+def make_models(vocab_size: int, *, hidden_size: int = 192, num_layers: int = 2) -> Models:
+    """A Llama-shaped decoder of about a million parameters, and the heads."""
+    config = DecoderConfig(
+        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4, mlp_size=3 * hidden_size, tied=True
+    )
+    reward_head = scalar_head(hidden_size, scale=(hidden_size + 1) ** -0.5)
+    return Models(config, decoder(config), scalar_head(hidden_size), reward_head)
+
+
+def batches(source: Any, seed: int, rows: int, total: int) -> Iterator[tuple]:
+    """`total` batches of `rows` rows, as arguments of a step."""
+    size = jax.tree.leaves(source)[0].shape[0]
+    take = lambda order: jax.tree.map(lambda x: x[order] if np.ndim(x) else x, source)
+    return ((take(data.batch_indices(seed, step, size, rows)),) for step in range(total))
+
+
+def train_lm(task: Task, models: Models, seed: int, steps: int, rows: int, show: Callable) -> Any:
+    """Phase 1: a language model from scratch."""
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps), b2=0.95)
+    step = train_step(sft.objective(models.lm), optimizer)
+    init_key, key = jax.random.split(jax.random.key(seed))
+    state = init_state(models.lm.init(init_key), optimizer, key)
+    prepared = jax.jit(lambda state, batch: step(state, sft.prepare(batch)), donate_argnums=0)
+    return show("1 supervised", prepared, state, batches(task.corpus, seed, rows, steps), steps).params
+
+
+def train_reward(task: Task, models: Models, lm_params: Any, seed: int, steps: int, rows: int, show: Callable) -> Any:
+    """Phase 2: a reward model, grown from the language model."""
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(10, steps // 2), steps))
+    step = train_step(reward.objective(models.lm, models.reward_head, center_coef=0.01), optimizer)
+    init_key, key = jax.random.split(jax.random.key(seed))
+    params = {"lm": reference(lm_params), "head": models.reward_head.init(init_key)}
+    prepared = jax.jit(lambda state, pairs: step(state, reward.prepare(pairs)), donate_argnums=0)
+    state, inputs = init_state(params, optimizer, key), batches(task.pairs, seed, rows, steps)
+    return show("2 reward model", prepared, state, inputs, steps, shown=("loss", "accuracy")).params
+
+
+def reward_accuracy(task: Task, models: Models, params: Any) -> float:
+    """The share of held-out pairs whose chosen side gets the higher reward."""
+    pairs = reward.prepare(task.held_out)
+    return float(reward.objective(models.lm, models.reward_head)(params, (), pairs, None)[1]["accuracy"])
+
+
+def align_online(
+    algorithm: str, task: Task, models: Models, lm_params: Any, reward_params: Any, seed: int, steps: int, rows: int,
+    control: str, show: Callable,
+) -> TrainState:  # fmt: skip
+    """Phase 3 by PPO or GRPO: samples, the learned reward, and a KL penalty towards the language model of phase 1."""
+    mean, std = _reward_moments(task, models, lm_params, reward_params)
+
+    def reward_fn(context, rollout, key):
+        scores = (reward.scores(models.lm, models.reward_head, context["reward"], rollout) - mean) / std
+        return jax.random.permutation(key, scores) if control == "shuffled" else scores
+
+    sampling = dict(max_new_tokens=NEW_TOKENS, eos_ids=(task.tokenizer.eos_token_id,))
+    run_key, init_key, key = jax.random.split(jax.random.key(seed), 3)
+    lm = models.lm
+    context = {"reference": reference(lm_params), "reward": reward_params}
+    if algorithm == "ppo":
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
+        params = {"lm": reference(lm_params), "head": models.value_head.init(init_key)}
+        iterate = ppo.iteration(lm, models.value_head, reward_fn, optimizer, kl_coef=0.1, epochs=2, mini_batches=2, **sampling)
+        samples = 1
+    else:
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
+        params, samples = reference(lm_params), 8
+        iterate = grpo.iteration(lm, reward_fn, optimizer, kl_coef=0.04, num_samples=samples, mini_batches=2, **sampling)
+
+    def prompts():
+        for step, (batch,) in enumerate(batches(task.prompts, seed, rows // samples, steps)):
+            yield batch, jax.random.fold_in(run_key, step)
+
+    state = init_state(params, optimizer, key, context)
+    shown = ("reward", "kl_to_reference")
+    return show(f"3 {algorithm.upper()}", jax.jit(iterate, donate_argnums=0), state, prompts(), steps, shown=shown)
+
+
+def align_dpo(
+    task: Task, models: Models, lm_params: Any, seed: int, steps: int, rows: int, control: str, show: Callable
+) -> TrainState:
+    """Phase 3 by DPO, on the preference pairs themselves."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(2e-4, 0.0, steps)))
+    step = train_step(dpo.objective(models.lm, beta=0.3), optimizer)
+    pairs = task.pairs
+    if control == "shuffled":  # which side is the better one is a coin's toss
+        swap = np.random.default_rng([seed, 1]).integers(2, size=len(pairs.tokens)).astype(bool)
+        pairs = jax.tree.map(lambda x: np.where(swap[:, None, None], x[:, ::-1], x), pairs)
+
+    def prepared(state, pairs):
+        return step(state, dpo.prepare(models.lm, state.context["reference"], pairs))
+
+    state = init_state(reference(lm_params), optimizer, jax.random.key(seed), {"reference": reference(lm_params)})
+    inputs = batches(pairs, seed, rows, steps)
+    return show("3 DPO", jax.jit(prepared, donate_argnums=0), state, inputs, steps, shown=("loss", "accuracy", "margin"))
+
+
+def judge(task: Task, models: Models, params: Any, ref_params: Any, seed: int) -> tuple[dict[str, float], list[str]]:
+    """Fresh samples at temperature 1, judged by the grammar: shares of positive and grammatical ones, and the KL."""
+    prompts = jax.tree.map(lambda x: x[:SAMPLES], task.prompts)
+    eos = (task.tokenizer.eos_token_id,)
+    rollout = rollouts.generate(
+        models.lm, params, prompts, jax.random.key(seed + 10_000), max_new_tokens=NEW_TOKENS, eos_ids=eos
+    )
+    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
+    ref_logprobs = rollouts.token_logprobs(models.lm, ref_params, rollout.tokens, **where)
+    kl = losses.segment_sum(losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask), rollout.mask)
+    starts, ends = rollouts.text.prompts(task.tokenizer, rollout), rollouts.text.completions(task.tokenizer, rollout)
+    texts = [f"{start} {end}" for start, end in zip(starts, ends, strict=True)]
+    found = [reviews.sentiment(text) for text in texts]
+    grammatical = [x for x in found if x is not None]
+    figures = {
+        "positive": sum(grammatical) / max(len(grammatical), 1),
+        "grammatical": len(grammatical) / len(texts),
+        "distinct": len(set(texts)),
+        "kl_to_reference": float(kl.mean()),
+    }
+    return figures, texts
+
+
+def main(
+    *, algorithm: str, seed: int, output: str, steps: int | None, control: str, console: Console | None = None,
+    hidden_size: int = 192, rows: int = 128, corpus: int = CORPUS, pairs: int = PAIRS,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole demo; returns what `summary.json` holds.
+
+    Args:
+      algorithm: "ppo", "grpo" or "dpo".
+      output: a folder that does not exist yet, or is empty.
+      steps: of every phase; None: each phase's own number.
+      control: "none", or "shuffled": rewards (or preferences) dealt out at random, so that nothing may be learnt.
+
+    Raises: ValueError for an output folder in use.
+    """
+    begin, console = time.monotonic(), console or Console()
+    folder = RunFolder(output)
+    length = lambda phase: STEPS[phase] if steps is None else steps
+    show = partial(run, log=folder.log, console=console)
+    task = make_task(seed, corpus=corpus, pairs=pairs)
+    models = make_models(len(task.tokenizer), hidden_size=hidden_size)
+
+    lm_params = train_lm(task, models, seed, length("sft"), rows // 4, show)
+    console.print(f"{sum(x.size for x in jax.tree.leaves(lm_params)):,} parameters")
+    before, texts_before = judge(task, models, lm_params, lm_params, seed)
+    console.print(_table("after supervised fine-tuning", before))
+
+    reward_params = train_reward(task, models, lm_params, seed, length("reward"), rows // 4, show)
+    accuracy = reward_accuracy(task, models, reward_params)
+    console.print(_table("after reward modelling", {"held-out accuracy": accuracy}))
+
+    if algorithm == "dpo":
+        state = align_dpo(task, models, lm_params, seed, length("dpo"), rows // 2, control, show)
+    else:
+        state = align_online(algorithm, task, models, lm_params, reward_params, seed, length(algorithm), rows, control, show)
+    params = state.params["lm"] if algorithm == "ppo" else state.params
+    after, texts_after = judge(task, models, params, lm_params, seed)
+    console.print(_table(f"after {algorithm.upper()}", after))
+    console.print(_side_by_side(texts_before[:8], texts_after[:8]))
+
+    for first, second in zip(texts_before, texts_after, strict=True):
+        folder.append("samples.jsonl", {"before": first, "after": second, "positive": reviews.sentiment(second)})
+    Checkpoints(folder.path / "checkpoint").save(state)
+    huggingface.save(folder.path / "model", models.config, params, tokenizer=task.tokenizer)
+    _check_export(folder, models, params, task)
+    _plot(folder, algorithm)
+    summary = {
+        "algorithm": algorithm, "seed": seed, "control": control,
+        "positive_before": before["positive"], "positive_after": after["positive"],
+        "grammatical_before": before["grammatical"], "grammatical_after": after["grammatical"],
+        "distinct_before": before["distinct"], "distinct_after": after["distinct"],
+        "kl_to_reference": after["kl_to_reference"], "reward_accuracy": accuracy,
+        "seconds": round(time.monotonic() - begin, 1),
+    }  # fmt: skip
+    folder.write("summary.json", summary)
+    console.print(f"{summary['seconds']} s; everything is in {folder.path}")
+    return summary
+
+
+def _reward_moments(task, models, lm_params, reward_params):
+    """Mean and spread of the reward on samples of the reference, so that one KL coefficient fits any reward model."""
+    prompts = jax.tree.map(lambda x: x[:SAMPLES], task.prompts)
+    eos = (task.tokenizer.eos_token_id,)
+    sample = rollouts.generate(models.lm, lm_params, prompts, jax.random.key(0), max_new_tokens=NEW_TOKENS, eos_ids=eos)
+    scores = reward.scores(models.lm, models.reward_head, reward_params, sample)
+    return float(scores.mean()), float(scores.std()) + 1e-6
+
+
+def _check_export(folder, models, params, task):
+    """The exported model, loaded back, gives the same log-probs."""
+    lm, loaded, tokenizer = huggingface.load(folder.path / "model")
+    batch = jax.tree.map(lambda x: x[:4] if np.ndim(x) else x, task.corpus)
+    logprobs = lambda lm, params: rollouts.token_logprobs(
+        lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+    )
+    difference = float(jnp.abs(logprobs(models.lm, params) - logprobs(lm, loaded)).max())
+    if difference > 1e-5 or tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        raise RuntimeError(f"the exported model does not load back: log-probs differ by {difference}")
+
+
+def _table(title: str, figures: dict[str, float]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in figures:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in figures.values()))
+    return table
+
+
+def _side_by_side(before: list[str], after: list[str]) -> Table:
+    table = Table(title="the same prompts", title_justify="left", show_lines=True)
+    for name in ("before", "after"):
+        table.add_column(name, ratio=1)
+    for pair in zip(before, after, strict=True):
+        table.add_row(*pair)
+    return table
+
+
+def _plot(folder: RunFolder, algorithm: str) -> None:
+    """`curves.png`: the loss of phases 1 and 2, and what phase 3 is about."""
+    from matplotlib.figure import Figure
+
+    rows = folder.read("metrics.jsonl")
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    last = ("margin", "accuracy") if algorithm == "dpo" else ("reward", "kl_to_reference")
+    panels = [(phases[0], "loss"), (phases[1], "accuracy"), *((phases[2], name) for name in last)]
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    for axis, (phase, name) in zip(figure.subplots(1, 4), panels, strict=True):
+        points = [(row["step"], row[name]) for row in rows if row["phase"] == phase]
+        axis.plot(*zip(*points, strict=True))
+        axis.set(title=f"{phase}: {name.replace('_', ' ')}", xlabel="step")
+    figure.savefig(folder.path / "curves.png", dpi=120)

@@ -1,0 +1,1 @@
+"""Generated tasks: data from a grammar, and judges that know the truth."""

@@ -1,0 +1,144 @@
+"""On eight CPU devices the demo's steps equal those on one, rollouts included, and no large array of a state is ever whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rlhf
+from rlhf import demo, rollouts, sharding
+from rlhf.recipes import dpo, grpo, ppo, reward, sft
+
+MESHES = {"data=8": dict(data=8), "fsdp=8": dict(fsdp=8), "fsdp=2 x tensor=4": dict(fsdp=2, tensor=4)}
+ROWS, SEQUENCE = 16, 12
+
+
+@pytest.fixture(scope="module")
+def task():
+    task = demo.make_task(0, corpus=ROWS, pairs=ROWS, held_out=4)
+    short = lambda tree: jax.tree.map(lambda x: jnp.asarray(x[..., :SEQUENCE] if np.ndim(x) > 1 else x), tree)
+    return task._replace(
+        corpus=short(task.corpus), pairs=short(task.pairs), prompts=jax.tree.map(lambda x: jnp.asarray(x[:8]), task.prompts)
+    )
+
+
+@pytest.fixture(scope="module")
+def models(task):
+    return demo.make_models(len(task.tokenizer), hidden_size=32)
+
+
+def steps(task, models):
+    """name -> (init(key) -> state, axes, step, inputs): each of the demo's steps, with plain gradient descent."""
+    lm, head, optimizer = models.lm, models.value_head, optax.sgd(0.1)
+    reward_fn = lambda context, rollout, key: (rollout.tokens % 7 == 0).sum(-1).astype(jnp.float32)
+    sampling = dict(max_new_tokens=4, num_samples=2, eos_ids=(task.tokenizer.eos_token_id,))
+    of_lm, of_both = lm.axes(), {"lm": lm.axes(), "head": head.axes()}
+    context = lambda key: {"reference": lm.init(jax.random.fold_in(key, 1))}
+    alone = lambda key: rlhf.init_state(lm.init(key), optimizer, key, context(key))
+    both = lambda key: rlhf.init_state({"lm": lm.init(key), "head": head.init(key)}, optimizer, key, context(key))
+
+    sft_step = rlhf.train_step(sft.objective(lm), optimizer)
+    dpo_step = rlhf.train_step(dpo.objective(lm), optimizer, micro_batches=2)
+    key = jax.random.key(7)
+    return {
+        "sft": (alone, of_lm, lambda s, b: sft_step(s, sft.prepare(b)), (task.corpus,)),
+        "dpo": (alone, of_lm, lambda s, b: dpo_step(s, dpo.prepare(lm, s.context["reference"], b)), (task.pairs,)),
+        "grpo": (alone, of_lm, grpo.iteration(lm, reward_fn, optimizer, **sampling), (task.prompts, key)),
+        "ppo": (both, of_both, ppo.iteration(lm, head, reward_fn, optimizer, epochs=1, **sampling), (task.prompts, key)),
+    }
+
+
+def three(step, state, inputs):
+    for _ in range(3):
+        state, metrics = step(state, *inputs)
+    return jax.device_get((state.params, metrics))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "ppo"])
+def test_steps_on_every_mesh_equal_one_device(name, task, models):
+    init, axes, step, inputs = steps(task, models)[name]
+    expected, metrics = three(jax.jit(step), init(jax.random.key(0)), inputs)
+    start = jax.device_get(init(jax.random.key(0)).params)
+    moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(start), strict=True))
+    assert moved > 1e-4, "nothing was trained"
+    for shape in MESHES.values():
+        mesh = sharding.make_mesh(**shape)
+        state = sharding.create(init, axes, mesh, jax.random.key(0))
+        got, got_metrics = three(sharding.jit_step(step, mesh, state), state, sharding.shard_batch(inputs, mesh))
+        for path, x in jax.tree_util.tree_leaves_with_path(expected):
+            y = dict(jax.tree_util.tree_leaves_with_path(got))[path]
+            largest = np.abs(x).max()
+            np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * largest, err_msg=f"{shape} {jax.tree_util.keystr(path)}")
+        for key, value in metrics.items():
+            np.testing.assert_allclose(got_metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=f"{shape} {key}")
+
+
+def test_rollouts_on_every_mesh_are_the_same_tokens(task, models):
+    eos = (task.tokenizer.eos_token_id,)
+    sample = lambda params, prompts: rollouts.generate(
+        models.lm, params, prompts, jax.random.key(3), max_new_tokens=6, num_samples=2, eos_ids=eos
+    )
+    expected = jax.device_get(jax.jit(sample)(models.lm.init(jax.random.key(0)), task.prompts))
+    assert expected.mask.sum() > 50
+    for shape in (dict(fsdp=8), dict(fsdp=2, tensor=4)):
+        mesh = sharding.make_mesh(**shape)
+        params = sharding.create(models.lm.init, models.lm.axes(), mesh, jax.random.key(0))
+        with jax.set_mesh(mesh):
+            got = jax.device_get(jax.jit(sample)(params, sharding.shard_batch(task.prompts, mesh)))
+        np.testing.assert_array_equal(got.tokens, expected.tokens)
+        np.testing.assert_array_equal(got.mask, expected.mask)
+        np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=4)])
+def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task):
+    models = demo.make_models(len(task.tokenizer))
+    lm, heads = models.lm, models.value_head
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+    def init(key):
+        params = {"lm": lm.init(key), "head": heads.init(key)}
+        reward_params = {"lm": lm.init(key), "head": models.reward_head.init(key)}
+        return rlhf.init_state(params, optimizer, key, {"reference": lm.init(key), "reward": reward_params})
+
+    mesh = sharding.make_mesh(**shape)
+    axes = {"lm": lm.axes(), "head": heads.axes()}
+    where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), axes, mesh)
+    large = 0
+    for leaf, place in zip(jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))), jax.tree.leaves(where), strict=True):
+        if np.prod(leaf.shape) > 1024:
+            large += 1
+            assert np.prod(place.shard_shape(leaf.shape)) * shape["fsdp"] <= np.prod(leaf.shape)
+    assert large > 40  # policy, two moments, reference, reward model
+
+    small = demo.make_models(len(task.tokenizer), hidden_size=64)
+    params = sharding.create(small.lm.init, small.lm.axes(), mesh, jax.random.key(0))
+    for leaf in jax.tree.leaves(params):
+        if leaf.size > 1024:
+            assert max(shard.data.size for shard in leaf.addressable_shards) < leaf.size
+
+
+def test_refusals_name_both_sides():
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    with pytest.raises(ValueError, match="data 3 × fsdp 1 × tensor 1 = 3 but 8 devices"):
+        sharding.make_mesh(data=3)
+    with pytest.raises(ValueError, match="logical axis 'colour'"):
+        sharding.spec(("colour",), mesh)
+    with pytest.raises(ValueError, match="'heads' and 'mlp'.*both map to mesh axis 'tensor'"):
+        sharding.spec(("heads", "mlp"), mesh)
+    with pytest.raises(ValueError, match=r"w \[6, 8\]: heads = 6 does not divide by mesh axis tensor = 4"):
+        sharding.shardings({"w": jnp.zeros((6, 8))}, {"w": ("heads", None)}, mesh)
+    with pytest.raises(ValueError, match=r"w \[1025\]: no free axis divides by fsdp = 2"):
+        sharding.shardings({"w": jnp.zeros(1025)}, {}, mesh)
+    with pytest.raises(ValueError, match=r"x \[6, 2\]: 6 rows do not divide by 8 devices"):
+        sharding.shard_batch({"x": jnp.zeros((6, 2))}, sharding.make_mesh(data=8))
+
+
+def test_reward_model_scores_do_not_depend_on_the_mesh(task, models):
+    params = {"lm": models.lm.init(jax.random.key(0)), "head": models.reward_head.init(jax.random.key(1))}
+    score = jax.jit(lambda params, batch: reward.scores(models.lm, models.reward_head, params, batch))
+    expected = score(params, task.corpus)
+    got = score(params, sharding.shard_batch(task.corpus, sharding.make_mesh(data=8)))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert np.std(expected) > 0.01
