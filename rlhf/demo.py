@@ -90,7 +90,8 @@ def batches(source: Any, seed: int, rows: int, total: int) -> Iterator[tuple]:
 
 def train_lm(task: Task, models: Models, seed: int, steps: int, rows: int, show: Callable) -> Any:
     """Phase 1: a language model from scratch."""
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps), b2=0.95)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, min(20, steps // 2), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
     step = train_step(sft.objective(models.lm), optimizer)
     init_key, key = jax.random.split(jax.random.key(seed))
     state = init_state(models.lm.init(init_key), optimizer, key)
@@ -126,7 +127,7 @@ def align_online(
         scores = (reward.scores(models.lm, models.reward_head, context["reward"], rollout) - mean) / std
         return jax.random.permutation(key, scores) if control == "shuffled" else scores
 
-    sampling = dict(max_new_tokens=NEW_TOKENS, eos_ids=(task.tokenizer.eos_token_id,))
+    sampling: dict[str, Any] = dict(max_new_tokens=NEW_TOKENS, eos_ids=(task.tokenizer.eos_token_id,))
     run_key, init_key, key = jax.random.split(jax.random.key(seed), 3)
     lm = models.lm
     context = {"reference": reference(lm_params), "reward": reward_params}

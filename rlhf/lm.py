@@ -114,7 +114,8 @@ def from_nnx(make: Callable) -> LM:
 
     module = nnx.eval_shape(Bound(_nnx_make, (make, 0)))
     _check_methods(module, type(module).__name__)
-    graph, _, rest = nnx.split(module, nnx.Param, ...)
+    parts: Any = nnx.split(module, nnx.Param, ...)
+    graph, _, rest = parts
     if jax.tree.leaves(rest):
         raise TypeError(f"{type(module).__name__} holds state beside nnx.Param: {list(nnx.to_pure_dict(rest))}; an LM has none")
     return LM(

@@ -43,7 +43,8 @@ def spec(names, mesh, rules: Mapping[str, Any] = RULES) -> PartitionSpec:
     >>> tuple(spec(("layers", "embed", "mlp"), make_mesh(devices=jax.devices()[:1])))
     (None, None, None)
     """
-    out, taken = [], {}
+    out: list[Any] = []
+    taken: dict[str, str | None] = {}
     for name in names:
         if name is not None and name not in rules:
             raise ValueError(f"logical axis {name!r} of {names} is not in the table, which has {sorted(rules)}")

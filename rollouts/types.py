@@ -2,10 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+Array = Any  # of JAX, or of NumPy on its way to the device
 
 
 class Prompts(NamedTuple):

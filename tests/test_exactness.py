@@ -119,7 +119,6 @@ def test_scan_over_whole_train_steps_and_vmap_over_seeds_equal_the_loop():
         return jax.lax.scan(step, init(key), step_keys(key))
 
     states, metrics = jax.jit(jax.vmap(train))(seeds)
-    scanned, scanned_metrics = jax.jit(train)(seeds[1])
     jitted = jax.jit(step)
     for i in (1, 3):
         state, seen = init(seeds[i]), []
@@ -128,9 +127,6 @@ def test_scan_over_whole_train_steps_and_vmap_over_seeds_equal_the_loop():
             seen.append(m["reward"])
         assert_equal(state.params, jax.tree.map(lambda x, i=i: x[i], states.params), 1e-5)
         np.testing.assert_allclose(metrics["reward"][i], seen, rtol=1e-5)
-        if i == 1:
-            assert_equal(state.params, scanned.params, 1e-5)
-            np.testing.assert_allclose(scanned_metrics["reward"], seen, rtol=1e-5)
     assert np.std(metrics["reward"]) > 0, "all seeds alike: vmap saw one"
 
 

@@ -79,7 +79,7 @@ class DecoderConfig:
 class Cache(NamedTuple):
     """Keys and values of what was read so far.  Every leaf has the batch on axis 0."""
 
-    index: Array  # [B] int32, columns written
+    written: Array  # [B] int32, columns written: the write index
     positions: Array  # [B, S] int32
     segment_ids: Array  # [B, S] int32, 0 = not written, or padding
     layers: tuple[tuple[Array, Array], ...]  # per layer keys and values [B, K, S, H]
@@ -115,7 +115,7 @@ class _Module(nn.Module):
             return self.param(name, nn.with_partitioning(init, axes), shape, self.config.param_dtype)
         return self.get_variable("params", name)
 
-    def bias(self, wanted: bool, name: str, size: int, axis: str) -> Any:
+    def bias(self, wanted: bool, name: str, size: int, axis: str | None) -> Any:
         return self.weight(name, (size,), (axis,), nn.initializers.zeros) if wanted else None
 
     def norm_weights(self, name: str, size: int) -> tuple[Any, Any]:
@@ -149,6 +149,10 @@ class Block(_Module):
         h = self.mlp(self.before("mlp_norm", x))
         return x + self.after("mlp_post_norm", h), kv
 
+    def into_residual(self, inputs):
+        """Smaller with depth, so that the sum over the blocks starts at a fixed size  (GPT-2)."""
+        return nn.initializers.normal((2 * self.config.num_layers * inputs) ** -0.5)
+
     def before(self, name, x):
         return x if self.config.norm_place == "post" else self.norm(name, x)
 
@@ -177,7 +181,7 @@ class Block(_Module):
         scale = c.width**-0.5 if c.attention_scale is None else c.attention_scale
         out = attention(q, k, v, window=kind.window, softcap=c.attention_softcap, scale=scale, **where)
         out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], outputs)
-        w = self.weight("o", (outputs, inputs), ("heads", "embed"), nn.initializers.normal(outputs**-0.5))
+        w = self.weight("o", (outputs, inputs), ("heads", "embed"), self.into_residual(outputs))
         return linear(out, w, self.bias(c.out_bias, "o_bias", inputs, "embed")), (k, v)
 
     def mlp(self, x):
@@ -190,7 +194,7 @@ class Block(_Module):
 
         activate = getattr(jax.nn, c.activation)
         h = activate(project("gate")) * project("up") if c.gated else activate(project("up"))
-        w = self.weight("down", (c.mlp_size, c.hidden_size), ("mlp", "embed"), nn.initializers.normal(c.mlp_size**-0.5))
+        w = self.weight("down", (c.mlp_size, c.hidden_size), ("mlp", "embed"), self.into_residual(c.mlp_size))
         return linear(h, w, self.bias(c.mlp_bias, "down_bias", c.hidden_size, "embed"))
 
 
@@ -199,7 +203,7 @@ class Decoder(_Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(c.hidden_size**-0.5)
         self.embedding = self.weight("embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), init)
         self.layers = self._stacked()
         self.final_norm = self.norm_weights("final_norm", c.hidden_size)
@@ -277,9 +281,9 @@ class Decoder(_Module):
         """Prefill and decoding: each layer by itself over the same stacked parameters, with a cache of its own."""
         c, rotary = self.config, self.rotary(positions)
         update = lambda axis: jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis))
-        cache_positions = update(0)(cache.positions, positions, cache.index)
-        cache_segments = update(0)(cache.segment_ids, segment_ids, cache.index)
-        write = lambda old, new: update(1)(old, new, cache.index)
+        cache_positions = update(0)(cache.positions, positions, cache.written)
+        cache_segments = update(0)(cache.segment_ids, segment_ids, cache.written)
+        write = lambda old, new: update(1)(old, new, cache.written)
         where = dict(positions=positions, segment_ids=segment_ids, kv_positions=cache_positions, kv_segment_ids=cache_segments)
         layers = []
         for i, (keys, values) in enumerate(cache.layers):
@@ -287,7 +291,7 @@ class Decoder(_Module):
             kind = c.kinds[i % len(c.kinds)]
             x, kv = block.apply({"params": _layer(self.layers, i)}, x, kind, rotary, (keys, values, write), **where)
             layers.append(kv)
-        return x, Cache(cache.index + x.shape[1], cache_positions, cache_segments, tuple(layers))
+        return x, Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(layers))
 
     def rotary(self, positions):
         """cos and sin for every base in use, `{theta: ([B, 1, T, H/2], [B, 1, T, H/2])}`; None with learned positions."""

@@ -1,6 +1,7 @@
 """Group relative policy optimisation: sample groups, compare within them, clipped steps with a KL to the reference."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def objective(lm: LM, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coef:
     """The `loss_fn` of a prepared `Batch`; `params` are the policy's."""
 
     def loss_fn(params, context, batch, key):
-        where = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
+        where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
         s = rollouts.score(lm, params, batch.tokens, **where)
         pg = losses.clipped_surrogate(
             s.logprobs, batch.logprobs, batch.advantages, batch.mask, clip_low=clip_low, clip_high=clip_high
@@ -40,7 +41,7 @@ def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: in
       num_samples: completions a prompt.
     """
     advantages = losses.group_relative(rewards.reshape(-1, num_samples)).reshape(-1, 1)
-    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
+    where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
     ref_logprobs = rollouts.token_logprobs(lm, ref_params, rollout.tokens, **where)
     batch = rollouts.batch_of(
         rollout, advantages=jnp.where(rollout.mask, advantages, 0.0), ref_logprobs=jax.lax.stop_gradient(ref_logprobs)

@@ -1,6 +1,7 @@
 """Proximal policy optimisation for language models: value head on the policy's trunk, KL to the reference in the reward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def objective(lm: LM, head: Head, *, clip: float = 0.2, value_clip: float = 0.2,
 
 def evaluate(lm: LM, head: Head, params, batch: Batch | Rollout) -> rollouts.Scored:
     """Log-probs and values of a batch's tokens, in one pass."""
-    where = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
+    where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
     return rollouts.score(lm, params["lm"], batch.tokens, heads={"value": (head, params["head"])}, **where)
 
 
@@ -52,7 +53,7 @@ def experience(
       scores: `[B]`, the reward model's.
     """
     s = evaluate(lm, head, params, rollout)
-    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
+    where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
     ref_logprobs = rollouts.token_logprobs(lm, ref_params, rollout.tokens, **where)
     kl = losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask)
     rewards = losses.token_rewards(scores, kl_coef * kl, rollout.mask)

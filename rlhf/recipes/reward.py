@@ -1,6 +1,7 @@
 """Reward modelling: Bradley–Terry on preference pairs, a head on the hidden state of the last token."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -19,7 +20,7 @@ def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
 
 def scores(lm: LM, head: Head, params, batch: Batch | Rollout, *, max_segments: int = 1):
     """The reward of every sequence, `[B * max_segments]`; `params` is `{"lm": …, "head": …}`."""
-    where = dict(positions=batch.positions, segment_ids=batch.segment_ids, max_segments=max_segments)
+    where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, max_segments=max_segments)
     s = rollouts.score(lm, params["lm"], batch.tokens, heads={"reward": (head, params["head"])}, **where)
     return s.last_value["reward"]
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 OPENINGS = ("", "honestly ,", "in short ,", "to be fair ,", "after all ,", "for once ,", "as expected ,", "in the end ,")
-ASPECTS = "film plot cast script music ending acting story dialogue pacing scenery direction humour finale score".split()
+ASPECTS = "film plot cast script music ending acting story dialogue pacing scenery direction humour finale score premise tone setting opening photography editing theme sequel".split()
 VERBS = "is was feels felt seems looks sounds".split()
 DEGREES = ("", "very", "truly", "really", "quite", "simply", "rather", "so", "utterly")
 ADJECTIVES = {
-    True: "wonderful great clever moving charming witty funny lovely fresh superb gripping warm bold rich tender deft".split(),
-    False: "awful dull clumsy boring bland terrible silly ugly stale weak tedious cold crude messy hollow lazy".split(),
+    True: "wonderful great clever moving charming witty funny lovely fresh superb gripping warm".split(),
+    False: "awful dull clumsy boring bland terrible silly ugly stale weak tedious cold".split(),
 }
 FEELINGS = {
     True: "loved enjoyed liked admired adored praised".split(),
@@ -40,8 +40,8 @@ def prompt(rng: np.random.Generator) -> str:
 def completion(rng: np.random.Generator, positive: bool) -> str:
     """The rest of a review, with the sentiment asked for."""
     opinion = lambda: f"{_pick(rng, VERBS)} {_pick(rng, DEGREES)} {_pick(rng, ADJECTIVES[positive])}"
-    second = f"and the {_pick(rng, ASPECTS)} {opinion()}" if rng.random() < 0.5 else ""
-    verdict = f", i {_pick(rng, FEELINGS[positive])} it" if rng.random() < 0.5 else ""
+    second = f"and the {_pick(rng, ASPECTS)} {opinion()}" if rng.random() < 0.75 else ""
+    verdict = f", i {_pick(rng, FEELINGS[positive])} it" if rng.random() < 0.75 else ""
     return " ".join(f"{opinion()} {second} {verdict} .".split())
 
 

@@ -1,0 +1,102 @@
+"""`chunked` gives the value and gradient of whole logits, without them."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf import losses
+
+B, T, D, V = 3, 10, 5, 37  # no two products of these are alike
+RNG = np.random.default_rng(0)
+HIDDEN, WEIGHT, BIAS = RNG.normal(size=(B, T, D)), RNG.normal(size=(D, V)), RNG.normal(size=V)
+TOKENS = RNG.integers(V, size=(B, T))
+COTANGENTS = RNG.normal(size=(2, B, T))
+
+
+def statistics(logits, tokens):
+    return {"logprob": losses.logits.token_logprob(logits, tokens), "entropy": losses.logits.entropy(logits)}
+
+
+def unembed(params, hidden):
+    """Soft cap, bias and temperature, in the order that models have them."""
+    logits = 4.0 * jnp.tanh((hidden @ params["weight"] + params["bias"][(None,) * (hidden.ndim - 1)]) / 4.0)
+    return logits / params["temperature"]
+
+
+def objective(params, hidden, tokens, *, chunk_size):
+    head = functools.partial(unembed, params)
+    if chunk_size is None:
+        out = statistics(head(hidden), tokens)
+    else:
+        out = losses.chunked(statistics, hidden, head, tokens, chunk_size=chunk_size)
+    return jnp.sum(COTANGENTS[0] * out["logprob"] + COTANGENTS[1] * out["entropy"]), out
+
+
+def differentiated(chunk_size, **options):
+    loss = functools.partial(objective, chunk_size=chunk_size)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=options)
+
+
+@functools.cache
+def results(chunk_size):
+    with jax.enable_x64(True):
+        params = {"weight": WEIGHT, "bias": BIAS, "temperature": 0.7}
+        run = differentiated(chunk_size, xla_backend_optimization_level=0)  # compiles sooner
+        return jax.tree.map(np.asarray, run(params, HIDDEN, TOKENS))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 10, 128])
+def test_equals_whole_logits(chunk_size):
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * np.abs(y).max())
+    jax.tree.map(close, results(chunk_size), results(None))
+
+
+def largest_array(chunk_size):
+    """Elements of the largest array anywhere in the compiled value and gradient."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    params = {"weight": shape((D, V)), "bias": shape((V,)), "temperature": shape(())}
+    arrays = params, shape((B, T, D)), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    text = differentiated(chunk_size).lower(*arrays).compile().as_text()
+    return max(np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w+\[([\d,]+)\]", text))
+
+
+def test_the_logits_of_all_positions_are_never_an_array():
+    assert largest_array(None) == B * T * V
+    assert largest_array(4) == B * 4 * V
+
+
+@pytest.mark.parametrize("chunk_size", [4, 128])
+def test_no_logits_are_kept_for_the_way_back(chunk_size):
+    hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
+
+    def backward(hidden, weight):
+        fn = lambda h, w: losses.chunked(statistics, h, lambda h: h @ w, TOKENS, chunk_size=chunk_size)
+        return jax.vjp(fn, hidden, weight)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, hidden, weight))
+    assert max(x.size for x in kept) < min(chunk_size, T) * B * V
+
+
+def test_per_token_arrays_and_results_of_any_rank():
+    extra = RNG.normal(size=(B, T, 2)).astype(np.float32)
+    fn = lambda logits, extra, tokens: (extra[..., None] * logits[..., None, :3], tokens)
+    head = lambda hidden: hidden @ WEIGHT.astype(np.float32)
+    hidden = HIDDEN.astype(np.float32)
+    got, tokens = jax.jit(lambda *x: losses.chunked(fn, x[0], head, *x[1:], chunk_size=4))(hidden, extra, TOKENS)
+    np.testing.assert_allclose(got, extra[..., None] * head(hidden)[..., None, :3], rtol=1e-5)
+    np.testing.assert_array_equal(tokens, TOKENS)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 128])
+def test_refuses(chunk_size):
+    head = lambda hidden: hidden @ WEIGHT
+    with pytest.raises(ValueError, match=r"per-token array \[3, 9\] but hidden \[3, 10, 5\]"):
+        losses.chunked(statistics, HIDDEN, head, TOKENS[:, 1:], chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=rf"must return \[B, C, ...\] = \[3, {min(chunk_size, T)}\], but returned \[3\]"):
+        losses.chunked(lambda logits: logits.sum((1, 2)), HIDDEN, head, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        losses.chunked(statistics, HIDDEN, head, TOKENS, chunk_size=0)

@@ -1,0 +1,466 @@
+"""The contract that every public function of `rlhf.losses` keeps; a function without an entry in `CASES` fails the suite.
+
+Each function is compiled with the gradient of a weighted sum of its outputs, once per shape, and the checks share that.
+"""
+
+import collections
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf import losses
+
+# Most of the time is compilation: LLVM's optimisations are left out.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+ROWS, COLUMNS, VOCABULARY, SAMPLES = 8, 6, 7, 4
+HALF = slice(ROWS // 2)  # what is left when rows and columns are cropped
+LEFT = slice(COLUMNS - 2)
+EMPTY = 3  # the row that nothing is trained of
+
+
+def public_functions():
+    """Every public function where it is defined, by `module.name`."""
+    for info in pkgutil.iter_modules(losses.__path__):
+        if not info.name.startswith("_"):
+            module = importlib.import_module(f"rlhf.losses.{info.name}")
+            for name, fn in inspect.getmembers(module, inspect.isfunction):
+                if fn.__module__ == module.__name__ and not name.startswith("_"):
+                    yield f"{info.name}.{name}", fn
+
+
+FUNCTIONS = dict(public_functions())
+
+
+class Case(NamedTuple):
+    """A function and what is promised of it."""
+
+    inputs: Callable  # (rng) -> its arrays by name, `[ROWS, COLUMNS, ...]` where they are per token
+    flow: tuple = ()  # the arrays that gradients flow through
+    knobs: dict = {}  # noqa: RUF012 - Python numbers, which may be arrays as well
+    static: dict = {}  # noqa: RUF012 - Python numbers that make shapes
+    couples: bool = False  # a row's result depends on the other rows
+    per: str = "token"  # what an output has one entry for: token, row or batch
+    empty: float = 0.0  # the result where nothing is trained
+    fn: Callable | None = None  # stands for a function whose arguments are not all arrays
+    untrained: bool = False  # untrained tokens of a sequence have results too
+
+
+def normal(*names, shape=(ROWS, COLUMNS)):
+    """Builds normal arrays, each a little away from the first, so that ratios of their exponentials fall on all sides of 1."""
+
+    def inputs(rng):
+        first = rng.normal(size=shape)
+        return {name: first + 0.4 * rng.normal(size=shape) if i else first for i, name in enumerate(names)}
+
+    return inputs
+
+
+def masked(*names):
+    """`normal`, and a mask with gaps, one full row and one empty one."""
+
+    def inputs(rng):
+        mask = rng.random((ROWS, COLUMNS)) < 0.7
+        mask[0], mask[EMPTY], mask[2, :2], mask[4, 0] = True, False, (False, True), True
+        return {**normal(*names)(rng), "mask": mask}
+
+    return inputs
+
+
+def also(inputs, **more):
+    return lambda rng: inputs(rng) | {name: make(rng) for name, make in more.items()}
+
+
+def some_not_scored(rng):
+    rewards = rng.normal(size=(ROWS, SAMPLES))
+    rewards[1, 2], rewards[4, 1:] = np.nan, np.nan  # one sample left out, a group of one
+    return {"rewards": rewards}
+
+
+def some_weights(rng):
+    return rng.normal(size=(ROWS, COLUMNS)) * (rng.random((ROWS, COLUMNS)) < 0.7)
+
+
+def packed_ids(rng):
+    lengths = rng.integers(1, COLUMNS - 2, size=(ROWS, 1))
+    return {"segment_ids": np.where(np.arange(COLUMNS) < COLUMNS - 1, 1 + (np.arange(COLUMNS) >= lengths), 0).astype(np.int32)}
+
+
+def chunked_logprob(hidden, weight, tokens):
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    unembed = lambda h: h.astype(wide) @ weight.astype(wide)
+    return losses.chunked(losses.logits.token_logprob, hidden, unembed, tokens, chunk_size=4)
+
+
+vector = lambda rng: rng.normal(size=ROWS)
+token_ids = lambda rng: rng.integers(VOCABULARY, size=(ROWS, COLUMNS)).astype(np.int32)
+logit_array = lambda rng: rng.normal(size=(ROWS, COLUMNS, VOCABULARY))
+pairs = normal("chosen", "rejected", "ref_chosen", "ref_rejected", shape=(ROWS,))
+
+CASES = {
+    "advantages.gae": Case(also(masked("rewards", "values"), bootstrap=vector), knobs={"discount": 0.97, "lam": 0.9}),
+    "advantages.token_rewards": Case(also(masked("penalties"), scores=vector)),
+    "advantages.group_relative": Case(some_not_scored, knobs={"eps": 1e-4}),
+    "advantages.whiten": Case(masked("values"), knobs={"eps": 1e-8}, couples=True),
+    "chunks.chunked": Case(
+        lambda rng: {
+            "hidden": rng.normal(size=(ROWS, COLUMNS, 5)),
+            "weight": rng.normal(size=(5, VOCABULARY)),
+            "tokens": token_ids(rng),
+        },
+        flow=("hidden", "weight"),
+        fn=chunked_logprob,
+    ),
+    "kl.k1": Case(masked("logprobs", "ref_logprobs"), flow=("logprobs", "ref_logprobs")),
+    "kl.k2": Case(masked("logprobs", "ref_logprobs"), flow=("logprobs", "ref_logprobs")),
+    "kl.k3": Case(masked("logprobs", "ref_logprobs"), flow=("logprobs", "ref_logprobs")),
+    "logits.token_logprob": Case(lambda rng: {"logits": logit_array(rng), "tokens": token_ids(rng)}, flow=("logits",)),
+    "logits.entropy": Case(lambda rng: {"logits": logit_array(rng)}, flow=("logits",)),
+    "policy.log_ratio": Case(masked("logprobs", "old_logprobs"), flow=("logprobs",)),
+    "policy.clipped_surrogate": Case(
+        masked("logprobs", "old_logprobs", "advantages"), flow=("logprobs",), knobs={"clip_low": 0.2, "clip_high": 0.28}
+    ),
+    "preference.sigmoid": Case(pairs, flow=("chosen", "rejected"), knobs={"beta": 0.5}, per="row"),
+    "preference.aot": Case(pairs, flow=("chosen", "rejected"), knobs={"beta": 0.5}, per="row", couples=True),
+    "preference.log_ratios": Case(pairs, flow=("chosen", "rejected"), per="row"),
+    "reward_model.bradley_terry": Case(
+        normal("chosen", "rejected", "margin", shape=(ROWS,)),
+        flow=("chosen", "rejected"),
+        knobs={"center_coef": 0.01},
+        per="row",
+    ),
+    "segments.or_whole_rows": Case(
+        masked(), empty=1.0, untrained=True, fn=lambda mask: losses.segments.or_whole_rows(mask, None)
+    ),
+    "segments.segment_sum": Case(masked("values"), flow=("values",), static={"max_segments": 1}, per="row"),
+    "segments.count": Case(masked(), untrained=True),
+    "segments.starts": Case(packed_ids),
+    "segments.last_trained": Case(masked()),
+    "segments.last_columns": Case(packed_ids, static={"max_segments": 2}, per="row"),
+    "supervised.cross_entropy": Case(masked("logprobs"), flow=("logprobs",)),
+    "value.clipped_value_loss": Case(masked("values", "old_values", "returns"), flow=("values",), knobs={"clip": 0.2}),
+    "weights.weighted_sum": Case(also(normal("values"), weights=some_weights), flow=("values",), per="batch"),
+    "weights.token_mean": Case(masked(), couples=True),
+    "weights.sequence_mean": Case(masked(), couples=True),
+    "weights.sequence_sum": Case(masked(), couples=True),
+    "weights.constant": Case(masked(), knobs={"length": 11.0}, couples=True),
+    "weights.token_share": Case(masked()),
+    "weights.number_of_sequences": Case(masked(), couples=True, per="batch", empty=1.0),
+}
+NUMBERS_ONLY = {"policy.check_clip"}  # takes no arrays; see test_knobs_out_of_range
+
+
+def inputs_of(name, seed=0, **changes):
+    """A case's arrays in single precision, floats as float32."""
+    arrays = CASES[name].inputs(np.random.default_rng(seed)) | changes
+    return {key: x.astype(np.float32) if x.dtype == np.float64 else x for key, x in arrays.items()}
+
+
+HAS_MASK = [name for name in CASES if "mask" in inputs_of(name)]
+IGNORES = [*HAS_MASK, "weights.weighted_sum"]  # what is not trained on is not looked at
+PACKS = [
+    name
+    for name in HAS_MASK
+    if "segment_ids" in inspect.signature(FUNCTIONS[name]).parameters and name != "segments.or_whole_rows"
+]
+every_function = pytest.mark.parametrize("name", CASES)
+
+
+def split_floats(arrays):
+    floats = {key for key, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return {key: arrays[key] for key in floats}, {key: x for key, x in arrays.items() if key not in floats}
+
+
+TRACES = collections.Counter()
+
+
+@functools.cache
+def differentiated(name, **static):
+    """The function, and jitted `(arrays, knobs, weights) -> (output, gradients of its weighted sum, that sum)`."""
+    case = CASES[name]
+    fn = functools.partial(case.fn or FUNCTIONS[name], **(case.static | static))
+
+    def run(arrays, knobs, weights):
+        TRACES[name] += 1
+        floats, rest = split_floats(arrays)
+
+        def loss(floats):
+            out = fn(**floats, **rest, **knobs)
+            return sum(map(losses.weighted_sum, jax.tree.leaves(out), jax.tree.leaves(weights))), out
+
+        (total, out), gradients = jax.value_and_grad(loss, has_aux=True)(floats)
+        return out, gradients, total
+
+    return jit(run), fn
+
+
+def weights_for(name, arrays, dtype=np.float32, **static):
+    """A weight for every output, none of them 0."""
+    shapes = jax.eval_shape(lambda arrays: differentiated(name, **static)[1](**arrays, **CASES[name].knobs), arrays)
+    return jax.tree.map(lambda x: (2 + np.cos(np.arange(np.prod(x.shape)))).reshape(x.shape).astype(dtype), shapes)
+
+
+def call(name, arrays, *, knobs=None, weights=None, dtype=np.float32, **static):
+    weights = weights_for(name, arrays, dtype, **static) if weights is None else weights
+    knobs = CASES[name].knobs if knobs is None else knobs
+    return jax.tree.map(np.asarray, differentiated(name, **static)[0](arrays, knobs, weights))
+
+
+def eager(name, arrays):
+    return jax.tree.map(np.asarray, differentiated(name)[1](**arrays, **CASES[name].knobs))
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Within `tolerance` of each array's largest entry."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.shape == y.shape
+        assert np.isfinite(x).all()
+        assert np.abs(x.astype(float) - y).max(initial=0) <= tolerance * np.abs(y).max(initial=0)
+
+
+def assert_equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def ignored(name, arrays):
+    """Where the arrays may hold anything, by array."""
+    if name == "weights.weighted_sum":
+        return {"values": arrays["weights"] == 0}
+    per_row = dict.fromkeys(("bootstrap", "scores"), ~arrays["mask"].any(-1))
+    floats, _ = split_floats(arrays)
+    return {key: per_row.get(key, ~arrays["mask"]) for key in floats}
+
+
+def test_every_public_function_is_here():
+    assert set(FUNCTIONS) == set(CASES) | NUMBERS_ONLY
+
+
+@every_function
+def test_jit_equals_eager(name):
+    assert_close(call(name, inputs_of(name))[0], eager(name, inputs_of(name)))
+
+
+@every_function
+def test_other_values_and_knobs_do_not_compile(name):
+    call(name, inputs_of(name))
+    before = TRACES[name]
+    call(name, inputs_of(name, seed=1), knobs={key: 1.1 * value for key, value in CASES[name].knobs.items()})
+    assert TRACES[name] == before
+
+
+@every_function
+def test_half_precision_is_widened_first(name):
+    for half in (jnp.bfloat16, jnp.float16):
+        arrays = {key: x.astype(half) if x.dtype == np.float32 else x for key, x in inputs_of(name).items()}
+        out = jax.eval_shape(lambda arrays: differentiated(name)[1](**arrays, **CASES[name].knobs), arrays)
+        assert all(x.dtype in (jnp.float32, jnp.int32, jnp.bool_) for x in jax.tree.leaves(out))
+    if not split_floats(inputs_of(name))[0]:
+        return
+    arrays = {key: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x for key, x in inputs_of(name).items()}
+    wide = {key: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for key, x in arrays.items()}
+    got, gradients, _ = call(name, arrays)
+    assert_close(got, call(name, wide)[0])
+    assert all(x.dtype == jnp.bfloat16 for x in gradients.values())
+
+
+@every_function
+def test_double_precision_stays(name):
+    want = call(name, inputs_of(name))
+    with jax.enable_x64(True):
+        got = call(name, CASES[name].inputs(np.random.default_rng(0)), dtype=np.float64)
+    for x in jax.tree.leaves(got):
+        assert x.dtype in (np.float64, np.int32, np.int64, np.bool_)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", IGNORES)
+def test_what_is_under_the_mask_changes_nothing(name):
+    arrays = inputs_of(name)
+    want = call(name, arrays)
+    where = ignored(name, arrays)
+    for junk in (np.nan, np.inf, -np.inf):
+        dirty = {key: np.where(where[key], np.float32(junk), x) if key in where else x for key, x in arrays.items()}
+        assert_equal(call(name, dirty), want)
+        assert_close(eager(name, dirty), want[0])  # the compiler makes a choice of a product with a mask: it would hide one
+    out, gradients, _ = want
+    for key, here in where.items():
+        assert not gradients[key][here].any()
+    if CASES[name].per == "token" and not CASES[name].untrained:
+        assert not any(x[~arrays["mask"]].any() for x in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize("name", IGNORES)
+def test_nothing_trained_is_zero(name):
+    arrays = inputs_of(name)
+    nothing = "mask" if "mask" in arrays else "weights"
+    arrays[nothing] = np.zeros_like(arrays[nothing])
+    arrays |= {key: np.full_like(arrays[key], np.nan) for key in ignored(name, arrays)}
+    out, gradients, _ = call(name, arrays)
+    assert all((x == CASES[name].empty).all() for x in jax.tree.leaves((out, eager(name, arrays))))
+    assert not any(x.any() for x in gradients.values())
+
+
+@pytest.mark.parametrize("name", HAS_MASK)
+def test_masked_equals_cropped(name):
+    arrays = inputs_of(name)
+    arrays["mask"][HALF.stop :] = False
+    arrays["mask"][:, LEFT.stop :] = False
+    crop = lambda x: x[HALF, LEFT] if x.ndim > 1 and x.shape[1] == COLUMNS else x[HALF] if x.ndim else x
+    weights = weights_for(name, arrays)
+    got = call(name, arrays, weights=weights)[:2]
+    want = call(name, jax.tree.map(crop, arrays), weights=jax.tree.map(crop, weights))[:2]
+    assert_close(jax.tree.map(crop, got), want, 1e-6)
+
+
+@every_function
+def test_unequal_shapes_are_refused(name):
+    arrays = inputs_of(name)
+    if name in PACKS:
+        arrays |= {"segment_ids": np.ones((ROWS, COLUMNS), np.int32)}
+    together = {key: x for key, x in arrays.items() if key not in ("bootstrap", "scores", "weight")}
+    for key, x in together.items() if len(together) > 1 else ():
+        for wrong in (x[:-1], x[:1]) + ((x[:, :-1], x[:, :1]) if x.ndim > 1 else ()):
+            with pytest.raises(ValueError, match=r"\w+ \[.*\] but \w+ \[") as error:
+                differentiated(name)[1](**(arrays | {key: wrong}), **CASES[name].knobs)
+            one, shape, other, expected = re.search(r"(\w+) (\[.*?\]) but (\w+) (\[.*?\])", str(error.value)).groups()
+            assert str(list(wrong.shape)) in (shape, expected)
+            assert shape != expected
+            assert {one, other} <= {*arrays, "array"}
+
+
+@pytest.mark.parametrize(("name", "key"), [("advantages.gae", "bootstrap"), ("advantages.token_rewards", "scores")])
+def test_one_number_per_sequence(name, key):
+    for wrong in (np.ones(ROWS - 1), np.ones(1), np.ones((ROWS, 1)), np.ones(())):
+        with pytest.raises(ValueError, match=re.escape(f"B = {ROWS}, but is {list(wrong.shape)}")):
+            FUNCTIONS[name](**(inputs_of(name) | {key: jnp.asarray(wrong, np.float32)}))
+
+
+def test_rewards_must_be_grouped():
+    with pytest.raises(ValueError, match=r"\[P, G\].* \[8\]"):
+        losses.group_relative(jnp.ones(8))
+
+
+@pytest.mark.parametrize("name", HAS_MASK)
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_mask_is_boolean(name, dtype):
+    arrays = inputs_of(name)
+    with pytest.raises(TypeError, match=f"mask must be bool.*{np.dtype(dtype).name}"):
+        differentiated(name)[1](**(arrays | {"mask": arrays["mask"].astype(dtype)}), **CASES[name].knobs)
+
+
+@every_function
+def test_gradients_flow_where_the_docstring_says_and_nowhere_else(name):
+    _, gradients, _ = call(name, inputs_of(name))
+    assert {key for key, x in gradients.items() if x.any()} == set(CASES[name].flow)
+
+
+@every_function
+def test_sharded_equals_unsharded(name):
+    arrays = inputs_of(name)
+    weights = weights_for(name, arrays)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = lambda x: PartitionSpec("data") if x.ndim and x.shape[0] == ROWS else PartitionSpec()
+    sharded, weights_sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows(x))), (arrays, weights))
+    compiled = differentiated(name)[0].lower(sharded, CASES[name].knobs, weights_sharded).compile()
+    got = compiled(sharded, CASES[name].knobs, weights_sharded)
+    assert_close(jax.tree.map(np.asarray, got), call(name, arrays, weights=weights))
+    if not CASES[name].couples:  # rows stay where they are
+        assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.couples])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_sum_to_the_whole(name, parts):
+    arrays = inputs_of(name)
+    weights = weights_for(name, arrays)
+    _, gradients, whole = call(name, arrays, weights=weights)
+    split = lambda x, part: x[part::parts] if x.shape and x.shape[0] == ROWS else x
+    total, summed = np.float32(0), jax.tree.map(np.zeros_like, gradients)
+    for part in range(parts):
+        here, weights_here = jax.tree.map(functools.partial(split, part=part), (arrays, weights))
+        _, part_gradients, part_total = call(name, here, weights=weights_here)
+        total += part_total
+        for key, x in part_gradients.items():
+            split(summed[key], part)[...] += x
+    assert_close((total, summed), (whole, gradients))
+
+
+@every_function
+def test_rows_are_coupled_only_where_it_says(name):
+    if CASES[name].per == "batch":
+        return
+    arrays, others = inputs_of(name), inputs_of(name, seed=1)
+    swap = lambda x, y: np.concatenate([x[:EMPTY], y[:1], x[EMPTY + 1 :]]) if x.shape[0] == ROWS else x
+    changed = call(name, {key: swap(x, others[key]) for key, x in arrays.items()})[0]
+    differs = jax.tree.map(lambda x, y: np.delete(x != y, EMPTY, axis=0).any(), changed, call(name, arrays)[0])
+    assert CASES[name].couples == any(jax.tree.leaves(differs))
+
+
+# ---- packing ----------------------------------------------------------------------------------------------------------
+
+LENGTHS = np.array([6, 3, 4, 5, 1, 2, 6, 3])  # rows 2i and 2i + 1 share the packed row i; columns beyond the second are padding
+WIDTH, SEGMENTS = 13, 3  # and no row has a third sequence
+
+
+def pack(x, padding=0):
+    """`[ROWS, COLUMNS]` -> `[ROWS / 2, WIDTH]`, and `[ROWS]` -> `[ROWS / 2 * SEGMENTS]`."""
+    if x.ndim == 1:
+        return np.pad(x.reshape(-1, 2), ((0, 0), (0, SEGMENTS - 2)), constant_values=padding).reshape(-1)
+    packed = np.full_like(x, padding, shape=(ROWS // 2, WIDTH))
+    for row, length in enumerate(LENGTHS):
+        start = LENGTHS[row - 1] if row % 2 else 0
+        packed[row // 2, start : start + length] = x[row, :length]
+    return packed
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_packed_equals_unpacked(name):
+    arrays = inputs_of(name)
+    inside = np.arange(COLUMNS) < LENGTHS[:, None]
+    arrays["mask"] &= inside
+    weights = weights_for(name, arrays)
+    want = call(name, arrays, weights=weights)[:2]
+    in_segment = lambda x: np.where(inside, x, 0) if x.ndim == 2 else x
+    want_in_segment = jax.tree.map(in_segment, want)
+
+    ids = np.where(inside, 1, 0).astype(np.int32)
+    assert_equal(jax.tree.map(in_segment, call(name, arrays | {"segment_ids": ids}, weights=weights)[:2]), want_in_segment)
+
+    # What belongs to no sequence, or to one that nothing is trained of, holds junk.
+    dirty = {key: np.where(here, np.nan, arrays[key]).astype(np.float32) for key, here in ignored(name, arrays).items()}
+    packed = {key: pack(x, np.nan if x.dtype == np.float32 else 0) for key, x in (arrays | dirty).items()}
+    packed["segment_ids"] = pack(np.where(inside, 1 + np.arange(ROWS)[:, None] % 2, 0)).astype(np.int32)
+    static = {"max_segments": SEGMENTS} if "max_segments" in CASES[name].static else {}
+    packed_weights = jax.tree.map(lambda x: pack(x, 1) if x.ndim else x, weights)
+    got = call(name, packed, weights=packed_weights, **static)[:2]
+    assert_close(got, jax.tree.map(lambda x: pack(x) if x.ndim else x, want_in_segment), 1e-6)
+
+
+# ---- knobs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "message"),
+    [
+        ("preference.sigmoid", {"beta": 0.0}, "beta must be above 0"),
+        ("preference.aot", {"beta": -1}, "beta must be above 0"),
+        ("value.clipped_value_loss", {"clip": 0.0}, "clip must be above 0"),
+        ("weights.constant", {"length": 0}, "length must be above 0"),
+        ("policy.clipped_surrogate", {"clip_low": 0.0}, "0 < clip_low < 1"),
+        ("policy.clipped_surrogate", {"clip_low": 1.0}, "0 < clip_low < 1"),
+        ("policy.clipped_surrogate", {"clip_high": 0.0}, "clip_high > 0"),
+    ],
+)
+def test_knobs_out_of_range(name, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        FUNCTIONS[name](**inputs_of(name), **knobs)

@@ -1,0 +1,270 @@
+"""The decoder against itself: training path, cached path, padding, packing; and the attention's slow definition."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf.models import DecoderConfig, LayerKind, decoder, scalar_head
+from rlhf.models.attention import attention
+
+LENGTH = 7
+KINDS = (LayerKind(window=3, rope_theta=100.0), LayerKind(window=20, rope_theta=1000.0))
+CONFIG = DecoderConfig(
+    vocab_size=13, hidden_size=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=12, kinds=KINDS,
+    norm_place="both", norm_offset=1.0, qk_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, attention_softcap=4.0,
+    final_softcap=3.0, embed_scale=2.0,
+)  # fmt: skip
+LM = decoder(CONFIG)
+TOKENS = np.random.default_rng(0).integers(0, 13, (2, LENGTH), np.int32)
+POSITIONS = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
+ONES = np.ones_like(TOKENS)
+
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=3e-6)
+
+
+def random_params(lm, seed=0):
+    """Every parameter away from its initial value, norms and biases too."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+PARAMS = random_params(LM)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(lm, params, tokens, positions, segment_ids, cache=None):
+    hidden, cache, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+    assert aux == {}
+    return hidden, cache
+
+
+@functools.cache
+def whole():
+    return np.asarray(run(LM, PARAMS, TOKENS, POSITIONS, ONES)[0])
+
+
+# --- one path is the other ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill", [LENGTH, 4])
+def test_cached_equals_uncached(prefill):
+    """Three layers of two kinds: the scan takes two, the third follows; one window is shorter than the row, one longer."""
+    cache = LM.init_cache(2, LENGTH + 2)
+    hidden, cache = run(LM, PARAMS, TOKENS[:, :prefill], POSITIONS[:, :prefill], ONES[:, :prefill], cache)
+    out = [hidden]
+    for t in range(prefill, LENGTH):
+        here = slice(t, t + 1)
+        hidden, cache = run(LM, PARAMS, TOKENS[:, here], POSITIONS[:, here], ONES[:, here], cache)
+        out.append(hidden)
+    close(np.concatenate(out, axis=1), whole())
+    np.testing.assert_array_equal(cache.written, [LENGTH, LENGTH])
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_each_layer_is_of_its_kind(layer):
+    """A layer that adds nothing is as good as absent, so that one is left, which has a window and a rotary base of its own."""
+    only = np.arange(3) == layer
+    silent = {
+        name: x * only.reshape(3, *[1] * (x.ndim - 1)) if name in ("o", "o_bias", "down", "down_bias") else x
+        for name, x in PARAMS["layers"].items()
+    }
+    alone = decoder(dataclasses.replace(CONFIG, num_layers=1, kinds=KINDS[layer % 2 :][:1]))
+    kept = {**PARAMS, "layers": {name: x[layer : layer + 1] for name, x in PARAMS["layers"].items()}}
+    expected, _ = run(alone, kept, TOKENS, POSITIONS, ONES)
+    close(run(LM, {**PARAMS, "layers": silent}, TOKENS, POSITIONS, ONES)[0], expected)
+
+
+def test_padding_on_the_left_changes_nothing():
+    """In the row that is scored, and in the row that is decoded with a cache: the pads come first there too."""
+    pad = lambda x, value: np.concatenate([np.full((2, 2), value, np.int32), x[:, : LENGTH - 2]], axis=1)
+    padded = (pad(TOKENS, 5), pad(POSITIONS, 0), pad(ONES, 0))
+    close(run(LM, PARAMS, *padded)[0][:, 2:], whole()[:, : LENGTH - 2])
+    close(run(LM, PARAMS, *padded, LM.init_cache(2, LENGTH + 2))[0][:, 2:], whole()[:, : LENGTH - 2])
+
+
+def test_packed_sequences_equal_separate_rows():
+    rows = [TOKENS[:, :4], TOKENS[::-1, :3]]
+    packed = run(
+        LM, PARAMS, np.concatenate(rows, axis=1), np.array([[0, 1, 2, 3, 0, 1, 2]] * 2, np.int32),
+        np.array([[1, 1, 1, 1, 2, 2, 2]] * 2, np.int32),
+    )[0]  # fmt: skip
+    close(packed[:, :4], whole()[:, :4])
+    close(packed[:, 4:], whole()[::-1, :3])
+
+
+def test_nothing_of_the_future_or_behind_the_windows_is_seen():
+    """Three layers that each see one token back: a change reaches three further, and none before."""
+    narrow = decoder(dataclasses.replace(CONFIG, kinds=(LayerKind(window=2, rope_theta=100.0),)))
+    changed = TOKENS.copy()
+    changed[:, 2] = (changed[:, 2] + 1) % 13
+    a, b = (np.asarray(run(narrow, PARAMS, tokens, POSITIONS, ONES)[0]) for tokens in (TOKENS, changed))
+    moved = np.abs(a - b).max(axis=(0, 2)) > 1e-6
+    np.testing.assert_array_equal(moved, [False, False, True, True, True, True, False])
+
+
+def test_remat_gives_the_same_gradients():
+    def gradients(config):
+        lm = decoder(config)
+        loss = lambda params: jnp.sum(lm.unembed(params, run(lm, params, TOKENS, POSITIONS, ONES)[0]) ** 2)
+        return jax.jit(jax.grad(loss))(random_params(lm))
+
+    config = DecoderConfig(vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS)
+    plain, recomputed = gradients(config), gradients(dataclasses.replace(config, remat=True))
+    jax.tree.map(lambda a, b: close(a, b, atol=1e-5 * np.abs(a).max()), plain, recomputed)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
+
+
+def test_bfloat16_computes_and_logits_are_float32():
+    lm = decoder(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
+    hidden, _ = run(lm, PARAMS, TOKENS, POSITIONS, ONES)
+    logits = lm.unembed(PARAMS, hidden)
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    assert jax.tree.leaves(lm.init_cache(1, 2).layers)[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits, LM.unembed(PARAMS, whole()), rtol=0, atol=0.1)
+
+
+# --- parameters and identity -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, norm="layer", norm_place="post", gated=False, max_positions=9, tied=True),
+        DecoderConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8),
+    ],
+)
+def test_axes_name_every_axis_of_every_parameter(config):
+    lm = decoder(config)
+    named = lambda leaf: isinstance(leaf, tuple)
+    shapes, axes = jax.eval_shape(lm.init, jax.random.key(0)), lm.axes()
+    jax.tree.map(lambda names, x: np.testing.assert_equal(len(names), x.ndim), axes, shapes, is_leaf=named)
+    assert jax.tree.structure(axes, is_leaf=named) == jax.tree.structure(shapes)
+    assert all(names[0] == "layers" for names in axes["layers"].values())
+
+
+def test_init_gives_plain_parameters_of_the_stated_dtype():
+    config = DecoderConfig(vocab_size=5, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8, param_dtype=jnp.bfloat16)
+    params = jax.jit(decoder(config).init)(jax.random.key(0))
+    assert all(isinstance(x, jax.Array) and x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+    assert not np.array_equal(params["layers"]["q"][0], params["layers"]["q"][1])
+
+
+def test_equal_configs_are_one_compilation():
+    again = decoder(dataclasses.replace(CONFIG))
+    assert again == LM
+    assert hash(again) == hash(LM)
+    assert decoder(dataclasses.replace(CONFIG, norm_eps=1e-5)) != LM
+    whole()
+    before = run._cache_size()
+    run(again, PARAMS, TOKENS, POSITIONS, ONES)
+    assert run._cache_size() == before
+
+
+def test_scalar_head():
+    head = scalar_head(4, scale=0.2)
+    params = head.init(jax.random.key(0))
+    assert head == scalar_head(4, scale=0.2)
+    assert head.axes().keys() == params.keys()
+    hidden = jnp.arange(8.0).reshape(2, 4).astype(jnp.bfloat16)
+    out = head.apply({**params, "bias": jnp.float32(2)}, hidden)
+    assert out.dtype == jnp.float32
+    close(out, np.asarray(hidden, np.float32) @ np.asarray(params["weight"]) + 2)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(norm="batch"), r"norm must be one of \('rms', 'layer'\), but is 'batch'"),
+        (dict(norm_place="middle"), r"norm_place must be one of .*, but is 'middle'"),
+        (dict(activation="swiglu"), r"activation must name a function in jax\.nn, but is 'swiglu'"),
+        (dict(head_dim=None, num_heads=3, num_kv_heads=3), r"num_heads 3 does not divide hidden_size 8"),
+        (dict(num_kv_heads=3), r"num_kv_heads 3 does not divide num_heads 4"),
+    ],
+)
+def test_bad_configs_name_both_sides(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_inputs_are_refused():
+    with pytest.raises(ValueError, match=r"conditioned on its tokens alone, but got inputs \['pixels'\]"):
+        LM.hidden(PARAMS, TOKENS, positions=POSITIONS, segment_ids=ONES, inputs={"pixels": TOKENS})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (dict(v=(2, 2, 5, 3)), r"k \[2, 2, 5, 4\] but v \[2, 2, 5, 3\]"),
+        (dict(q=(2, 3, 5, 4)), r"q .* \[2, 3, 5, 4\] but k .* \[2, 2, 5, 4\]; K must divide N"),
+        (dict(q=(2, 4, 5, 6)), r"q .* \[2, 4, 5, 6\] but k"),
+        (dict(q=(1, 4, 5, 4)), r"q .* \[1, 4, 5, 4\] but k"),
+        (dict(positions=(5,)), r"positions \[5\] but expected \[2, 5\]"),
+        (dict(segment_ids=(2, 4)), r"segment_ids \[2, 4\] but expected \[2, 5\]"),
+        (dict(kv_positions=(2, 6)), r"kv_positions \[2, 6\] but expected \[2, 5\]"),
+        (dict(kv_segment_ids=(1, 5)), r"kv_segment_ids \[1, 5\] but expected \[2, 5\]"),
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_fit(shapes, message):
+    fitting = dict(q=(2, 4, 5, 4), k=(2, 2, 5, 4), v=(2, 2, 5, 4), positions=(2, 5), segment_ids=(2, 5))
+    arrays = {name: jnp.ones(shape, jnp.float32) for name, shape in {**fitting, **shapes}.items()}
+    with pytest.raises(ValueError, match=message):
+        attention(**arrays, scale=1.0)
+
+
+# --- attention, slowly -------------------------------------------------------------------------------------------------
+
+
+def attention_by_definition(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids, window, softcap, scale):
+    out = np.zeros(q.shape)
+    share = q.shape[1] // k.shape[1]
+    for b, n, t in np.ndindex(q.shape[:3]):
+        scores, values = [], []
+        for s in range(k.shape[2]):
+            distance = positions[b, t] - kv_positions[b, s]
+            if segment_ids[b, t] == kv_segment_ids[b, s] and 0 <= distance < (window or 10**9):
+                score = scale * q[b, n, t] @ k[b, n // share, s]
+                scores.append(softcap * np.tanh(score / softcap) if softcap else score)
+                values.append(v[b, n // share, s])
+        weights = np.exp(scores) / np.exp(scores).sum()
+        out[b, n, t] = weights @ np.array(values)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "kv_heads"), [(None, None, 4), (3, None, 2), (None, 1.5, 1), (2, 1.5, 2), (50, None, 2)]
+)
+def test_attention_is_its_definition(window, softcap, kv_heads):
+    """Two sequences in a row, then padding; as many queries as keys, and the last two queries alone."""
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(2, heads, 9, 4)).astype(np.float32) for heads in (4, kv_heads, kv_heads))
+    segment_ids = np.array([[1] * 4 + [2] * 5, [1] * 6 + [2] * 1 + [0] * 2], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0, 0]], np.int32)
+    knobs = dict(window=window, softcap=softcap, scale=0.7)
+    where = dict(positions=positions, segment_ids=segment_ids, kv_positions=positions, kv_segment_ids=segment_ids)
+    out = np.asarray(attention(q, k, v, positions=positions, segment_ids=segment_ids, **knobs))
+    expected = attention_by_definition(q, k, v, **where, **knobs)
+    real = segment_ids != 0
+    close(np.swapaxes(out, 1, 2)[real], np.swapaxes(expected, 1, 2)[real])
+    assert np.isfinite(out).all()
+
+    last = {**where, "positions": positions[:1, -2:], "segment_ids": segment_ids[:1, -2:]}
+    last = {name: x[:1] for name, x in last.items()}
+    close(attention(q[:1, :, -2:], k[:1], v[:1], **last, **knobs), expected[:1, :, -2:])
+
+
+def test_attention_has_finite_gradients_at_padding():
+    x = np.random.default_rng(2).normal(size=(1, 1, 3, 2)).astype(np.float32)
+    where = dict(positions=np.array([[0, 1, 0]]), segment_ids=np.array([[1, 1, 0]]))
+    gradient = jax.grad(lambda x: attention(x, x, x, **where, scale=1.0)[:, :, :2].sum())(x)
+    assert np.isfinite(gradient).all()
+    assert not gradient[0, 0, 2].any()
