@@ -13,9 +13,15 @@ from collections.abc import Sequence
 import numpy as np
 
 OPENINGS = ("", "honestly ,", "in short ,", "to be fair ,", "after all ,", "for once ,", "as expected ,", "in the end ,")
-ASPECTS = "film plot cast script music ending acting story dialogue pacing scenery direction humour finale score premise tone setting opening photography editing theme sequel".split()
+ASPECTS = (
+    "film plot cast script music ending acting story dialogue pacing scenery direction humour finale score premise tone "
+    "setting opening photography editing theme sequel"
+).split()
 VERBS = "is was feels felt seems looks sounds".split()
-DEGREES = ("", "very", "truly", "really", "quite", "simply", "rather", "so", "utterly")
+DEGREES = {
+    True: ("", "very", "quite", "truly", "delightfully", "pleasantly"),
+    False: ("", "very", "quite", "utterly", "painfully", "sadly"),
+}
 ADJECTIVES = {
     True: "wonderful great clever moving charming witty funny lovely fresh superb gripping warm".split(),
     False: "awful dull clumsy boring bland terrible silly ugly stale weak tedious cold".split(),
@@ -39,7 +45,7 @@ def prompt(rng: np.random.Generator) -> str:
 
 def completion(rng: np.random.Generator, positive: bool) -> str:
     """The rest of a review, with the sentiment asked for."""
-    opinion = lambda: f"{_pick(rng, VERBS)} {_pick(rng, DEGREES)} {_pick(rng, ADJECTIVES[positive])}"
+    opinion = lambda: f"{_pick(rng, VERBS)} {_pick(rng, DEGREES[positive])} {_pick(rng, ADJECTIVES[positive])}"
     second = f"and the {_pick(rng, ASPECTS)} {opinion()}" if rng.random() < 0.75 else ""
     verdict = f", i {_pick(rng, FEELINGS[positive])} it" if rng.random() < 0.75 else ""
     return " ".join(f"{opinion()} {second} {verdict} .".split())
@@ -87,14 +93,15 @@ def tokenizer():
 
 
 def _vocabulary() -> tuple[str, ...]:
-    parts = (*OPENINGS, *ASPECTS, *VERBS, *DEGREES, *ADJECTIVES[True], *ADJECTIVES[False], *FEELINGS[True], *FEELINGS[False])
-    words = sorted({word for part in (*parts, "the and , i it .") for word in part.split()})
+    of_sentiment = (words for table in (DEGREES, ADJECTIVES, FEELINGS) for words in table.values())
+    parts = (OPENINGS, ASPECTS, VERBS, *of_sentiment, ["the and , i it ."])
+    words = sorted({word for part in parts for text in part for word in text.split()})
     return (PAD, BOS, EOS, *words)
 
 
 def _pattern(positive: bool) -> re.Pattern:
     one = lambda words: "(?:" + "|".join(re.escape(w) for w in words if w) + ")"
-    opinion = f" {one(VERBS)}(?: {one(DEGREES)})? {one(ADJECTIVES[positive])}"
+    opinion = f" {one(VERBS)}(?: {one(DEGREES[positive])})? {one(ADJECTIVES[positive])}"
     aspect = f"the {one(ASPECTS)}"
     return re.compile(
         f"(?:{one(OPENINGS)} )?{aspect}{opinion}(?: and {aspect}{opinion})?(?: , i {one(FEELINGS[positive])} it)? \\."
