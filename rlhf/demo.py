@@ -26,9 +26,10 @@ from rlhf.recipes import dpo, grpo, ppo, reward, sft
 from rlhf.tasks import reviews
 from rlhf.train import TrainState, init_state, reference, train_step
 
-CORPUS, PAIRS, HELD_OUT, SAMPLES = 8192, 4096, 512, 256
+CORPUS, PAIRS, HELD_OUT = 8192, 4096, 512
+SAMPLES, DISTINCT_OF = 1024, 256  # judged; and how many of them are compared with each other
 PROMPT_LENGTH, NEW_TOKENS = 7, 16
-STEPS = {"sft": 400, "reward": 60, "ppo": 40, "grpo": 40, "dpo": 60}
+STEPS = {"sft": 400, "reward": 60, "ppo": 20, "grpo": 20, "dpo": 50}
 
 
 class Task(NamedTuple):
@@ -54,7 +55,7 @@ def make_task(seed: int, *, corpus: int = CORPUS, pairs: int = PAIRS, held_out: 
     """Draws the corpus, the pairs and the prompts from the grammar."""
     rng = np.random.default_rng([seed, 0])
     tokenizer = reviews.tokenizer()
-    texts = [reviews.review(rng) for _ in range(corpus)]
+    texts = [f"{reviews.prompt(rng)} {reviews.completion(rng, positive=i % 2 == 0)}" for i in range(corpus)]
     starts, chosen, rejected = [], [], []
     for i in range(pairs + held_out):
         starts.append(reviews.prompt(rng))
@@ -68,7 +69,7 @@ def make_task(seed: int, *, corpus: int = CORPUS, pairs: int = PAIRS, held_out: 
         corpus=data.encode_rows(tokenizer, [""] * corpus, texts, reviews.LONGEST),
         pairs=part(slice(None, pairs)),
         held_out=part(slice(pairs, None)),
-        prompts=rollouts.text.encode(tokenizer, [reviews.prompt(rng) for _ in range(1024)], length=PROMPT_LENGTH),
+        prompts=rollouts.text.encode(tokenizer, [reviews.prompt(rng) for _ in range(SAMPLES)], length=PROMPT_LENGTH),
     )
 
 
@@ -131,15 +132,14 @@ def align_online(
     run_key, init_key, key = jax.random.split(jax.random.key(seed), 3)
     lm = models.lm
     context = {"reference": reference(lm_params), "reward": reward_params}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
     if algorithm == "ppo":
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
         params = {"lm": reference(lm_params), "head": models.value_head.init(init_key)}
         iterate = ppo.iteration(lm, models.value_head, reward_fn, optimizer, kl_coef=0.1, epochs=2, mini_batches=2, **sampling)
         samples = 1
     else:
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
         params, samples = reference(lm_params), 8
-        iterate = grpo.iteration(lm, reward_fn, optimizer, kl_coef=0.04, num_samples=samples, mini_batches=2, **sampling)
+        iterate = grpo.iteration(lm, reward_fn, optimizer, kl_coef=0.1, num_samples=samples, mini_batches=2, **sampling)
 
     def prompts():
         for step, (batch,) in enumerate(batches(task.prompts, seed, rows // samples, steps)):
@@ -154,7 +154,7 @@ def align_dpo(
     task: Task, models: Models, lm_params: Any, seed: int, steps: int, rows: int, control: str, show: Callable
 ) -> TrainState:
     """Phase 3 by DPO, on the preference pairs themselves."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(2e-4, 0.0, steps)))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(3e-4, 0.0, steps)))
     step = train_step(dpo.objective(models.lm, beta=0.3), optimizer)
     pairs = task.pairs
     if control == "shuffled":  # which side is the better one is a coin's toss
@@ -170,12 +170,9 @@ def align_dpo(
 
 
 def judge(task: Task, models: Models, params: Any, ref_params: Any, seed: int) -> tuple[dict[str, float], list[str]]:
-    """Fresh samples at temperature 1, judged by the grammar: shares of positive and grammatical ones, and the KL."""
-    prompts = jax.tree.map(lambda x: x[:SAMPLES], task.prompts)
-    eos = (task.tokenizer.eos_token_id,)
-    rollout = rollouts.generate(
-        models.lm, params, prompts, jax.random.key(seed + 10_000), max_new_tokens=NEW_TOKENS, eos_ids=eos
-    )
+    """Fresh samples at temperature 1, judged by the grammar: the share of positive ones among the grammatical, and so on."""
+    eos, key = (task.tokenizer.eos_token_id,), jax.random.key(seed + 10_000)
+    rollout = rollouts.generate(models.lm, params, task.prompts, key, max_new_tokens=NEW_TOKENS, eos_ids=eos)
     where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
     ref_logprobs = rollouts.token_logprobs(models.lm, ref_params, rollout.tokens, **where)
     kl = losses.segment_sum(losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask), rollout.mask)
@@ -186,7 +183,7 @@ def judge(task: Task, models: Models, params: Any, ref_params: Any, seed: int) -
     figures = {
         "positive": sum(grammatical) / max(len(grammatical), 1),
         "grammatical": len(grammatical) / len(texts),
-        "distinct": len(set(texts)),
+        "distinct": len(set(texts[:DISTINCT_OF])),
         "kl_to_reference": float(kl.mean()),
     }
     return figures, texts
@@ -252,9 +249,8 @@ def main(
 
 def _reward_moments(task, models, lm_params, reward_params):
     """Mean and spread of the reward on samples of the reference, so that one KL coefficient fits any reward model."""
-    prompts = jax.tree.map(lambda x: x[:SAMPLES], task.prompts)
     eos = (task.tokenizer.eos_token_id,)
-    sample = rollouts.generate(models.lm, lm_params, prompts, jax.random.key(0), max_new_tokens=NEW_TOKENS, eos_ids=eos)
+    sample = rollouts.generate(models.lm, lm_params, task.prompts, jax.random.key(0), max_new_tokens=NEW_TOKENS, eos_ids=eos)
     scores = reward.scores(models.lm, models.reward_head, reward_params, sample)
     return float(scores.mean()), float(scores.std()) + 1e-6
 

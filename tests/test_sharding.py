@@ -25,7 +25,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def models(task):
-    return demo.make_models(len(task.tokenizer), hidden_size=32)
+    return demo.make_models(len(task.tokenizer), hidden_size=32, num_layers=1)
 
 
 def steps(task, models):
@@ -110,7 +110,7 @@ def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task):
         if np.prod(leaf.shape) > 1024:
             large += 1
             assert np.prod(place.shard_shape(leaf.shape)) * shape["fsdp"] <= np.prod(leaf.shape)
-    assert large > 40  # policy, two moments, reference, reward model
+    assert large >= 5 * 8  # policy, two moments, reference, reward model
 
     small = demo.make_models(len(task.tokenizer), hidden_size=64)
     params = sharding.create(small.lm.init, small.lm.axes(), mesh, jax.random.key(0))
