@@ -31,6 +31,14 @@ def check_positive(**values) -> None:
             raise ValueError(f"{name} must be above 0, but is {value}")
 
 
+def check_clip(clip_low, clip_high) -> None:
+    """Raises unless both are half-widths: 0 < clip_low < 1 and 0 < clip_high; traced values are trusted."""
+    if isinstance(clip_low, int | float) and not 0 < clip_low < 1:
+        raise ValueError(f"clip_low is a half-width, r >= 1 - clip_low, so 0 < clip_low < 1, but it is {clip_low}")
+    if isinstance(clip_high, int | float) and not clip_high > 0:
+        raise ValueError(f"clip_high is a half-width, r <= 1 + clip_high, so clip_high > 0, but it is {clip_high}")
+
+
 def widen(x) -> Array:
     """`x` in at least float32: integers and half precision are promoted, float64 stays."""
     x = jnp.asarray(x)

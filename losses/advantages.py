@@ -49,7 +49,8 @@ def token_rewards(scores, penalties, mask, *, segment_ids=None) -> Array:
     """`r_t = -penalty_t + 1[t is the sequence's last trained token] · score`  (arXiv:2203.02155, §3.5).
 
     Args:
-      scores: `[B]` a score per sequence; for packed rows `[B * S]`, as `segments.segment_sum` orders them.
+      scores: `[B]` a score per sequence; for packed rows `[B * S]`, as `segments.segment_sum` orders them.  NaN marks one
+        that could not be scored: it gets none.
       penalties: `[B, T]` what every token pays, for example `kl_coef * losses.kl.k1(...)`.
       mask: `[B, T]` bool, True on sampled tokens.
       segment_ids: `[B, T]` int32 for packed rows.
@@ -64,7 +65,7 @@ def token_rewards(scores, penalties, mask, *, segment_ids=None) -> Array:
     check_shapes(penalties=penalties, mask=mask)
     ids = segments.or_whole_rows(mask, segment_ids)
     last = segments.last_trained(mask, segment_ids)
-    return clean(_bootstrap_of(constant(scores, jnp.isfinite(scores)), ids), last) - constant(penalties, mask)
+    return clean(_bootstrap_of(constant(scores, ~jnp.isnan(scores)), ids), last) - constant(penalties, mask)
 
 
 def group_relative(rewards, *, eps=1e-4) -> Array:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, bounded_difference, check_shapes, constant
+from rlhf.losses._common import Array, bounded_difference, check_clip, check_shapes, constant
 
 
 def log_ratio(logprobs, old_logprobs, mask) -> Array:
@@ -48,11 +48,3 @@ def clipped_surrogate(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2,
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask))
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     return jnp.where(mask, -jnp.minimum(ratio * advantages, clipped * advantages), 0.0)
-
-
-def check_clip(clip_low, clip_high) -> None:
-    """Raises unless both are half-widths: 0 < clip_low < 1 and 0 < clip_high; traced values are trusted."""
-    if isinstance(clip_low, int | float) and not 0 < clip_low < 1:
-        raise ValueError(f"clip_low is a half-width, r >= 1 - clip_low, so 0 < clip_low < 1, but it is {clip_low}")
-    if isinstance(clip_high, int | float) and not clip_high > 0:
-        raise ValueError(f"clip_high is a half-width, r <= 1 + clip_high, so clip_high > 0, but it is {clip_high}")

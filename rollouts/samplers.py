@@ -36,7 +36,11 @@ def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
 
 
 def greedy() -> Sampler:
-    """The likeliest token, the first one on ties."""
+    """The likeliest token, the first one on ties: `[..., V]` logits with all others at minus infinity.
+
+    >>> apply(greedy(), jnp.array([0.0, 2.0, 2.0]))[1].tolist()
+    [-inf, 2.0, -inf]
+    """
     return Sampler(1.0, (Partial(_only_first_best),))
 
 
@@ -65,21 +69,54 @@ def draw(keys: Array, logits: Array) -> Array:
 
 
 def top_k(k) -> Partial:
-    """The `k` likeliest tokens, and whatever ties with the last of them  (Fan et al., arXiv:1805.04833)."""
+    """The `k` likeliest tokens, and whatever ties with the last of them  (Fan et al., arXiv:1805.04833).
+
+    Args:
+      k: a number of tokens, or a `[]` int32 array.
+
+    Returns: a transform of logits `[..., V]`.
+
+    Raises: ValueError where k is below 1.
+
+    >>> top_k(1)(jnp.array([0.0, 2.0, 1.0])).tolist()
+    [-inf, 2.0, -inf]
+    """
     if isinstance(k, int) and k < 1:
         raise ValueError(f"k must be at least 1, but is {k}; leave the transform out for no limit")
     return Partial(_top_k, k=k)
 
 
 def top_p(p) -> Partial:
-    """The smallest set of likeliest tokens whose probabilities sum to at least `p`  (nucleus, arXiv:1904.09751)."""
+    """The smallest set of likeliest tokens whose probabilities sum to at least `p`  (nucleus, arXiv:1904.09751).
+
+    Args:
+      p: a probability, or a `[]` float array; 1 keeps every token.
+
+    Returns: a transform of logits `[..., V]`; whatever ties with the least likely token kept stays too.
+
+    Raises: ValueError where p is outside (0, 1].
+
+    >>> top_p(0.5)(jnp.log(jnp.array([0.3, 0.6, 0.1]))).tolist()
+    [-inf, -0.5108, -inf]
+    """
     if isinstance(p, int | float) and not 0 < p <= 1:
         raise ValueError(f"p is a probability, 0 < p <= 1, but it is {p}")
     return Partial(_top_p, p=p)
 
 
 def min_p(p) -> Partial:
-    """Tokens at least `p` times as likely as the likeliest  (arXiv:2407.01082)."""
+    """Tokens at least `p` times as likely as the likeliest  (arXiv:2407.01082).
+
+    Args:
+      p: a share of the likeliest token's probability, or a `[]` float array; 0 keeps every token.
+
+    Returns: a transform of logits `[..., V]`.
+
+    Raises: ValueError where p is outside [0, 1].
+
+    >>> min_p(0.5)(jnp.log(jnp.array([0.3, 0.6, 0.1]))).tolist()
+    [-1.204, -0.5108, -inf]
+    """
     if isinstance(p, int | float) and not 0 <= p <= 1:
         raise ValueError(f"p is a share of the likeliest token's probability, 0 <= p <= 1, but it is {p}")
     return Partial(_min_p, p=p)

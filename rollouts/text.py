@@ -8,10 +8,11 @@ from rlhf.rollouts.types import Prompts, Rollout
 
 
 def encode(tokenizer, texts: Sequence[str], *, length: int | None = None, add_special_tokens: bool = True) -> Prompts:
-    """Prompts from texts, padded on the left.
+    """Prompts `[P, L]` from P texts, padded on the left.
 
     Args:
       tokenizer: a `transformers` tokenizer.
+      texts: one prompt each.
       length: columns; None: the longest prompt's.  One length for all batches means one compilation.
       add_special_tokens: whether the tokenizer adds its own, such as a start token.
 
@@ -33,12 +34,12 @@ def encode(tokenizer, texts: Sequence[str], *, length: int | None = None, add_sp
 
 
 def completions(tokenizer, rollout: Rollout) -> list[str]:
-    """The text that was sampled in each row, without special tokens."""
+    """The text that was sampled in each row of a rollout `[B, T]`, without special tokens: B strings."""
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     return [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
 
 
 def prompts(tokenizer, rollout: Rollout) -> list[str]:
-    """The text of each row's prompt, without special tokens."""
+    """The text of each row's prompt in a rollout `[B, T]`, without special tokens: B strings."""
     tokens, keep = np.asarray(rollout.tokens), np.asarray((rollout.segment_ids != 0) & ~rollout.mask)
     return [tokenizer.decode(row[k], skip_special_tokens=True) for row, k in zip(tokens, keep, strict=True)]

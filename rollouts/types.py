@@ -68,7 +68,7 @@ def pair_rows(pairs: Pairs) -> Batch:
 
 
 def batch_of(rollout: Rollout, **fields) -> Batch:
-    """A `Batch` of a rollout's arrays and the fields given."""
+    """A `Batch` of a rollout's arrays `[B, T]` and the fields given, which are `[B, T]` too."""
     common = {name: getattr(rollout, name) for name in Batch._fields if name in Rollout._fields}
     return Batch(**{**common, **fields})
 

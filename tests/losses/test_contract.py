@@ -156,7 +156,6 @@ CASES = {
     "weights.token_share": Case(masked()),
     "weights.number_of_sequences": Case(masked(), couples=True, per="batch", empty=1.0),
 }
-NUMBERS_ONLY = {"policy.check_clip"}  # takes no arrays; see test_knobs_out_of_range
 
 
 def inputs_of(name, seed=0, **changes):
@@ -242,7 +241,7 @@ def ignored(name, arrays):
 
 
 def test_every_public_function_is_here():
-    assert set(FUNCTIONS) == set(CASES) | NUMBERS_ONLY
+    assert set(FUNCTIONS) == set(CASES)
 
 
 @every_function

@@ -350,3 +350,9 @@ def test_bradley_terry():
 
 def test_cross_entropy():
     assert_close(run(losses.cross_entropy, VALUES, MASK), np.where(MASK, -VALUES, 0))
+
+
+def test_token_rewards_of_an_unscorable_sequence_are_the_penalties_alone():
+    mask = jnp.array([[True, True], [True, True]])
+    rewards = losses.token_rewards(jnp.array([jnp.nan, jnp.inf]), jnp.full((2, 2), 0.5), mask)
+    np.testing.assert_array_equal(rewards, [[-0.5, -0.5], [-0.5, jnp.inf]])
