@@ -1,6 +1,7 @@
 """The command line: `rlhf demo`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         control = "" if arguments["control"] == "none" else f"-{arguments['control']}"
         arguments["output"] = str(Path("runs") / f"demo-{arguments['algorithm']}-{arguments['seed']}{control}")
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise every user of JAX to install PyTorch
     from rlhf import demo as demo_module  # after parsing: --help needs no JAX
 
     try:

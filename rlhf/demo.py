@@ -268,7 +268,7 @@ def _check_export(folder, models, params, task):
 
 
 def _table(title: str, figures: dict[str, float]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=36)
     for name in figures:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in figures.values()))
