@@ -29,7 +29,7 @@ from rlhf.train import TrainState, init_state, reference, train_step
 CORPUS, PAIRS, HELD_OUT = 8192, 4096, 512
 SAMPLES, DISTINCT_OF = 1024, 256  # judged; and how many of them are compared with each other
 PROMPT_LENGTH, NEW_TOKENS = 7, 16
-STEPS = {"sft": 400, "reward": 60, "ppo": 20, "grpo": 20, "dpo": 50}
+STEPS = {"sft": 400, "reward": 60, "ppo": 20, "grpo": 18, "dpo": 50}
 
 
 class Task(NamedTuple):
@@ -139,7 +139,7 @@ def align_online(
         samples = 1
     else:
         params, samples = reference(lm_params), 8
-        iterate = grpo.iteration(lm, reward_fn, optimizer, kl_coef=0.1, num_samples=samples, mini_batches=2, **sampling)
+        iterate = grpo.iteration(lm, reward_fn, optimizer, kl_coef=0.2, num_samples=samples, mini_batches=2, **sampling)
 
     def prompts():
         for step, (batch,) in enumerate(batches(task.prompts, seed, rows // samples, steps)):

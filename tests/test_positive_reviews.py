@@ -17,6 +17,7 @@ def example():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.LENGTH, module.LAYERS, module.SAMPLES, module.EVALUATED, module.CLASSIFIERS = 12, 1, 64, 32, 2
+    module.PPO_LR = 1e-2  # two steps show
     return module
 
 
@@ -42,7 +43,7 @@ def test_a_small_run_measures_before_and_after(example, data, tmp_path, capsys):
         assert 0 <= summary[side]["positive_share"] <= 1
         assert 0 < summary[side]["distinct_bigrams"] <= 1
         assert 1 <= summary[side]["tokens"] <= example.LENGTH - 1
-    assert abs(summary["before"]["kl_to_reference"]) < 1e-3
+    assert abs(summary["before"]["kl_to_reference"]) < 1e-4
     assert 1e-3 < abs(summary["after"]["kl_to_reference"]) < 10
     assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == summary
     samples = (tmp_path / "out" / "after.txt").read_text(encoding="utf-8")
@@ -67,13 +68,18 @@ def spoil_bytes(data):
     (data / "pos.txt").write_bytes(b"clich\xe9 .\n" * 100)
 
 
+def spoil_same(data):
+    (data / "pos.txt").write_bytes((data / "neg.txt").read_bytes())
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_missing_folder, "--data is a folder with pos.txt and neg.txt"),
-        (spoil_missing_file, "cannot read"),
-        (spoil_empty, "has 0 sentences; give at least"),
-        (spoil_bytes, "is not UTF-8 (byte 5)"),
+        (spoil_missing_folder, "no such file; check the path"),
+        (spoil_missing_file, "no such file; check the path"),
+        (spoil_empty, "the file is empty; it needs one text a line"),
+        (spoil_bytes, "not UTF-8 at byte 5"),
+        (spoil_same, "sentences stand in both"),
     ],
 )
 def test_bad_data_gets_one_line_and_exit_code_2(example, data, tmp_path, capsys, spoil, said):
@@ -84,7 +90,7 @@ def test_bad_data_gets_one_line_and_exit_code_2(example, data, tmp_path, capsys,
 
 def test_an_output_that_holds_results_is_left_alone(example, data, tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
-    assert_refused(example, ["--data", str(data), "--output", str(tmp_path)], "already holds something", capsys)
+    assert_refused(example, ["--data", str(data), "--output", str(tmp_path)], "already holds a run or other files", capsys)
     assert (tmp_path / "summary.json").read_text(encoding="utf-8") == "{}"
 
 

@@ -49,15 +49,19 @@ def experience(
 ) -> tuple[Batch, dict]:
     """A rollout as a `Batch`: rewards `score at the end - kl_coef · k1`, advantages and returns by GAE.
 
+    A score stands for all that follows.  A row without one (NaN: it was cut, say, and only whole answers are scored) goes on
+    with the value after its last token instead.
+
     Args:
-      scores: `[B]`, the reward model's.
+      scores: `[B]`, the reward model's; centre them near 0, or let `lam` be 1: with less, a value head that starts at 0 makes
+        early tokens see less of the score.
     """
     s = evaluate(lm, head, params, rollout)
     where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
     ref_logprobs = rollouts.token_logprobs(lm, ref_params, rollout.tokens, **where)
     kl = losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask)
     rewards = losses.token_rewards(scores, kl_coef * kl, rollout.mask)
-    bootstrap = jnp.where(rollout.finished, 0.0, s.last_value["value"])
+    bootstrap = jnp.where(jnp.isnan(scores), s.last_value["value"], 0.0)
     advantages, returns = losses.gae(rewards, s.values["value"], rollout.mask, bootstrap=bootstrap, discount=discount, lam=lam)
     batch = rollouts.batch_of(
         rollout,
