@@ -23,7 +23,7 @@ def read_lines(path: str | Path) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv -t utf-8") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if not lines:
+    if not any(line.strip() for line in lines):
         raise ValueError(f"{path}: the file is empty; it needs one text a line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():

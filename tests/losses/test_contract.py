@@ -179,7 +179,7 @@ def split_floats(arrays):
     return {key: arrays[key] for key in floats}, {key: x for key, x in arrays.items() if key not in floats}
 
 
-TRACES = collections.Counter()
+TRACES: collections.Counter[str] = collections.Counter()
 
 
 @functools.cache
