@@ -5,18 +5,26 @@ values and gradients are exactly 0, whatever the inputs hold there.
 """
 
 from rlhf.losses import advantages as advantages
+from rlhf.losses import controllers as controllers
+from rlhf.losses import groups as groups
+from rlhf.losses import importance as importance
 from rlhf.losses import kl as kl
 from rlhf.losses import logits as logits
+from rlhf.losses import masks as masks
+from rlhf.losses import metrics as metrics
+from rlhf.losses import moments as moments
+from rlhf.losses import policy as policy
 from rlhf.losses import preference as preference
+from rlhf.losses import presets as presets
+from rlhf.losses import ratios as ratios
 from rlhf.losses import segments as segments
 from rlhf.losses import weights as weights
 from rlhf.losses.advantages import gae as gae
-from rlhf.losses.advantages import group_relative as group_relative
 from rlhf.losses.advantages import token_rewards as token_rewards
 from rlhf.losses.advantages import whiten as whiten
 from rlhf.losses.chunks import chunked as chunked
+from rlhf.losses.groups import group_relative as group_relative
 from rlhf.losses.policy import clipped_surrogate as clipped_surrogate
-from rlhf.losses.policy import log_ratio as log_ratio
 from rlhf.losses.reward_model import bradley_terry as bradley_terry
 from rlhf.losses.segments import segment_sum as segment_sum
 from rlhf.losses.supervised import cross_entropy as cross_entropy

@@ -32,7 +32,7 @@ def check_positive(**values) -> None:
 
 
 def check_clip(clip_low, clip_high) -> None:
-    """Raises unless both are half-widths: 0 < clip_low < 1 and 0 < clip_high; traced values are trusted."""
+    """Raises unless the given ones are half-widths: 0 < clip_low < 1 and 0 < clip_high; traced values and None are trusted."""
     if isinstance(clip_low, int | float) and not 0 < clip_low < 1:
         raise ValueError(f"clip_low is a half-width, r >= 1 - clip_low, so 0 < clip_low < 1, but it is {clip_low}")
     if isinstance(clip_high, int | float) and not clip_high > 0:

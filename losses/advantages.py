@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.losses import segments
-from rlhf.losses._common import Array, check_shapes, clean, constant, widen
+from rlhf.losses._common import Array, check_positive, check_shapes, clean, constant, widen
 
 
 def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam=0.95) -> tuple[Array, Array]:
@@ -20,7 +20,8 @@ def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam
       bootstrap: `[B]` value after a row's last token, for rows that were cut (0 where the sequence ended); for packed rows
         `[B * S]`, one per sequence, as `segments.segment_sum` orders them.
       segment_ids: `[B, T]` int32 for packed rows, 0 = padding; sequences do not see each other.
-      discount: γ, per trained token.  lam: λ, 1 = Monte Carlo, 0 = one step.
+      discount: γ, per trained token.
+      lam: λ, 1 = Monte Carlo, 0 = one step; a number, or `[B, T]` from `length_adaptive_lam`.
 
     Returns: advantages and returns (advantages + values), both `[B, T]`, 0 where `mask` is False.  No gradient.
 
@@ -33,7 +34,7 @@ def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam
     check_shapes(rewards=rewards, values=values, mask=mask)
     ids = segments.or_whole_rows(mask, segment_ids)
     rewards, values = constant(rewards, mask), constant(values, mask)
-    end = clean(_bootstrap_of(jax.lax.stop_gradient(widen(bootstrap)), ids), segments.count(mask, ids) > 0)
+    end = clean(segments.per_token(jax.lax.stop_gradient(widen(bootstrap)), ids), segments.count(mask, ids) > 0)
     goes_on = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (0, 1)))  # the next column belongs to the same sequence
     trained = mask.astype(values.dtype)
 
@@ -43,6 +44,86 @@ def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam
     delta = rewards + discount * next_values - values
     advantages = _backward(goes_on * (trained * discount * lam + 1 - trained), trained * delta)
     return clean(advantages, mask), clean(advantages + values, mask)
+
+
+def decoupled_gae(
+    rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, policy_lam=0.95, value_lam=1.0
+) -> tuple[Array, Array]:
+    """Advantages by GAE with λ_policy, returns by GAE with λ_value  (VAPO, arXiv:2504.05118).
+
+    Args and errors as `gae`, with two λ, each a number or `[B, T]` (VAPO: `policy_lam=length_adaptive_lam(mask)`).
+
+    Returns: advantages and returns, both `[B, T]`, 0 where `mask` is False.  No gradient.
+
+    >>> r, v, m = jnp.array([[0., 1.]]), jnp.array([[.5, .5]]), jnp.array([[True, True]])
+    >>> [x.tolist() for x in decoupled_gae(r, v, m, bootstrap=jnp.zeros(1), policy_lam=0.0)]
+    [[[0.0, 0.5]], [[1.0, 1.0]]]
+    """
+    both = [
+        gae(rewards, values, mask, bootstrap=bootstrap, segment_ids=segment_ids, discount=discount, lam=lam)
+        for lam in (policy_lam, value_lam)
+    ]
+    return both[0][0], both[1][1]
+
+
+def length_adaptive_lam(mask, segment_ids=None, *, alpha=0.05) -> Array:
+    """`λ = clip(1 - 1/(α n), 0, 1)` for a sequence of n trained tokens  (VAPO, arXiv:2504.05118).
+
+    Args:
+      mask: `[B, T]` bool, True on sampled tokens.  segment_ids: `[B, T]` int32 or None.
+      alpha: α; the sum of GAE's coefficients, about 1/(1-λ), is α n.
+
+    Returns: `[B, T]`, 0 where `mask` is False; for `gae` and `decoupled_gae`.  No gradient.
+
+    Raises: ValueError where alpha is not above 0, TypeError where `mask` is not bool.
+
+    >>> length_adaptive_lam(jnp.ones((1, 40), bool))[0, 0].item()
+    0.5
+    """
+    check_positive(alpha=alpha)
+    number = jnp.maximum(segments.count(mask, segment_ids), 1.0)
+    return clean(jnp.clip(1 - 1 / (alpha * number), 0.0, 1.0), mask)
+
+
+def returns(rewards, mask, *, bootstrap=None, segment_ids=None, discount=1.0) -> Array:
+    """`R_t = r_t + γ R_{t+1}` over trained tokens alone: the discounted reward-to-go  (REINFORCE++, arXiv:2501.03262).
+
+    Tokens outside the mask are passed over, as in `gae`.
+
+    Args:
+      rewards: `[B, T]`.  mask: `[B, T]` bool, True on sampled tokens.
+      bootstrap: `[B]` (or `[B * S]`) value after a sequence's last token, or None for 0.
+      segment_ids: `[B, T]` int32 for packed rows.  discount: γ, per trained token.
+
+    Returns: `[B, T]`, 0 where `mask` is False.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> returns(jnp.array([[0., 9., 1.]]), jnp.array([[True, False, True]]), discount=0.5).tolist()
+    [[0.5, 0.0, 1.0]]
+    """
+    zeros = jnp.zeros(jnp.shape(mask))
+    bootstrap = zeros[:, 0] if bootstrap is None else bootstrap
+    return gae(rewards, zeros, mask, bootstrap=bootstrap, segment_ids=segment_ids, discount=discount, lam=1.0)[1]
+
+
+def remax(rewards, greedy_scores, mask, *, segment_ids=None) -> Array:
+    """`A_t = Σ_{u ≥ t} r_u - score of the greedy completion`  (ReMax, arXiv:2310.10505).
+
+    Args:
+      rewards: `[B, T]`.
+      greedy_scores: `[B]` score of the greedy completion of the same prompt; for packed rows `[B * S]`.
+      mask: `[B, T]` bool, True on sampled tokens.  segment_ids: `[B, T]` int32 for packed rows.
+
+    Returns: `[B, T]`, 0 where `mask` is False.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> remax(jnp.array([[0., 1.]]), jnp.array([0.25]), jnp.array([[True, True]])).tolist()
+    [[0.75, 0.75]]
+    """
+    baseline = jax.lax.stop_gradient(segments.spread(widen(greedy_scores), mask, segment_ids))
+    return returns(rewards, mask, segment_ids=segment_ids) - baseline
 
 
 def token_rewards(scores, penalties, mask, *, segment_ids=None) -> Array:
@@ -65,31 +146,7 @@ def token_rewards(scores, penalties, mask, *, segment_ids=None) -> Array:
     check_shapes(penalties=penalties, mask=mask)
     ids = segments.or_whole_rows(mask, segment_ids)
     last = segments.last_trained(mask, segment_ids)
-    return clean(_bootstrap_of(constant(scores, ~jnp.isnan(scores)), ids), last) - constant(penalties, mask)
-
-
-def group_relative(rewards, *, eps=1e-4) -> Array:
-    """`(r - mean) / (std + eps)` within each prompt's group of samples  (GRPO, arXiv:2402.03300, §4.1.2).
-
-    Args:
-      rewards: `[P, G]`, prompts × samples.  NaN marks a sample that could not be scored: it is left out, its advantage is 0.
-      eps: added to the standard deviation, which has Bessel's correction (TRL: 1e-4).
-
-    Returns: `[P, G]` advantages; 0 for a group of one, and for a group whose rewards are all equal.  No gradient.
-
-    Raises: ValueError where `rewards` is not `[P, G]`.
-
-    >>> group_relative(jnp.array([[1., 0.], [1., 1.]])).tolist()
-    [[0.707, -0.707], [0.0, 0.0]]
-    """
-    if jnp.ndim(rewards) != 2:
-        raise ValueError(f"rewards must be [P, G], prompts × samples, but are {list(jnp.shape(rewards))}")
-    scored = ~jnp.isnan(rewards)
-    rewards = constant(rewards, scored)
-    number = jnp.maximum(scored.sum(-1, keepdims=True), 1)
-    centered = clean(rewards - rewards.sum(-1, keepdims=True) / number, scored)
-    std = jnp.sqrt((centered**2).sum(-1, keepdims=True) / jnp.maximum(number - 1, 1))
-    return centered / (std + eps)
+    return clean(segments.per_token(constant(scores, ~jnp.isnan(scores)), ids), last) - constant(penalties, mask)
 
 
 def whiten(values, mask, *, eps=1e-8) -> Array:
@@ -110,25 +167,35 @@ def whiten(values, mask, *, eps=1e-8) -> Array:
     [-0.707, 0.707, 0.0]
     """
     check_shapes(values=values, mask=mask)
+    return _whitened(values, mask, eps)[0]
+
+
+def whiten_rewards(rewards, mask, *, eps=1e-8) -> Array:
+    """Couples rows: `(x - mean) / √(var + eps) + mean`: rewards on a common scale whose mean stays
+    (arXiv:1909.08593, TRL's PPO).
+
+    Args and errors as `whiten`.
+
+    Returns: `[...]`, 0 where `mask` is False.  No gradient.
+
+    >>> whiten_rewards(jnp.array([1., 3., 9.]), jnp.array([True, True, False])).tolist()
+    [1.293, 2.707, 0.0]
+    """
+    check_shapes(rewards=rewards, mask=mask)
+    whitened, mean = _whitened(rewards, mask, eps)
+    return clean(whitened + mean, mask)
+
+
+def _whitened(values, mask, eps) -> tuple[Array, Array]:
     values = constant(values, mask)
     number = mask.sum()
-    centered = clean(values - values.sum() / jnp.maximum(number, 1), mask)
+    mean = values.sum() / jnp.maximum(number, 1)
+    centered = clean(values - mean, mask)
     variance = (centered**2).sum() / jnp.maximum(number - 1, 1)
-    return centered * jax.lax.rsqrt(variance + eps)
+    return centered * jax.lax.rsqrt(variance + eps), mean
 
 
 def _backward(a, b) -> Array:
     """`x_t = a_t x_{t+1} + b_t` with `x_T = 0` beyond the end, along the last axis, in O(log T) steps."""
     combine = lambda later, earlier: (earlier[0] * later[0], earlier[0] * later[1] + earlier[1])
     return jax.lax.associative_scan(combine, (a.astype(b.dtype), b), reverse=True, axis=b.ndim - 1)[1]
-
-
-def _bootstrap_of(per_sequence, ids) -> Array:
-    """Spreads one number per sequence, `[B * S]`, over its tokens, `[B, T]`."""
-    rows = ids.shape[0]
-    if per_sequence.ndim != 1 or per_sequence.shape[0] % max(rows, 1):
-        raise ValueError(
-            f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, but is {list(per_sequence.shape)}"
-        )
-    table = per_sequence.reshape(rows, -1)
-    return jnp.take_along_axis(table, jnp.clip(ids - 1, 0, table.shape[1] - 1), axis=1)

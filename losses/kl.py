@@ -1,12 +1,17 @@
 """Per-token estimates of KL(π ‖ π_ref) from the log-probs of sampled tokens  (Schulman, "Approximating KL divergence", 2020).
 
-An estimator whose *value* is right need not have the right *gradient*: inside a loss, `k1` has expected gradient 0 on policy,
-`k2` has that of the reverse KL, `k3` that of another divergence.  In a reward none of them is differentiated.
+An estimator whose *value* is right need not have the right *gradient*: inside a loss and on policy, `k1` has expected gradient
+0, `k2` has that of the reverse KL, `k3` that of the forward KL.  `straight_through` and `score_function` give any estimator the
+reverse KL's gradient, and `bias_corrected` gives value and gradient off policy.  In a reward none of them is differentiated.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, bounded_difference, check_shapes
+from rlhf.losses._common import Array, bounded_difference, check_shapes, widen
+from rlhf.losses.ratios import token_log_ratio
 
 
 def k1(logprobs, ref_logprobs, mask) -> Array:
@@ -54,3 +59,86 @@ def k3(logprobs, ref_logprobs, mask) -> Array:
     """
     difference = -k1(logprobs, ref_logprobs, mask)
     return jnp.expm1(difference) - difference
+
+
+def absolute(logprobs, ref_logprobs, mask) -> Array:
+    """`|log π - log π_ref|`, a distance and no estimate of the KL  (trlX and TRL's classic PPO, `abs`).
+
+    Args, gradients and errors as `k1`.
+
+    Returns: `[..., T]` nats, at least 0.
+
+    >>> absolute(jnp.array([-3., -2.]), jnp.array([-2., -2.]), jnp.array([True, True])).tolist()
+    [1.0, 0.0]
+    """
+    return jnp.abs(k1(logprobs, ref_logprobs, mask))
+
+
+def full(logits, ref_logits) -> Array:
+    """`Σ_v π_v (log π_v - log π_ref,v)`: the KL itself, over the vocabulary; a function for `chunked`.
+
+    Args:
+      logits: `[..., V]` of the policy; minus infinity is a probability of 0.
+      ref_logits: `[..., V]` of the reference, which must allow what the policy allows.
+
+    Returns: `[...]` nats, at least 0.  Gradients flow through both.
+
+    Raises: ValueError on unequal shapes.
+
+    >>> full(jnp.zeros((1, 2)), jnp.log(jnp.array([[0.25, 0.75]]))).tolist()
+    [0.144]
+    """
+    check_shapes(ref_logits=ref_logits, logits=logits)
+    logprobs, ref_logprobs = (jax.nn.log_softmax(widen(x), axis=-1) for x in (logits, ref_logits))
+    possible = logprobs > -jnp.inf
+    difference = jnp.where(possible, logprobs, 0.0) - jnp.where(possible, ref_logprobs, 0.0)
+    return jnp.sum(jnp.exp(logprobs) * difference, axis=-1)
+
+
+def straight_through(logprobs, ref_logprobs, mask, *, estimator: Callable = k3) -> Array:
+    """The estimator's value with `k2`'s gradient, `k2 + sg(estimator - k2)`: on policy, the reverse KL's
+    (verl's `k1+`, `k3+`).
+
+    Args and errors as `k1`, and:
+      estimator: `k1`, `k2`, `k3`, `absolute` or any of their signature.
+
+    Returns: `[..., T]` nats, exactly 0 (value and gradient) where `mask` is False.  Gradients flow through both log-probs.
+
+    >>> straight_through(jnp.array([-1.]), jnp.array([-2.]), jnp.array([True])).tolist()
+    [0.368]
+    """
+    path = k2(logprobs, ref_logprobs, mask)
+    return path + jax.lax.stop_gradient(estimator(logprobs, ref_logprobs, mask) - path)
+
+
+def score_function(logprobs, ref_logprobs, mask, *, estimator: Callable = k3) -> Array:
+    """`exp(log π - sg(log π)) · estimator`: its gradient gains the score-function term `estimator · ∇log π`
+    (arXiv:2506.09477; NeMo RL).
+
+    Args, result and errors as `straight_through`; on policy the expected gradient is the exact one of the reverse KL.
+
+    >>> score_function(jnp.array([-1.]), jnp.array([-2.]), jnp.array([True])).tolist()
+    [0.368]
+    """
+    return bias_corrected(logprobs, ref_logprobs, jax.lax.stop_gradient(logprobs), mask, estimator=estimator)
+
+
+def bias_corrected(
+    logprobs, ref_logprobs, old_logprobs, mask, *, estimator: Callable = k3, log_ratio: Callable = token_log_ratio
+) -> Array:
+    """`(π / π_old) · estimator`, for tokens that an older policy sampled  (DeepSeek-V3.2; TRL's `use_bias_correction_kl`).
+
+    Args:
+      logprobs, ref_logprobs, mask, estimator: as for `straight_through`.
+      old_logprobs: `[..., T]` the sampled tokens under the policy that sampled them.
+      log_ratio: what makes `log π/π_old`, as in `policy.clipped_surrogate`.
+
+    Returns: `[..., T]` nats, exactly 0 (value and gradient) where `mask` is False.  Gradients flow through `logprobs`, by the
+    ratio too, and through `ref_logprobs`.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> bias_corrected(jnp.array([-1.]), jnp.array([-2.]), jnp.array([-1.7]), jnp.array([True])).tolist()
+    [0.741]
+    """
+    return jnp.exp(log_ratio(logprobs, old_logprobs, mask)) * estimator(logprobs, ref_logprobs, mask)

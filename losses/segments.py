@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, check_shapes, clean
+from rlhf.losses._common import Array, check_shapes, clean, widen
 
 
 def or_whole_rows(mask, segment_ids) -> Array:
@@ -35,12 +35,80 @@ def segment_sum(values, mask, segment_ids=None, *, max_segments: int = 1) -> Arr
     return clean(jnp.broadcast_to(values[:, None, :], member.shape), member).sum(-1).reshape(-1)
 
 
+def spread(per_sequence, mask, segment_ids=None) -> Array:
+    """One number per sequence, at each of its trained tokens: the way back from `segment_sum`.
+
+    Args:
+      per_sequence: `[B]`, or `[B * S]` for packed rows as `segment_sum` orders them.
+      mask: `[B, T]` bool.  segment_ids: `[B, T]` int32 or None.
+
+    Returns: `[B, T]`, 0 where `mask` is False.  Gradients flow through `per_sequence`.
+
+    Raises: ValueError where `per_sequence` has no whole number of entries per row, TypeError where `mask` is not bool.
+
+    >>> spread(jnp.array([3.]), jnp.array([[False, True, True]])).tolist()
+    [[0.0, 3.0, 3.0]]
+    """
+    return clean(per_token(per_sequence, or_whole_rows(mask, segment_ids)), mask)
+
+
+def per_token(per_sequence, segment_ids) -> Array:
+    """One number per sequence, at every token of it, trained or not.  `[B]` or `[B * S]`, `[B, T]` int32 -> `[B, T]`."""
+    rows = segment_ids.shape[0]
+    if jnp.ndim(per_sequence) != 1 or per_sequence.shape[0] % max(rows, 1):
+        raise ValueError(
+            f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, but is {list(jnp.shape(per_sequence))}"
+        )
+    table = per_sequence.reshape(rows, -1)
+    return jnp.take_along_axis(table, jnp.clip(segment_ids - 1, 0, table.shape[1] - 1), axis=1)
+
+
+def total(values, mask, segment_ids=None) -> Array:
+    """The sum over a token's own sequence, at each of its trained tokens, `s_t = Σ_{u in sequence of t} m_u x_u`.
+
+    Args, gradients and errors as `segment_sum`.
+
+    Returns: `[B, T]`, 0 where `mask` is False.
+
+    >>> total(jnp.array([[1., 2., 4.]]), jnp.array([[True, True, False]])).tolist()
+    [[3.0, 3.0, 0.0]]
+    """
+    check_shapes(values=values, segment_ids=segment_ids, mask=mask)
+    return clean(_pooled(jnp.sum, jax.ops.segment_sum, clean(values, mask), segment_ids), mask)
+
+
+def mean(values, mask, segment_ids=None) -> Array:
+    """The mean over a token's own sequence, at each of its trained tokens, `total / count`.
+
+    Args, gradients and errors as `segment_sum`.
+
+    Returns: `[B, T]`, 0 where `mask` is False.
+
+    >>> mean(jnp.array([[1., 2., 4.]]), jnp.array([[True, True, False]])).tolist()
+    [[1.5, 1.5, 0.0]]
+    """
+    return total(values, mask, segment_ids) / jnp.maximum(count(mask, segment_ids), 1.0)
+
+
+def largest(values, mask, segment_ids=None) -> Array:
+    """The maximum over a token's own sequence, at each of its trained tokens.  No gradient.
+
+    Args and errors as `segment_sum`.
+
+    Returns: `[B, T]`, 0 where `mask` is False.
+
+    >>> largest(jnp.array([[1., 2., 4.]]), jnp.array([[True, True, False]])).tolist()
+    [[2.0, 2.0, 0.0]]
+    """
+    check_shapes(values=values, segment_ids=segment_ids, mask=mask)
+    trained = jax.lax.stop_gradient(jnp.where(mask, widen(values), -jnp.inf))
+    return clean(_pooled(jnp.max, jax.ops.segment_max, trained, segment_ids), mask)
+
+
 def count(mask, segment_ids=None) -> Array:
     """How many trained tokens the sequence of each token has.  `[B, T]` bool -> `[B, T]` float32; no gradient."""
-    ids = or_whole_rows(mask, segment_ids)
-    longest = ids.shape[-1]
-    totals = jax.vmap(lambda m, s: jax.ops.segment_sum(m.astype(float), s, num_segments=longest + 1))(mask, ids)
-    return jnp.take_along_axis(totals, jnp.minimum(ids, longest), axis=-1)
+    check_shapes(segment_ids=segment_ids, mask=mask)
+    return _pooled(jnp.sum, jax.ops.segment_sum, mask.astype(float), segment_ids)
 
 
 def starts(segment_ids) -> Array:
@@ -61,14 +129,20 @@ def last_trained(mask, segment_ids=None) -> Array:
     Array([[False, False,  True, False]], dtype=bool)
     """
     check_shapes(segment_ids=segment_ids, mask=mask)
-    ids = or_whole_rows(mask, segment_ids)
-    longest = ids.shape[-1]
-    column = jnp.broadcast_to(jnp.arange(longest), ids.shape)
-    last = jax.vmap(lambda c, s: jax.ops.segment_max(c, s, num_segments=longest + 1))(jnp.where(mask, column, -1), ids)
-    return mask & (column == jnp.take_along_axis(last, jnp.minimum(ids, longest), axis=-1))
+    column = jnp.broadcast_to(jnp.arange(jnp.shape(mask)[-1]), jnp.shape(mask))
+    return mask & (column == _pooled(jnp.max, jax.ops.segment_max, jnp.where(mask, column, -1), segment_ids))
 
 
 def last_columns(segment_ids, *, max_segments: int = 1) -> Array:
     """The column of each sequence's last token.  `[B, T]` int32 -> `[B, max_segments]` int32, 0 where there is none."""
     member = segment_ids[:, None, :] == 1 + jnp.arange(max_segments)[None, :, None]
     return jnp.where(member, jnp.arange(segment_ids.shape[-1]), 0).max(-1)
+
+
+def _pooled(whole_rows, by_segment, values, segment_ids) -> Array:
+    """`whole_rows` of each row, or `by_segment` of each sequence, at every token of it."""
+    if segment_ids is None:
+        return jnp.broadcast_to(whole_rows(values, axis=-1, keepdims=True), values.shape)
+    columns = values.shape[-1]
+    table = jax.vmap(lambda x, ids: by_segment(x, ids, num_segments=columns + 1))(values, segment_ids)
+    return jnp.take_along_axis(table, jnp.minimum(segment_ids, columns), axis=-1)

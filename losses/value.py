@@ -28,3 +28,44 @@ def clipped_value_loss(values, old_values, returns, mask, *, clip=0.2) -> Array:
     values, old_values, returns = clean(values, mask), constant(old_values, mask), constant(returns, mask)
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def huber_value_loss(values, returns, mask, *, delta=10.0) -> Array:
+    """`½ (V - R)²` within δ, `δ (|V - R| - ½ δ)` beyond: large errors pull with a constant force  (Huber 1964; AReaL).
+
+    Args:
+      values: `[..., T]`; the only argument gradients flow through.
+      returns: `[..., T]` targets.  mask: `[..., T]` bool, True on sampled tokens.
+      delta: δ, in units of reward.
+
+    Returns: `[..., T]` loss, exactly 0 (value and gradient) where `mask` is False.
+
+    Raises: ValueError on unequal shapes or a delta not above 0, TypeError where `mask` is not bool.
+
+    >>> huber_value_loss(jnp.array([1., 20.]), jnp.zeros(2), jnp.array([True, True])).tolist()
+    [0.5, 150.0]
+    """
+    check_shapes(values=values, returns=returns, mask=mask)
+    check_positive(delta=delta)
+    error = jnp.abs(clean(values, mask) - constant(returns, mask))
+    return jnp.where(error <= delta, 0.5 * error**2, delta * (error - 0.5 * delta))
+
+
+def explained_variance(values, returns, mask) -> Array:
+    """Couples rows: `1 - Var(R - V) / Var(R)` over the mini-batch's trained tokens: 1 is perfect, 0 a constant's worth.
+
+    Args as `huber_value_loss`.
+
+    Returns: `[]`, 0 where the returns do not vary.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> explained_variance(jnp.array([1., 2.]), jnp.array([1., 3.]), jnp.array([True, True])).item()
+    0.75
+    """
+    check_shapes(values=values, returns=returns, mask=mask)
+    number = jnp.maximum(mask.sum(), 1)
+    values, returns = constant(values, mask), constant(returns, mask)
+    squares = lambda x: jnp.sum(clean(x - x.sum() / number, mask) ** 2)
+    varies = squares(returns) > 0
+    return jnp.where(varies, 1.0 - squares(returns - values) / jnp.where(varies, squares(returns), 1.0), 0.0)

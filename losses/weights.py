@@ -97,6 +97,27 @@ def constant(mask, segment_ids=None, *, length: float) -> Array:
     return sequence_sum(mask, segment_ids) / length
 
 
+def prompt_mean(mask, segment_ids=None, *, prompt_ids) -> Array:
+    """The mean over prompts of the mean over all tokens of their samples: `w = m / (P · Σ_prompt m)`  (SkyRL's `prompt-mean`).
+
+    Args:
+      mask, segment_ids: as for `sequence_mean`.
+      prompt_ids: `[B]` int32 in [0, B): the prompt that each row answers; for packed rows `[B * S]` in [0, B * S), as
+        `segments.segment_sum` orders sequences.
+
+    Returns: `[B, T]` float32 that sums to 1; `P` counts the prompts with at least one trained token.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> mask = jnp.array([[True, False], [True, True], [True, False]])
+    >>> prompt_mean(mask, prompt_ids=jnp.array([0, 0, 1])).tolist()
+    [[0.167, 0.0], [0.167, 0.167], [0.5, 0.0]]
+    """
+    prompts = segments.per_token(prompt_ids, segments.or_whole_rows(mask, segment_ids))
+    totals = jax.ops.segment_sum(mask.astype(float).reshape(-1), prompts.reshape(-1), num_segments=jnp.size(prompt_ids))
+    return mask / (jnp.maximum(totals[prompts], 1.0) * jnp.maximum((totals > 0).sum(), 1))
+
+
 def token_share(mask, segment_ids=None) -> Array:
     """A token's share of its sequence, `m / Σ_sequence m`: per-sequence means of per-token values.
 

@@ -1,0 +1,206 @@
+"""Named algorithms: which advantages, which per-token loss, which weights.
+
+Each function returns an `Objective`, a tuple of three functions that a train step calls in this order:
+
+```python
+objective = presets.dapo()
+advantages = objective.advantages(rewards, mask)                           # once per batch
+weights = objective.weights(mask)                                          # once per optimizer mini-batch
+per_token = objective.loss(logprobs, old_logprobs, advantages, mask)       # in every micro-batch
+loss = losses.weighted_sum(per_token, weights)
+```
+
+A KL to the reference, an entropy bonus, importance weights are terms and factors that a user adds to `per_token`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp  # noqa: F401 - for the examples
+
+from rlhf.losses import groups, policy, ratios, segments
+from rlhf.losses import weights as reduction
+from rlhf.losses.advantages import gae, returns, token_rewards, whiten
+
+SEQUENCE_LEVEL = (policy.gspo, policy.luspo, policy.gmpo, ratios.sequence_log_ratio, ratios.product_log_ratio)
+TOKEN_SUMS = (reduction.token_mean, reduction.sequence_sum, reduction.constant)
+
+
+class Objective(NamedTuple):
+    """An algorithm; every function also takes `segment_ids=`, `[B, T]` int32, for packed rows."""
+
+    advantages: Callable  # (rewards [P, G], mask [B, T]) -> [B, T]; `ppo`: as `gae`; some take `penalties [B, T]`
+    loss: Callable  # (logprobs, old_logprobs, advantages, mask), all [B, T] -> [B, T]
+    weights: Callable  # (mask [B, T]) -> [B, T]
+
+
+def objective(advantages: Callable, loss: Callable, weights: Callable, **knobs) -> Objective:
+    """An `Objective` of a group advantage `[P, G] -> [P, G]`, a surrogate with its knobs, and weights; checked to go together.
+
+    Args:
+      advantages: `(rewards [P, G]) -> [P, G]`, from `groups`.
+      loss: a surrogate from `policy`, or any of its signature.
+      weights: from `weights`, for example `functools.partial(weights.constant, length=1024)`.
+      knobs: the surrogate's.
+
+    Raises: ValueError where a sequence's ratio meets weights that sum over tokens: each of its tokens carries the whole
+    sequence's loss, so that it would count by its length, twice.
+
+    >>> mine = objective(groups.dr_grpo, policy.cispo, reduction.token_mean, max_ratio=4.0)
+    >>> mine.advantages(jnp.array([[1., 0.]]), jnp.array([[True], [True]])).tolist()
+    [[0.5], [-0.5]]
+    """
+    whole = {getattr(f, "func", f) for f in (loss, knobs.get("log_ratio"))} & set(SEQUENCE_LEVEL)
+    if whole and getattr(weights, "func", weights) in TOKEN_SUMS:
+        name = getattr(getattr(weights, "func", weights), "__name__", "weights")
+        raise ValueError(
+            f"{whole.pop().__name__} is one ratio for a whole sequence, but weights.{name} sums over tokens: each sequence "
+            "would count by its length; use weights.sequence_mean (or the token form, gspo_token)"
+        )
+    return Objective(_of_groups(advantages), _with_segments(functools.partial(loss, **knobs)), weights)
+
+
+def ppo(*, discount=1.0, lam=0.95, clip_low=0.2, clip_high=0.2) -> Objective:
+    """PPO  (arXiv:1707.06347): GAE, clipped surrogate, token mean; add `clipped_value_loss` with the returns.
+
+    `advantages(rewards [B, T], values, mask, *, bootstrap, segment_ids=None) -> (advantages, returns)`; whiten the advantages
+    in every optimizer mini-batch.
+
+    >>> lp, mask = jnp.array([[-1.]]), jnp.array([[True]])
+    >>> ppo().loss(lp, lp, jnp.array([[2.]]), mask).tolist()
+    [[-2.0]]
+    """
+    return Objective(functools.partial(gae, discount=discount, lam=lam), _clipped(clip_low, clip_high), reduction.token_mean)
+
+
+def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
+    """REINFORCE++  (arXiv:2501.03262): reward-to-go with the KL in the reward, whitened over the batch; clipped surrogate.
+
+    `advantages(rewards [P, G], mask, penalties [B, T], segment_ids=None)`; couples rows.
+    """
+
+    def advantages(rewards, mask, penalties, segment_ids=None):
+        paid = token_rewards(rewards.reshape(-1), penalties, mask, segment_ids=segment_ids)
+        return whiten(returns(paid, mask, segment_ids=segment_ids, discount=discount), mask)
+
+    return Objective(advantages, _clipped(clip_low, clip_high), reduction.token_mean)
+
+
+def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
+    """REINFORCE++-baseline  (arXiv:2501.03262, §3): `r - mean_group`, whitened over all tokens of the batch; clipped surrogate.
+
+    Couples rows.
+    """
+
+    def advantages(rewards, mask, segment_ids=None):
+        return whiten(groups.to_tokens(groups.dr_grpo(rewards), mask, segment_ids), mask)
+
+    return Objective(advantages, _clipped(clip_low, clip_high), reduction.token_mean)
+
+
+def rloo(*, clip_low=0.2, clip_high=0.2) -> Objective:
+    """RLOO  (arXiv:2402.14740): leave-one-out baseline, the KL in the reward, one ratio of whole sequences.
+
+    `advantages(rewards [P, G], mask, penalties [B, T], segment_ids=None)`.
+    """
+
+    def advantages(rewards, mask, penalties, segment_ids=None):
+        slots = rewards.size // mask.shape[0]
+        paid = segments.segment_sum(penalties, mask, segment_ids, max_segments=slots)
+        return groups.to_tokens(groups.rloo(rewards - paid.reshape(rewards.shape)), mask, segment_ids)
+
+    def loss(logprobs, old_logprobs, advantages, mask, segment_ids=None):
+        level = functools.partial(ratios.product_log_ratio, segment_ids=segment_ids)
+        return policy.clipped_surrogate(
+            logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, log_ratio=level
+        )
+
+    return Objective(advantages, loss, reduction.sequence_mean)
+
+
+def grpo(*, clip_low=0.2, clip_high=0.2, eps=1e-4) -> Objective:
+    """GRPO  (arXiv:2402.03300): group mean and deviation, clipped surrogate, mean over sequences of token means."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.clipped_surrogate, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def dr_grpo(*, length: float, clip_low=0.2, clip_high=0.2) -> Objective:
+    """Dr. GRPO  (arXiv:2503.20783): group mean alone, and a constant length, so that neither difficulty nor length biases."""
+    weights = functools.partial(reduction.constant, length=length)
+    return objective(groups.dr_grpo, policy.clipped_surrogate, weights, clip_low=clip_low, clip_high=clip_high)
+
+
+def dapo(*, clip_low=0.2, clip_high=0.28, eps=1e-4) -> Objective:
+    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; `masks.finished_only` filters overlong ones."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def lite_ppo(*, clip_low=0.2, clip_high=0.2) -> Objective:
+    """LitePPO  (arXiv:2508.08221): group mean, batch deviation, clipped surrogate, token mean.  Couples rows."""
+    return objective(groups.lite_ppo, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def gspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
+    """GSPO  (arXiv:2507.18071): GRPO with the sequence's ratio, mean over sequences."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.gspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def luspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
+    """LUSPO  (arXiv:2602.05261): GSPO times the sequence's length."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.luspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def gmpo(*, clip_low=0.4, clip_high=0.4, eps=1e-4) -> Objective:
+    """GMPO  (arXiv:2507.20673): the geometric mean of bounded ratios, mean over sequences."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.gmpo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def cispo(*, max_ratio=5.0, min_ratio=0.0, eps=1e-4) -> Objective:
+    """CISPO  (arXiv:2506.13585): bounded, detached ratios on every token's gradient, token mean."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.cispo, reduction.token_mean, max_ratio=max_ratio, min_ratio=min_ratio)
+
+
+def sapo(*, tau_pos=1.0, tau_neg=1.05, eps=1e-4) -> Objective:
+    """SAPO  (arXiv:2511.20347): a soft gate in place of the clip, mean over sequences."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    return objective(advantages, policy.sapo, reduction.sequence_mean, tau_pos=tau_pos, tau_neg=tau_neg)
+
+
+def vespo(*, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0, eps=1e-4) -> Objective:
+    """VESPO  (arXiv:2602.10693): a smooth weight of whole sequences on every token's gradient, token mean."""
+    advantages = functools.partial(groups.group_relative, eps=eps)
+    knobs = {"k_pos": k_pos, "lam_pos": lam_pos, "k_neg": k_neg, "lam_neg": lam_neg}
+    return objective(advantages, policy.vespo, reduction.token_mean, **knobs)
+
+
+def dppo(*, threshold_low=0.2, threshold_high=0.2) -> Objective:
+    """DPPO  (arXiv:2602.04879): group mean, a trust region on probabilities, token mean."""
+    thresholds = {"threshold_low": threshold_low, "threshold_high": threshold_high}
+    return objective(groups.dr_grpo, policy.dppo, reduction.token_mean, **thresholds)
+
+
+def max_rl(*, clip_low=0.2, clip_high=0.2) -> Objective:
+    """MaxRL  (arXiv:2602.02710): rewards relative to the group's success rate, clipped surrogate, token mean."""
+    return objective(groups.max_rl, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
+
+
+def _clipped(clip_low, clip_high) -> Callable:
+    return _with_segments(functools.partial(policy.clipped_surrogate, clip_low=clip_low, clip_high=clip_high))
+
+
+def _with_segments(loss: Callable) -> Callable:
+    """`loss`, which may be given `segment_ids` whether or not it looks at sequences."""
+    if "segment_ids" in inspect.signature(loss).parameters:
+        return loss
+    return lambda *arrays, segment_ids=None: loss(*arrays)
+
+
+def _of_groups(advantages: Callable) -> Callable:
+    return lambda rewards, mask, segment_ids=None: groups.to_tokens(advantages(rewards), mask, segment_ids)
