@@ -6,6 +6,8 @@ values and gradients are exactly 0, whatever the inputs hold there.
 
 from rlhf.losses import advantages as advantages
 from rlhf.losses import controllers as controllers
+from rlhf.losses import distillation as distillation
+from rlhf.losses import divergence as divergence
 from rlhf.losses import groups as groups
 from rlhf.losses import importance as importance
 from rlhf.losses import kl as kl
@@ -13,11 +15,18 @@ from rlhf.losses import logits as logits
 from rlhf.losses import masks as masks
 from rlhf.losses import metrics as metrics
 from rlhf.losses import moments as moments
+from rlhf.losses import offline as offline
+from rlhf.losses import online as online
 from rlhf.losses import policy as policy
 from rlhf.losses import preference as preference
 from rlhf.losses import presets as presets
 from rlhf.losses import ratios as ratios
+from rlhf.losses import reference_free as reference_free
+from rlhf.losses import reward_model as reward_model
 from rlhf.losses import segments as segments
+from rlhf.losses import supervised as supervised
+from rlhf.losses import unpaired as unpaired
+from rlhf.losses import value as value
 from rlhf.losses import weights as weights
 from rlhf.losses.advantages import gae as gae
 from rlhf.losses.advantages import token_rewards as token_rewards

@@ -55,6 +55,16 @@ def constant(x, mask) -> Array:
     return jax.lax.stop_gradient(clean(x, mask))
 
 
+def quantile(values, mask, share) -> Array:
+    """The `share`-quantile along the last axis of what is True in `mask`, interpolated linearly.  `[..., N]` -> `[..., 1]`."""
+    ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)
+    last = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0)
+    place = share * last
+    below = jnp.floor(place).astype(last.dtype)
+    low, high = (jnp.take_along_axis(ordered, i, axis=-1) for i in (below, jnp.minimum(below + 1, last)))
+    return low + (place - below) * (high - low)
+
+
 def bounded_difference(x, y, mask) -> Array:
     """`x - y` within ±`MAX_LOG_RATIO` where `mask` is True, 0 elsewhere."""
     return jnp.clip(clean(x, mask) - clean(y, mask), -MAX_LOG_RATIO, MAX_LOG_RATIO)

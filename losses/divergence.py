@@ -49,7 +49,7 @@ def alpha(log_ratio, *, alpha=0.5) -> Array:
     """`(exp((α - 1) x) - 1) / (α - 1)`, of the α-divergence; its limit at α = 1 is x  (f-DPO, arXiv:2309.16240, table 1).
 
     Args, result and gradients as `reverse_kl`, and:
-      alpha: α; 1 is `reverse_kl`, 0 `forward_kl`.  Bound by `functools.partial(alpha, alpha=0.3)`.
+      alpha: TRL's α, 1 minus the paper's: 1 is `reverse_kl`, 0 `forward_kl`.  Bind it by `functools.partial`.
 
     >>> alpha(jnp.array([0.5])).tolist(), alpha(jnp.array([0.5]), alpha=1.0).tolist()
     ([0.442], [0.5])

@@ -42,6 +42,62 @@ def entropy(logits) -> Array:
     return -jnp.sum(jnp.exp(logprobs) * jnp.where(possible, logprobs, 0.0), axis=-1)
 
 
+def log_sum_squared_probs(logits) -> Array:
+    """`log Σ_v p_v²`: how concentrated softmax(logits) is, for WPO's weights and the optimal token baseline.
+
+    Args and gradients as `entropy`.
+
+    Returns: `[...]` nats, at most 0, in at least float32.
+
+    >>> log_sum_squared_probs(jnp.zeros((1, 4))).tolist()
+    [-1.386]
+    """
+    return jax.nn.logsumexp(2.0 * jax.nn.log_softmax(widen(logits), axis=-1), axis=-1)
+
+
+def smoothed_cross_entropy(logits, tokens, *, label_smoothing=0.0, z_loss=0.0) -> Array:
+    """`-(1 - ε) log p(token) - ε mean_v log p_v + c (log Σ_v exp(logits))²`
+    (arXiv:1512.00567, §7; z-loss: PaLM, arXiv:2204.02311).
+
+    Args:
+      logits: `[..., V]`, finite where ε is above 0; gradients flow through them.
+      tokens: `[...]` int32.
+      label_smoothing: ε, the share that all tokens have in the target.
+      z_loss: c, which holds the normaliser near 1 (PaLM: 1e-4).
+
+    Returns: `[...]` nats, in at least float32.
+
+    Raises: ValueError where the leading shapes differ, or ε is not in [0, 1).
+
+    >>> smoothed_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), label_smoothing=0.1).tolist()
+    [1.386]
+    """
+    _check(logits, tokens)
+    if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is a share of the target, in [0, 1), but is {label_smoothing}")
+    normaliser = jax.nn.logsumexp(widen(logits), axis=-1)
+    mean = jnp.mean(widen(logits), axis=-1) - normaliser
+    smoothing = label_smoothing * (token_logprob(logits, tokens) - mean)
+    return smoothing - token_logprob(logits, tokens) + z_loss * normaliser**2
+
+
+def is_top1(logits, tokens) -> Array:
+    """`1[argmax_v logits = token]`: token accuracy; of equal logits the first counts.
+
+    Args:
+      logits: `[..., V]`.  tokens: `[...]` int32.
+
+    Returns: `[...]` bool.
+
+    Raises: ValueError where the leading shapes differ.
+
+    >>> is_top1(jnp.array([[0., 2., 1.]]), jnp.array([1])).tolist()
+    [True]
+    """
+    _check(logits, tokens)
+    return jnp.argmax(logits, axis=-1) == tokens
+
+
 def _check(logits, tokens) -> None:
     if jnp.shape(logits)[:-1] != jnp.shape(tokens):
         raise ValueError(f"logits {list(jnp.shape(logits))} but tokens {list(jnp.shape(tokens))}: they differ before V")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from rlhf.losses import kl, segments
-from rlhf.losses._common import Array, check_positive, check_shapes, constant
+from rlhf.losses._common import Array, check_positive, check_shapes, constant, quantile
 
 
 def finished_only(mask, finished, segment_ids=None) -> Array:
@@ -74,11 +74,7 @@ def top_entropy(entropy, mask, *, share=0.2) -> Array:
     if isinstance(share, int | float) and not 0 < share <= 1:
         raise ValueError(f"share of the tokens must be in (0, 1], but is {share}")
     entropy = constant(entropy, mask)
-    ordered = jnp.sort(jnp.where(mask, entropy, jnp.inf).reshape(-1))
-    place = (1 - share) * jnp.maximum(mask.sum() - 1, 0)
-    below = jnp.floor(place).astype(int)
-    low, high = ordered[below], ordered[jnp.minimum(below + 1, jnp.maximum(mask.sum() - 1, 0))]
-    return mask & (entropy >= low + (place - below) * (high - low))
+    return mask & (entropy >= quantile(entropy.reshape(-1), mask.reshape(-1), 1 - share)[0])
 
 
 def second_moment(logprobs, old_logprobs, mask, *, threshold=0.04) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.losses import preference, segments
-from rlhf.losses._common import Array, check_shapes, clean, constant, widen
+from rlhf.losses._common import Array, check_positive, check_shapes, clean, constant, widen
 from rlhf.losses.ratios import token_log_ratio
 
 
@@ -20,8 +20,8 @@ def pairs_by_score(scores) -> tuple[Array, Array, Array]:
     Args:
       scores: `[P, G]` of G completions a prompt, at least 2; NaN where one could not be scored.
 
-    Returns: chosen and rejected, `[P]` int32 in [0, G), never the same one: of equal scores the first is chosen and the last
-    rejected.  And the margin, `[P]`: 0 where there is nothing to prefer, for ties and where fewer than two are scored.
+    Returns: chosen and rejected, `[P]` int32 in [0, G): of equal scores the first is chosen and the last rejected.  And the
+    margin, `[P]`, 0 where there is nothing to prefer: in ties, and where fewer than two are scored, whose pair means nothing.
     No gradient.
 
     Raises: ValueError where G is below 2.
@@ -41,7 +41,7 @@ def pairs_by_score(scores) -> tuple[Array, Array, Array]:
     chosen = jnp.argmax(jnp.where(scored, scores, -jnp.inf), axis=1)
     rejected = scores.shape[1] - 1 - jnp.argmin(jnp.where(scored, scores, jnp.inf)[:, ::-1], axis=1)
     picked = [jnp.take_along_axis(scores, index[:, None], axis=1)[:, 0] for index in (chosen, rejected)]
-    return chosen, rejected, clean(picked[0] - picked[1], scored.sum(1) > 1)
+    return chosen, rejected, picked[0] - picked[1]
 
 
 def xpo(
@@ -75,7 +75,7 @@ def xpo(
 
 
 def nash_md(logprobs, ref_logprobs, mask, *, preferred, beta=0.1, segment_ids=None) -> Array:
-    """`(β sg(log π - log ref) - (P - ½)) log π`  (Nash-MD, arXiv:2312.00886, §7).
+    """`(β sg(log π - log ref) - (P - ½)) log π`  (Nash-MD, arXiv:2312.00886).
 
     The gradient of a regularised preference game, completion against opponent; the opponent samples from the geometric mixture
     of policy and reference.  Reduce by `weights.sequence_sum`.
@@ -91,12 +91,13 @@ def nash_md(logprobs, ref_logprobs, mask, *, preferred, beta=0.1, segment_ids=No
 
     Returns: `[B, T]` loss, exactly 0 (value and gradient) where `mask` is False; its value means nothing, its gradient does.
 
-    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+    Raises: ValueError on unequal shapes or a beta not above 0, TypeError where `mask` is not bool.
 
     >>> lp, mask = jnp.array([[-1.0, -2.0]]), jnp.array([[True, True]])
     >>> nash_md(lp, lp, mask, preferred=jnp.array([0.75])).tolist()
     [[0.25, 0.5]]
     """
+    check_positive(beta=beta)
     check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     pull = beta * token_log_ratio(constant(logprobs, mask), ref_logprobs, mask)
     advantages = segments.spread(jax.lax.stop_gradient(widen(preferred)) - 0.5, mask, segment_ids)

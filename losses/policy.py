@@ -81,7 +81,7 @@ def dual_clipped_surrogate(
     dual_clip=3.0,
     log_ratio: Callable = token_log_ratio,
 ) -> Array:
-    """PPO's loss that ends at `-c A` where `A < 0`, `min(L, -c A)`  (dual-clip PPO, arXiv:1912.09729, eq. 5; verl).
+    """PPO's loss that ends at `-c A` where `A < 0`, `min(L, -c A)`  (dual-clip PPO, arXiv:1912.09729; verl).
 
     Args, result, gradients and errors as `clipped_surrogate`, and:
       dual_clip: c, an absolute bound on r where the advantage is negative, above 1.
@@ -170,7 +170,7 @@ def luspo(logprobs, old_logprobs, advantages, mask, *, clip_low=3e-4, clip_high=
 
 def gmpo(logprobs, old_logprobs, advantages, mask, *, clip_low=0.4, clip_high=0.4, segment_ids=None) -> Array:
     """`-Ā exp(mean x)`, x = log r bounded by `ε_high` where `A > 0` and by `-ε_low` where `A < 0`
-    (GMPO, arXiv:2507.20673, eq. 4).
+    (GMPO, arXiv:2507.20673).
 
     Args, result and errors as `gspo`; the clip half-widths are of the log-ratio, in nats.  Ā is the mean of the sequence's
     advantages.  Gradients flow through `logprobs`, from each token of a sequence to all of them.
@@ -363,7 +363,7 @@ def m2po(logprobs, old_logprobs, advantages, mask, *, threshold=0.04) -> Array:
 
 def covariance(logprobs, advantages, mask) -> Array:
     """Couples rows: `(A - mean A) (log π - mean log π)` over the mini-batch's trained tokens: what lowers entropy
-    (arXiv:2505.22617, eq. 8).
+    (arXiv:2505.22617).
 
     Args and errors as `reinforce`.
 

@@ -56,7 +56,7 @@ def sigmoid_norm(
     chosen, rejected, ref_chosen, ref_rejected, *,
     chosen_length, rejected_length, beta=0.1, label_smoothing=0.0, divergence: Callable = reverse_kl,
 ) -> Array:  # fmt: skip
-    """DPO by the token, `-log σ(β (s_c/|c| - s_r/|r|))`, s the scores of the log-ratios  (Tülu 3, arXiv:2411.15124, eq. 6).
+    """DPO by the token, `-log σ(β (s_c/|c| - s_r/|r|))`, s the scores of the log-ratios  (Tülu 3, arXiv:2411.15124).
 
     Args, gradients and errors as `sigmoid`, and:
       chosen_length, rejected_length: `[...]` trained tokens of each completion (0 counts as 1).
@@ -130,7 +130,7 @@ def robust(
     chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, label_smoothing=0.1, divergence: Callable = reverse_kl
 ) -> Array:
     """`(-(1 - ε) log σ(z) + ε log σ(-z)) / (1 - 2ε)`, `z = β (s_c - s_r)`: `sigmoid`'s mean over clean labels, from noisy ones
-    (robust DPO, arXiv:2403.00409, eq. 12).
+    (robust DPO, arXiv:2403.00409).
 
     Args, gradients and errors as `sigmoid`.
 
@@ -161,7 +161,7 @@ def discopop(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, tau=0.05, 
 
 
 def nca(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1) -> Array:
-    """`-log σ(β x_c) - ½ log σ(-β x_c) - ½ log σ(-β x_r)`, x the log-ratios  (NCA for pairs, arXiv:2402.05369, eq. 11).
+    """`-log σ(β x_c) - ½ log σ(-β x_c) - ½ log σ(-β x_r)`, x the log-ratios  (NCA for pairs, arXiv:2402.05369).
 
     Args, gradients and errors as `sigmoid`.
 
@@ -175,7 +175,7 @@ def nca(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1) -> Array:
 
 def bco_pair(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1) -> Array:
     """`-log σ(β x_c) - log σ(-β x_r)`, x the log-ratios: both completions classified, without a shift
-    (BCO, arXiv:2404.04656, eq. 9; with its shift `unpaired.bco`).
+    (BCO, arXiv:2404.04656; with its shift `unpaired.bco`).
 
     Args, gradients and errors as `sigmoid`.
 
@@ -294,27 +294,28 @@ def log_ratios(chosen, rejected, ref_chosen, ref_rejected) -> tuple[Array, Array
     return widen(chosen) - ref_chosen, widen(rejected) - ref_rejected
 
 
-def average(total, length) -> Array:
-    """`s / n`: a sequence's sum over tokens as a mean.
+def averages(chosen, rejected, chosen_length, rejected_length) -> tuple[Array, Array]:
+    """`(s_c/|c|, s_r/|r|)`: sums over the tokens of each completion as means.
 
     Args:
-      total: `[...]` sums, for example sequence log-probs in nats; gradients flow through them.
-      length: `[...]` trained tokens, n; 0 counts as 1.
+      chosen, rejected: `[...]` sums, for example sequence log-probs in nats; gradients flow through both.
+      chosen_length, rejected_length: `[...]` trained tokens of each completion; 0 counts as 1.
 
-    Returns: `[...]` means, in at least float32.
+    Returns: the means, both `[...]` in at least float32.
 
     Raises: ValueError on unequal shapes.
 
-    >>> average(jnp.array([-6.0]), jnp.array([4])).tolist()
-    [-1.5]
+    >>> [x.item() for x in averages(jnp.array([-6.0]), jnp.array([-4.0]), jnp.array([4]), jnp.array([2]))]
+    [-1.5, -2.0]
     """
-    check_shapes(length=length, total=total)
-    return widen(total) / jax.lax.stop_gradient(jnp.maximum(widen(length), 1.0))
+    check_shapes(rejected=rejected, chosen_length=chosen_length, rejected_length=rejected_length, chosen=chosen)
+    over = lambda total, length: widen(total) / jax.lax.stop_gradient(jnp.maximum(widen(length), 1.0))
+    return over(chosen, chosen_length), over(rejected, rejected_length)
 
 
 def ld_weights(chosen_mask, rejected_mask, *, alpha=0.5) -> tuple[Array, Array]:
     """`1[n ≤ min(|c|, |r|)] + α 1[n > min(|c|, |r|)]` for a completion's n-th token: the longer one's excess counts less
-    (LD-DPO, arXiv:2409.06411, eq. 9).
+    (LD-DPO, arXiv:2409.06411).
 
     Multiply per-token log-probs, of policy and reference, by these before `segments.segment_sum`.
 
@@ -385,8 +386,8 @@ def _margin(chosen, rejected, ref_chosen, ref_rejected, beta, divergence, length
 
 def _difference(chosen, rejected, ref_chosen, ref_rejected, divergence, lengths=None) -> Array:
     """`s_c - s_r` of the scores of the log-ratios, or by the token, `s_c/|c| - s_r/|r|`."""
-    scores = [divergence(x) for x in log_ratios(chosen, rejected, ref_chosen, ref_rejected)]
+    scores = tuple(divergence(x) for x in log_ratios(chosen, rejected, ref_chosen, ref_rejected))
     check_shapes(divergence=scores[0], chosen=chosen)
     if lengths is not None:
-        scores = [average(*x) for x in zip(scores, lengths, strict=True)]
+        scores = averages(*scores, *lengths)
     return scores[0] - scores[1]

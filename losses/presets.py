@@ -89,7 +89,7 @@ def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
 
 
 def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
-    """REINFORCE++-baseline  (arXiv:2501.03262, §3): `r - mean_group`, whitened over all tokens of the batch; clipped surrogate.
+    """REINFORCE++-baseline  (arXiv:2501.03262): `r - mean_group`, whitened over all tokens of the batch; clipped surrogate.
 
     Couples rows.
     """
@@ -133,7 +133,7 @@ def dr_grpo(*, length: float, clip_low=0.2, clip_high=0.2) -> Objective:
 
 
 def dapo(*, clip_low=0.2, clip_high=0.28, eps=1e-4) -> Objective:
-    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; `masks.finished_only` filters overlong ones."""
+    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; see `masks.finished_only`."""
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
 

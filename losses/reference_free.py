@@ -1,4 +1,4 @@
-"""Preference objectives without a reference model, per pair, from sequence log-probs (sums over a completion's tokens, in nats).
+"""Preference objectives without a reference, per pair, from sequence log-probs (sums over a completion's tokens, in nats).
 
 Most add the negative log-likelihood of one completion: `losses.cross_entropy` of it, with weights of its own:
 
@@ -13,18 +13,16 @@ Any objective of `preference` has its reference-free form, with zeros in the pla
 other losses of CPO and TPO.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from rlhf.losses import divergence
 from rlhf.losses._common import MAX_LOG_RATIO, Array, check_positive, check_shapes, widen
-from rlhf.losses.preference import average, logistic
+from rlhf.losses.preference import averages, logistic
 
 
 def cpo(chosen, rejected, *, beta=0.1, label_smoothing=0.0) -> Array:
-    """`-log σ(β (log π_c - log π_r))`: DPO under a uniform reference  (CPO, arXiv:2401.08417, eq. 4).
+    """`-log σ(β (log π_c - log π_r))`: DPO under a uniform reference  (CPO, arXiv:2401.08417, eq. 3).
 
     The paper adds the chosen completion's negative log-likelihood.
 
@@ -49,18 +47,18 @@ def simpo(chosen, rejected, chosen_length, rejected_length, *, beta=2.0, gamma=0
     Args, gradients and errors as `cpo`, and:
       chosen_length, rejected_length: `[...]` trained tokens of each completion (0 counts as 1).
       beta: strength, per nat a token.
-      gamma: γ, the margin to reach, in units of the loss's logit (the paper gives γ/β in its table: 0.1 to 0.8).
+      gamma: γ, the margin to reach, in units of `β log p`: in nats a token it is γ/β.
 
     >>> n = jnp.array([4])
     >>> simpo(jnp.array([-3.0]), jnp.array([-4.0]), n, n).tolist()  # -log σ(2 · 0.25 - 0.5)
     [0.6931]
     """
-    means = average(chosen, chosen_length), average(rejected, rejected_length)
+    means = averages(chosen, rejected, chosen_length, rejected_length)
     return _logistic_of_rewards(*means, beta, gamma, label_smoothing)
 
 
 def alphapo(chosen, rejected, chosen_length, rejected_length, *, alpha=0.25, beta=2.0, gamma=0.5, label_smoothing=0.0) -> Array:
-    """`-log σ(β (r_c - r_r) - γ)`, `r = (1 - p̄^-α) / α`, p̄ the mean token's probability  (AlphaPO, arXiv:2501.03884, eq. 10).
+    """`-log σ(β (r_c - r_r) - γ)`, `r = (1 - p̄^-α) / α`, p̄ the mean token's probability  (AlphaPO, arXiv:2501.03884).
 
     Args, gradients and errors as `simpo`, and:
       alpha: α, the reward's shape; 0 is SimPO, log p̄.  Its exponent ends at 20 nats.
@@ -69,13 +67,13 @@ def alphapo(chosen, rejected, chosen_length, rejected_length, *, alpha=0.25, bet
     >>> alphapo(jnp.array([-3.0]), jnp.array([-4.0]), n, n).tolist()  # -log σ(2 · 0.311 - 0.5)
     [0.634]
     """
-    means = average(chosen, chosen_length), average(rejected, rejected_length)
-    rewards = map(functools.partial(power_reward, alpha=alpha), means)
-    return _logistic_of_rewards(*rewards, beta, gamma, label_smoothing)
+    chosen, rejected = averages(chosen, rejected, chosen_length, rejected_length)
+    chosen, rejected = power_reward(chosen, alpha=alpha), power_reward(rejected, alpha=alpha)
+    return _logistic_of_rewards(chosen, rejected, beta, gamma, label_smoothing)
 
 
 def power_reward(logprobs, *, alpha=0.25) -> Array:
-    """`(1 - π^-α) / α`, which is log π at α = 0: AlphaPO's reward  (arXiv:2501.03884, eq. 9).
+    """`(1 - π^-α) / α`, which is log π at α = 0: AlphaPO's reward  (arXiv:2501.03884).
 
     Args:
       logprobs: `[...]` log-probs of sequences, or their means over tokens, in nats; gradients flow through them.
@@ -103,27 +101,23 @@ def orpo(chosen, rejected, chosen_length, rejected_length, *, beta=0.1) -> Array
     [0.0693]
     """
     check_positive(beta=beta)
-    check_shapes(rejected=rejected, chosen=chosen)
-    return 0.0 - beta * jax.nn.log_sigmoid(log_odds(chosen, chosen_length) - log_odds(rejected, rejected_length))
+    chosen, rejected = averages(chosen, rejected, chosen_length, rejected_length)
+    return 0.0 - beta * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
 
 
-def log_odds(logprobs, length) -> Array:
-    """`log p̄ - log(1 - p̄)`, p̄ the mean token's probability, `exp(log π / n)`  (ORPO, arXiv:2403.07691, eq. 4).
+def log_odds(logprobs) -> Array:
+    """`log p - log(1 - p)` of a log-probability  (ORPO, arXiv:2403.07691, eq. 4, where it is the mean over tokens).
 
     Args:
-      logprobs: `[...]` sequence log-probs, in nats; gradients flow through them.
-      length: `[...]` trained tokens, n; 0 counts as 1.
+      logprobs: `[...]` log p, at most 0, in nats; gradients flow through them.
 
-    Returns: `[...]` nats, at most 20: where p̄ is 1 the gradient ends.
+    Returns: `[...]` nats, at most 20: there, where p is 1, the gradient ends.
 
-    Raises: ValueError on unequal shapes.
-
-    >>> log_odds(jnp.array([-1.3863, 0.0]), jnp.array([2, 2])).tolist()
-    [0.0, 20.0]
+    >>> log_odds(jnp.log(jnp.array([0.5, 0.9, 1.0]))).tolist()
+    [0.0, 2.197, 20.0]
     """
-    least = jnp.exp(-MAX_LOG_RATIO)  # 1 - p̄
-    mean = jnp.minimum(average(logprobs, length), -least)
-    return mean - jax.nn.log1mexp(-mean)
+    below_one = jnp.minimum(widen(logprobs), -jnp.exp(-MAX_LOG_RATIO))
+    return below_one - jax.nn.log1mexp(-below_one)
 
 
 def tpo(chosen, rejected, *, beta=0.01, label_smoothing=0.0) -> Array:

@@ -1,9 +1,10 @@
-"""Reward-model objectives, per pair."""
+"""Reward-model objectives: per pair, per step and per row."""
 
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, check_shapes, widen
+from rlhf.losses._common import Array, check_shapes, clean, widen
+from rlhf.losses.logits import token_logprob
 
 
 def bradley_terry(chosen, rejected, margin=None, *, center_coef=0.0) -> Array:
@@ -25,3 +26,41 @@ def bradley_terry(chosen, rejected, margin=None, *, center_coef=0.0) -> Array:
     chosen, rejected = widen(chosen), widen(rejected)
     difference = chosen - rejected if margin is None else chosen - rejected - jax.lax.stop_gradient(widen(margin))
     return -jax.nn.log_sigmoid(difference) + center_coef * jnp.square(chosen + rejected)
+
+
+def process_reward(logits, labels, mask) -> Array:
+    """`-log softmax(logits)[label]` at the last token of every step  (process reward models, arXiv:2305.20050; TRL's PRM).
+
+    Args:
+      logits: `[..., T, C]` of a token classifier, C = 2 for wrong and right; gradients flow through them.
+      labels: `[..., T]` int32, the class of the step that ends here; anything where `mask` is False.
+      mask: `[..., T]` bool, True at the ends of steps.
+
+    Returns: `[..., T]` nats, exactly 0 (value and gradient) where `mask` is False.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
+
+    >>> process_reward(jnp.zeros((1, 2, 2)), jnp.array([[0, 1]]), jnp.array([[False, True]])).tolist()
+    [[0.0, 0.693]]
+    """
+    check_shapes(labels=labels, mask=mask)
+    cleaned = clean(logits, jnp.broadcast_to(mask[..., None], jnp.shape(logits)))
+    return clean(0.0 - token_logprob(cleaned, jnp.where(mask, labels, 0)), mask)
+
+
+def regression(rewards, targets) -> Array:
+    """`(r - target)²`: a reward model on absolute scores.
+
+    Args:
+      rewards: `[...]` of the model; gradients flow through them.
+      targets: `[...]` scores; no gradient.
+
+    Returns: `[...]` loss.
+
+    Raises: ValueError on unequal shapes.
+
+    >>> regression(jnp.array([1.0]), jnp.array([0.5])).tolist()
+    [0.25]
+    """
+    check_shapes(targets=targets, rewards=rewards)
+    return jnp.square(widen(rewards) - jax.lax.stop_gradient(widen(targets)))

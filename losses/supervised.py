@@ -1,4 +1,11 @@
-"""Supervised objectives, per token."""
+"""Supervised objectives, per token.
+
+A token's own weight is a factor of the weights: `weighted_sum(cross_entropy(…), weights * mine)`.  Label smoothing and the
+z-loss need all logits: `logits.smoothed_cross_entropy`, through `chunked`.
+"""
+
+import jax
+import jax.numpy as jnp
 
 from rlhf.losses._common import Array, check_shapes, clean
 
@@ -14,9 +21,23 @@ def cross_entropy(logprobs, mask) -> Array:
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
-    >>> import jax.numpy as jnp
     >>> cross_entropy(jnp.array([-1.5, -3.0]), jnp.array([True, False])).tolist()
     [1.5, 0.0]
     """
     check_shapes(logprobs=logprobs, mask=mask)
     return 0.0 - clean(logprobs, mask)
+
+
+def dft(logprobs, mask) -> Array:
+    """`-sg(p(token)) log p(token)`: dynamic fine-tuning, which does not chase unlikely tokens  (DFT, arXiv:2508.05629).
+
+    Args, gradients and errors as `cross_entropy`; none flow through the weight p.
+
+    Returns: `[..., T]`, exactly 0 (value and gradient) where `mask` is False.
+
+    >>> dft(jnp.log(jnp.array([0.5, 0.25])), jnp.array([True, False])).tolist()
+    [0.347, 0.0]
+    """
+    check_shapes(logprobs=logprobs, mask=mask)
+    logprobs = clean(logprobs, mask)
+    return 0.0 - jax.lax.stop_gradient(jnp.exp(logprobs)) * logprobs

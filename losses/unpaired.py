@@ -11,7 +11,7 @@ from rlhf.losses._common import Array, check_positive, check_shapes, constant, w
 
 def kto(logprobs, ref_logprobs, desirable, kl, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> Array:
     """`λ_D (1 - σ(β (x - KL)))` where desirable, `λ_U (1 - σ(β (KL - x)))` elsewhere, x = log π - log ref
-    (KTO, arXiv:2402.01306, eq. 8).
+    (KTO, arXiv:2402.01306, eq. 7).
 
     Args:
       logprobs: `[...]` sequence log-probs under the policy; the only argument gradients flow through.
@@ -36,7 +36,7 @@ def kto(logprobs, ref_logprobs, desirable, kl, *, beta=0.1, desirable_weight=1.0
 
 
 def kto_kl(logprobs, ref_logprobs, mask=None) -> Array:
-    """Couples rows: `max(0, mean(log π(y'|x) - log ref(y'|x)))`, y' another row's completion  (KTO, arXiv:2402.01306, §4.2).
+    """Couples rows: `max(0, mean(log π(y'|x) - log ref(y'|x)))`, y' another row's completion  (KTO, arXiv:2402.01306).
 
     Give it the whole mini-batch: it comes before the split into micro-batches, or inside `rlhf.coupled_train_step`.
 
@@ -72,7 +72,7 @@ def apo_zero(logprobs, ref_logprobs, desirable, *, beta=0.1, desirable_weight=1.
 
 
 def bco(logprobs, ref_logprobs, desirable, shift, *, beta=0.1) -> Array:
-    """`-log σ(β x - δ)` where desirable, `-log σ(-(β x - δ))` elsewhere, x = log π - log ref  (BCO, arXiv:2404.04656, eq. 10).
+    """`-log σ(β x - δ)` where desirable, `-log σ(-(β x - δ))` elsewhere, x = log π - log ref  (BCO, arXiv:2404.04656).
 
     Where undesirable rows answer other prompts than desirable ones, multiply by `density_ratio`.
 
@@ -95,7 +95,7 @@ def bco(logprobs, ref_logprobs, desirable, shift, *, beta=0.1) -> Array:
 
 def density_ratio(probability, desirable, *, min_ratio=0.5, max_ratio=10.0) -> Array:
     """`clip(p / (1 - p), min, max)` where undesirable, 1 elsewhere: undesirable rows weighted to the desirable ones' prompts
-    (BCO, arXiv:2404.04656, eq. 12).
+    (BCO, arXiv:2404.04656).
 
     Args:
       probability: `[...]` p, a classifier's probability that the prompt is one of a desirable row.

@@ -1,12 +1,14 @@
 """The README's programs run as they stand, and its figures are those of the results that are committed."""
 
 import json
+import pkgutil
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objectives_table
 
 from rlhf import losses, rollouts
 
@@ -43,6 +45,16 @@ def test_the_mesh_program_runs():
 def test_the_objective_stands_on_the_first_screen():
     lines = README.splitlines()
     assert next(i for i, line in enumerate(lines) if "return loss" in line) < 35
+
+
+def test_the_table_of_objectives_is_that_of_the_docstrings():
+    assert objectives_table.section(README) == README
+
+
+def test_every_module_of_objectives_is_in_the_table():
+    helpers = {"chunks", "logits", "metrics", "segments"}
+    modules = {info.name for info in pkgutil.iter_modules(losses.__path__) if not info.name.startswith("_")}
+    assert modules - helpers == set(objectives_table.TOPICS)
 
 
 def test_quoted_memory_is_the_committed_result():

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+
 from contracts.case import ROWS, SAMPLES, Case, also, grouped, masked, normal, vector
 from rlhf import losses
 

@@ -117,7 +117,8 @@ def ignored(name, arrays):
     if name == "weights.weighted_sum":
         return {"values": arrays["weights"] == 0}
     floats, _ = split_floats(arrays)
-    return {key: ~arrays["mask"].any(-1) if x.ndim == 1 else ~arrays["mask"] for key, x in floats.items()}
+    everywhere = {1: ~arrays["mask"].any(-1), 2: ~arrays["mask"], 3: ~arrays["mask"][..., None]}
+    return {key: np.broadcast_to(everywhere[x.ndim], x.shape) for key, x in floats.items()}
 
 
 def test_every_public_function_is_here():
@@ -149,7 +150,7 @@ def test_half_precision_is_widened_first(name):
     arrays = {key: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x for key, x in inputs_of(name).items()}
     wide = {key: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for key, x in arrays.items()}
     got, gradients, _ = call(name, arrays)
-    assert_close(got, call(name, wide)[0])
+    assert_close(got, call(name, wide)[0], 1e-2 if CASES[name].moves else 1e-5)
     assert all(x.dtype == jnp.bfloat16 for x in gradients.values())
 
 
@@ -309,7 +310,8 @@ def test_packed_equals_unpacked(name):
     want_in_segment = jax.tree.map(in_segment, want)
 
     ids = np.where(inside, 1, 0).astype(np.int32)
-    assert_close(jax.tree.map(in_segment, call(name, arrays | {"segment_ids": ids}, weights=weights)[:2]), want_in_segment, 1e-6)
+    one_segment = call(name, arrays | {"segment_ids": ids}, weights=weights)[:2]
+    assert_close(jax.tree.map(in_segment, one_segment), want_in_segment, 1e-6)
 
     # What belongs to no sequence, or to one that nothing is trained of, holds junk.
     dirty = {key: np.where(here, np.nan, arrays[key]).astype(np.float32) for key, here in ignored(name, arrays).items()}

@@ -266,7 +266,7 @@ VERL_WEIGHTS = {
 
 
 def verl_weights(config, mask):
-    """With the counts of a larger batch, if there are: ours are made of the whole mini-batch, so the ratio is put in by hand."""
+    """With the counts of a larger batch, if there are, put in by hand: ours are made of the whole mini-batch."""
     mode, ours = config["loss_agg_mode"], VERL_WEIGHTS[config["loss_agg_mode"]](mask)
     if "dp_size" not in config:
         return ours

@@ -144,7 +144,8 @@ def grpo(x, config, name):
     loss = trl_loss(kind, level, two_sided, off_policy, bool(config.get("use_bias_correction_kl")))
     knobs = {
         "low": config["epsilon_low"], "high": config["epsilon_high"], "delta": config["delta"] or 0.0,
-        "kl": config["beta"], "temperature": config["temperature"], "entropy": entropy_coef(x, config, mask) / config.get("gradient_accumulation_steps", 1),
+        "kl": config["beta"], "temperature": config["temperature"],
+        "entropy": entropy_coef(x, config, mask) / config.get("gradient_accumulation_steps", 1),
         "top_entropy": config.get("top_entropy_quantile", 1.0), "threshold": config.get("off_policy_mask_threshold") or 0.0,
         "sampled": "sampling_logps" in x,
         "tau_pos": config.get("sapo_temperature_pos", 1.0), "tau_neg": config.get("sapo_temperature_neg", 1.05),
@@ -184,7 +185,8 @@ VERL_LOSSES = {
     "gpg": lambda x, c: policy.reinforce(x[0], x[2], x[3]),
     "reinforce": lambda x, c: policy.reinforce(x[0], x[2], x[3]),
     "clip_cov": lambda x, c: policy.clip_cov(
-        *x, key=jax.random.key(0), share=c["share"], cov_low=c["cov_low"], cov_high=c["cov_high"], clip_low=c["low"], clip_high=c["high"]
+        *x, key=jax.random.key(0), share=c["share"], cov_low=c["cov_low"], cov_high=c["cov_high"],
+        clip_low=c["low"], clip_high=c["high"],
     ),
     "kl_cov": lambda x, c: policy.kl_cov(*x, share=c["share"], kl_coef=c["kl_coef"]),
 }  # fmt: skip
@@ -243,7 +245,8 @@ def verl_policy(x, config, name):
     if kind == "geo_mean":  # joined by their geometric mean
         importance = np.exp(losses.segments.mean(np.log(importance), mask))
     knobs = {
-        "low": config.get("clip_ratio_low", 0.2), "high": config.get("clip_ratio_high", 0.2), "dual": config.get("clip_ratio_c"),
+        "low": config.get("clip_ratio_low", 0.2), "high": config.get("clip_ratio_high", 0.2),
+        "dual": config.get("clip_ratio_c"),
         "tau_pos": config.get("tau_pos"), "tau_neg": config.get("tau_neg"), "kl_coef": config.get("ppo_kl_coef"),
         "share": config.get("clip_cov_ratio", config.get("kl_cov_ratio")),
         "cov_low": config.get("clip_cov_lb"), "cov_high": config.get("clip_cov_ub"),

@@ -1,0 +1,136 @@
+"""Breaks `losses/` in one place at a time and runs its tests: what stays green is a promise that no test holds.
+
+    python tests/mutate.py [--module policy] [--jobs 2] [--list] [--every 7]
+
+A mutant drops one `stop_gradient` or one `where`, flips one sign, swaps `clip_low` with `clip_high` or `minimum` with
+`maximum`.  It is killed by the first failing test: the module's examples, its part of the contract suite, then the definitions
+and the published values.  Survivors are listed; those that change nothing that could be seen are explained in `EQUIVALENT`.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SIGNS = {ast.Add: ast.Sub, ast.Sub: ast.Add}
+SWAPS = {"minimum": "maximum", "maximum": "minimum", "clip_low": "clip_high", "clip_high": "clip_low"}
+DROPS = {"stop_gradient": 0, "where": 1, "clean": 0, "constant": 0}  # the argument that is left of a call
+KEEPS = {"constant": "clean", "clean": "widen"}  # a call without its gradient stop, or without its `where`
+TESTS = ("test_definitions*.py", "test_gradients.py", "test_golden_*.py", "test_properties.py", "test_chunked.py")
+EQUIVALENT: dict[str, str] = {}  # `module:line: mutation` -> why no test can see it
+
+
+def called(node: ast.AST) -> str:
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str, ast.AST]]:
+    """`(node, what is done to it, what stands there instead)`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
+            yield node, "sign", ast.BinOp(node.left, SIGNS[type(node.op)](), node.right)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+            yield node, "sign", node.operand
+        elif isinstance(node, ast.Call) and called(node) in KEEPS:
+            name = KEEPS[called(node)]
+            yield node, f"{called(node)} -> {name}", ast.Call(ast.Name(name), node.args[: 2 if name == "clean" else 1], [])
+        elif isinstance(node, ast.Call) and called(node) in DROPS:
+            yield node, f"drop {called(node)}", node.args[DROPS[called(node)]]
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(getattr(node, "ctx", None), ast.Load):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id
+            if name in SWAPS:
+                other = copy.deepcopy(node)
+                setattr(other, "attr" if isinstance(node, ast.Attribute) else "id", SWAPS[name])
+                yield node, f"{name} -> {SWAPS[name]}", other
+
+
+class Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST):
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else super().generic_visit(node)
+
+
+def mutants(path: Path) -> Iterator[tuple[str, str]]:
+    """`(name, source)` of every mutant of a file; the helpers that a mutant needs are imported."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    for i, (node, what, _) in enumerate(mutations(tree)):
+        fresh = ast.parse(source)
+        old, _, new = list(mutations(fresh))[i]
+        changed = ast.fix_missing_locations(Replace(old, new).visit(fresh))
+        helpers = "" if path.name == "_common.py" else "from rlhf.losses._common import clean, widen  # noqa\n"
+        yield f"{path.stem}:{node.lineno}: {what}", helpers + ast.unparse(changed)  # type: ignore[attr-defined]
+
+
+def kill(name: str, source: str, folder: Path) -> bool:
+    """Whether a test in the copy of the project at `folder` notices."""
+    module = name.split(":")[0]
+    target = folder / "losses" / f"{module}.py"
+    original = target.read_text()
+    target.write_text(source)
+    try:
+        return any(not green(folder, *tests) for tests in suites(folder, module))
+    finally:
+        target.write_text(original)
+
+
+def suites(folder: Path, module: str) -> Iterator[tuple[str, ...]]:
+    if not module.startswith("_"):
+        yield (f"rlhf/losses/{module}.py",)
+        yield "tests/losses/test_contract.py", "-k", f"{module}."
+    yield tuple(str(p.relative_to(folder)) for pattern in TESTS for p in sorted((folder / "tests/losses").glob(pattern)))
+    yield ("tests/losses/test_contract.py",)
+
+
+def green(folder: Path, *tests: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-n0", "-qx", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=1800).returncode in (0, 5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--module", action="append", help="a module of losses; all if not given")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1, help="try only every n-th mutant")
+    parser.add_argument("--list", action="store_true", help="name the mutants and stop")
+    args = parser.parse_args()
+    paths = sorted((ROOT / "losses").glob("*.py"))
+    chosen = [m for p in paths if not args.module or p.stem in args.module for m in mutants(p)][:: args.every]
+    if args.list:
+        print(*(name for name, _ in chosen), sep="\n")
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(i) for i in range(args.jobs)]
+        for folder in folders:
+            shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            parts = [
+                pool.submit(lambda i=i: [m[0] for m in chosen[i :: args.jobs] if not tried(m, folders[i])])
+                for i in range(args.jobs)
+            ]
+            survivors = [name for part in parts for name in part.result()]
+    print(f"{len(chosen)} mutants, {len(survivors)} survive ({len(survivors) / max(len(chosen), 1):.1%})")
+    print(*(f"  {name}  {EQUIVALENT.get(name, 'UNEXPLAINED')}" for name in sorted(survivors)), sep="\n")
+    return any(name not in EQUIVALENT for name in survivors)
+
+
+def tried(mutant: tuple[str, str], folder: Path) -> bool:
+    dead = kill(*mutant, folder)
+    print(f"{'killed ' if dead else 'SURVIVES'} {mutant[0]}", flush=True)
+    return dead
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The example of objectives written by users runs, learns something from the grammar, and keeps them short."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "examples" / "custom_objective.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("custom_objective", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_small_run(example, monkeypatch):
+    monkeypatch.setattr(example, "OBJECTIVES", {"GSPO": example.gspo, "saturating": example.mine})
+    monkeypatch.setattr(example.demo, "SAMPLES", 32)
+    figures = example.main(["--steps", "2", "--sft-steps", "4", "--hidden-size", "16"])
+    assert list(figures) == ["language model", "GSPO", "saturating"]
+    assert figures["language model"]["kl_to_reference"] == pytest.approx(0.0, abs=1e-4)
+    assert all(figures[name]["kl_to_reference"] != 0.0 for name in ("GSPO", "saturating"))  # both have moved
+
+
+def test_every_objective_has_at_most_ten_lines():
+    source = PATH.read_text()
+    written = source[source.index("# ---- the objectives") : source.index("OBJECTIVES =")]
+    blocks = re.split(r"\n\n+", written)[1:]
+    assert len(blocks) >= 5
+    assert all(len(block.splitlines()) <= 10 for block in blocks)
