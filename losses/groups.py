@@ -16,18 +16,30 @@ from rlhf.losses.advantages import returns
 
 
 def group_mean(rewards) -> Array:
-    """The mean of a group's scored samples.  `[P, G]` -> `[P, G]`; 0 where none is."""
+    """The mean of a group's scored samples.  `[P, G]` -> `[P, G]`; 0 where none is.
+
+    >>> group_mean(jnp.array([[1., 0.]])).tolist()
+    [[0.5, 0.5]]
+    """
     return _alike(_sum(rewards) / jnp.maximum(_number(~jnp.isnan(rewards)), 1), rewards)
 
 
 def leave_one_out_mean(rewards) -> Array:
-    """The mean of a sample's scored siblings, `(Σ r - r_i) / (n - 1)`.  `[P, G]` -> `[P, G]`; 0 where there are none."""
+    """The mean of a sample's scored siblings, `(Σ r - r_i) / (n - 1)`.  `[P, G]` -> `[P, G]`; 0 where there are none.
+
+    >>> leave_one_out_mean(jnp.array([[1., 0., 4.]])).tolist()
+    [[2.0, 2.5, 0.5]]
+    """
     scored = ~jnp.isnan(rewards)
     return (_sum(rewards) - constant(rewards, scored)) / jnp.maximum(_number(scored) - scored, 1)
 
 
 def no_mean(rewards) -> Array:
-    """Zeros: nothing is subtracted."""
+    """Zeros: nothing is subtracted.
+
+    >>> no_mean(jnp.array([[1., 0.]])).tolist()
+    [[0.0, 0.0]]
+    """
     return jnp.zeros_like(constant(rewards, True))
 
 
@@ -35,13 +47,20 @@ def group_std(rewards, *, correction=1) -> Array:
     """The standard deviation of a group's scored samples.  `[P, G]` -> `[P, G]`.
 
     `correction` is subtracted from their number: 1 is Bessel's (TRL, verl), 0 the population's.
+
+    >>> group_std(jnp.array([[1., 0.]])).tolist()
+    [[0.707, 0.707]]
     """
     scored = ~jnp.isnan(rewards)
     return _alike(jnp.sqrt(_squares(rewards) / jnp.maximum(_number(scored) - correction, 1)), rewards)
 
 
 def batch_std(rewards) -> Array:
-    """Couples rows: the standard deviation of all scored samples, with Bessel's correction.  `[P, G]` -> `[P, G]`."""
+    """Couples rows: the standard deviation of all scored samples, with Bessel's correction.  `[P, G]` -> `[P, G]`.
+
+    >>> batch_std(jnp.array([[1.], [0.]])).tolist()
+    [[0.707], [0.707]]
+    """
     return _alike(group_std(rewards.reshape(1, -1))[:, :1], rewards)
 
 
@@ -49,6 +68,9 @@ def leave_one_out_std(rewards) -> Array:
     """The standard deviation of a sample's scored siblings, with Bessel's correction.  `[P, G]` -> `[P, G]`.
 
     Of the n - 1 others, `Σ_{j ≠ i} (r_j - mean_{k ≠ i})² = Σ (r - mean)² - n/(n-1) (r_i - mean)²`.
+
+    >>> leave_one_out_std(jnp.array([[1., 0., 4.]])).tolist()
+    [[2.828, 2.121, 0.707]]
     """
     scored = ~jnp.isnan(rewards)
     number = _number(scored)
@@ -59,7 +81,11 @@ def leave_one_out_std(rewards) -> Array:
 
 
 def no_std(rewards) -> Array:
-    """Zeros: nothing is divided."""
+    """Zeros: nothing is divided.
+
+    >>> no_std(jnp.array([[1., 0.]])).tolist()
+    [[0.0, 0.0]]
+    """
     return no_mean(rewards)
 
 

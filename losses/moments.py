@@ -12,7 +12,7 @@ from rlhf.losses._common import Array, check_shapes, constant
 class MomentsState(NamedTuple):
     """What has been seen so far; all arrays, so that a change never retraces."""
 
-    count: Array  # [] float32, numbers seen
+    number: Array  # [] float32, numbers seen
     mean: Array  # [] float32, their mean, 0 before the first
     variance: Array  # [] float32, with Bessel's correction, 1 before the second
 
@@ -32,14 +32,14 @@ def running() -> Moments:
 
     >>> moments = running()
     >>> state = moments.update(moments.init(), jnp.array([1., 2., 3.]))
-    >>> state.count.item(), state.mean.item(), state.variance.item()
+    >>> state.number.item(), state.mean.item(), state.variance.item()
     (3.0, 2.0, 1.0)
     """
     return Moments(_init, _update)
 
 
 def _init() -> MomentsState:
-    return MomentsState(count=jnp.zeros(()), mean=jnp.zeros(()), variance=jnp.ones(()))
+    return MomentsState(number=jnp.zeros(()), mean=jnp.zeros(()), variance=jnp.ones(()))
 
 
 def _update(state: MomentsState, values, mask=None) -> MomentsState:
@@ -47,15 +47,15 @@ def _update(state: MomentsState, values, mask=None) -> MomentsState:
     check_shapes(values=values, mask=mask)
     seen = mask & jnp.isfinite(values)
     values = constant(values, seen)
-    number = seen.sum()
-    mean = values.sum() / jnp.maximum(number, 1)
+    new = seen.sum()
+    mean = values.sum() / jnp.maximum(new, 1)
     shift = mean - state.mean
-    count = state.count + number
-    squares = jnp.sum(jnp.where(seen, values - mean, 0.0) ** 2) + state.variance * jnp.maximum(state.count - 1, 0)
-    squares += shift**2 * state.count * number / jnp.maximum(count, 1)
+    number = state.number + new
+    squares = jnp.sum(jnp.where(seen, values - mean, 0.0) ** 2) + state.variance * jnp.maximum(state.number - 1, 0)
+    squares += shift**2 * state.number * new / jnp.maximum(number, 1)
     merged = MomentsState(
-        count=count,
-        mean=state.mean + shift * number / jnp.maximum(count, 1),
-        variance=jnp.where(count > 1, squares / jnp.maximum(count - 1, 1), 1.0),
+        number=number,
+        mean=state.mean + shift * new / jnp.maximum(number, 1),
+        variance=jnp.where(number > 1, squares / jnp.maximum(number - 1, 1), 1.0),
     )
-    return jax.tree.map(lambda new, old: new.astype(jnp.result_type(old, values)), merged, state)
+    return jax.tree.map(lambda now, before: now.astype(jnp.result_type(before, values)), merged, state)

@@ -4,6 +4,7 @@ Most of them look at the policy through a ratio `r = exp(log_ratio(logprobs, old
 makes it as an argument: one of `rlhf.losses.ratios`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -137,7 +138,7 @@ def gspo(logprobs, old_logprobs, advantages, mask, *, clip_low=3e-4, clip_high=4
     >>> gspo(lp, jnp.log(jnp.array([[0.4, 0.4]])), jnp.array([[1., 1.]]), mask).tolist()
     [[-1.0, -1.0]]
     """
-    level = lambda *x: sequence_log_ratio(*x, segment_ids)
+    level = functools.partial(sequence_log_ratio, segment_ids=segment_ids)
     return clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, log_ratio=level)
 
 
@@ -151,7 +152,7 @@ def gspo_token(logprobs, old_logprobs, advantages, mask, *, clip_low=3e-4, clip_
     >>> gspo_token(lp, jnp.log(jnp.array([[0.4, 0.4]])), jnp.array([[1., 1.]]), mask).tolist()
     [[-1.0, -1.0]]
     """
-    level = lambda *x: sequence_token_log_ratio(*x, segment_ids)
+    level = functools.partial(sequence_token_log_ratio, segment_ids=segment_ids)
     return clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, log_ratio=level)
 
 
@@ -340,7 +341,7 @@ def topr(logprobs, old_logprobs, advantages, mask, *, segment_ids=None) -> Array
     >>> topr(lp, jnp.log(jnp.array([[0.1]])), jnp.array([[-1.]]), mask).tolist()
     [[-0.693]]
     """
-    level = lambda *x: product_log_ratio(*x, segment_ids)
+    level = functools.partial(product_log_ratio, segment_ids=segment_ids)
     weight, advantages = _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, level)
     tapered = jnp.where(advantages < 0, jax.lax.stop_gradient(jnp.minimum(weight, 1.0)), 1.0)
     return 0.0 - tapered * advantages * clean(logprobs, mask)

@@ -288,7 +288,12 @@ def logistic(margin, *, label_smoothing=0.0) -> Array:
 
 
 def log_ratios(chosen, rejected, ref_chosen, ref_rejected) -> tuple[Array, Array]:
-    """`(log π_c - log ref_c, log π_r - log ref_r)`, each `[...]` nats; β times these are DPO's implicit rewards."""
+    """`(log π_c - log ref_c, log π_r - log ref_r)`, each `[...]` nats; β times these are DPO's implicit rewards.
+
+    >>> lp = jnp.array([-7.0])
+    >>> [x.item() for x in log_ratios(lp + 1.0, lp, lp, lp)]
+    [1.0, 0.0]
+    """
     check_shapes(rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, chosen=chosen)
     ref_chosen, ref_rejected = jax.lax.stop_gradient((widen(ref_chosen), widen(ref_rejected)))
     return widen(chosen) - ref_chosen, widen(rejected) - ref_rejected

@@ -52,11 +52,12 @@ def objective(advantages: Callable, loss: Callable, weights: Callable, **knobs) 
     >>> mine.advantages(jnp.array([[1., 0.]]), jnp.array([[True], [True]])).tolist()
     [[0.5], [-0.5]]
     """
-    whole = {getattr(f, "func", f) for f in (loss, knobs.get("log_ratio"))} & set(SEQUENCE_LEVEL)
-    if whole and getattr(weights, "func", weights) in TOKEN_SUMS:
-        name = getattr(getattr(weights, "func", weights), "__name__", "weights")
+    bare = lambda function: getattr(function, "func", function)  # of a functools.partial
+    whole = [f.__name__ for f in SEQUENCE_LEVEL if f in (bare(loss), bare(knobs.get("log_ratio")))]
+    if whole and bare(weights) in TOKEN_SUMS:
+        name = bare(weights).__name__
         raise ValueError(
-            f"{whole.pop().__name__} is one ratio for a whole sequence, but weights.{name} sums over tokens: each sequence "
+            f"{whole[0]} is one ratio for a whole sequence, but weights.{name} sums over tokens: each sequence "
             "would count by its length; use weights.sequence_mean (or the token form, gspo_token)"
         )
     return Objective(_of_groups(advantages), _with_segments(functools.partial(loss, **knobs)), weights)
@@ -79,6 +80,10 @@ def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
     """REINFORCE++  (arXiv:2501.03262): reward-to-go with the KL in the reward, whitened over the batch; clipped surrogate.
 
     `advantages(rewards [P, G], mask, penalties [B, T], segment_ids=None)`; couples rows.
+
+    >>> penalties, mask = jnp.array([[0.1], [0.3]]), jnp.array([[True], [True]])
+    >>> reinforce_pp().advantages(jnp.array([[1., 0.]]), mask, penalties).tolist()
+    [[0.707], [-0.707]]
     """
 
     def advantages(rewards, mask, penalties, segment_ids=None):
@@ -92,6 +97,10 @@ def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
     """REINFORCE++-baseline  (arXiv:2501.03262): `r - mean_group`, whitened over all tokens of the batch; clipped surrogate.
 
     Couples rows.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> reinforce_pp_baseline().loss(lp, old, reinforce_pp_baseline().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.849], [0.589]]
     """
 
     def advantages(rewards, mask, segment_ids=None):
@@ -104,6 +113,10 @@ def rloo(*, clip_low=0.2, clip_high=0.2) -> Objective:
     """RLOO  (arXiv:2402.14740): leave-one-out baseline, the KL in the reward, one ratio of whole sequences.
 
     `advantages(rewards [P, G], mask, penalties [B, T], segment_ids=None)`.
+
+    >>> penalties, mask = jnp.array([[0.1], [0.3]]), jnp.array([[True], [True]])
+    >>> rloo().advantages(jnp.array([[1., 0.]]), mask, penalties).tolist()
+    [[1.2], [-1.2]]
     """
 
     def advantages(rewards, mask, penalties, segment_ids=None):
@@ -121,73 +134,133 @@ def rloo(*, clip_low=0.2, clip_high=0.2) -> Objective:
 
 
 def grpo(*, clip_low=0.2, clip_high=0.2, eps=1e-4) -> Objective:
-    """GRPO  (arXiv:2402.03300): group mean and deviation, clipped surrogate, mean over sequences of token means."""
+    """GRPO  (arXiv:2402.03300): group mean and deviation, clipped surrogate, mean over sequences of token means.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> grpo().loss(lp, old, grpo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.848], [0.589]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.clipped_surrogate, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
 
 
 def dr_grpo(*, length: float, clip_low=0.2, clip_high=0.2) -> Objective:
-    """Dr. GRPO  (arXiv:2503.20783): group mean alone, and a constant length, so that neither difficulty nor length biases."""
+    """Dr. GRPO  (arXiv:2503.20783): group mean alone, and a constant length, so that neither difficulty nor length biases.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> dr_grpo(length=4).loss(lp, old, dr_grpo(length=4).advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.6], [0.417]]
+    """
     weights = functools.partial(reduction.constant, length=length)
     return objective(groups.dr_grpo, policy.clipped_surrogate, weights, clip_low=clip_low, clip_high=clip_high)
 
 
 def dapo(*, clip_low=0.2, clip_high=0.28, eps=1e-4) -> Objective:
-    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; see `masks.finished_only`."""
+    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; see `masks.finished_only`.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> dapo().loss(lp, old, dapo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.905], [0.589]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
 
 
 def lite_ppo(*, clip_low=0.2, clip_high=0.2) -> Objective:
-    """LitePPO  (arXiv:2508.08221): group mean, batch deviation, clipped surrogate, token mean.  Couples rows."""
+    """LitePPO  (arXiv:2508.08221): group mean, batch deviation, clipped surrogate, token mean.  Couples rows.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> lite_ppo().loss(lp, old, lite_ppo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.848], [0.589]]
+    """
     return objective(groups.lite_ppo, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
 
 
 def gspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
-    """GSPO  (arXiv:2507.18071): GRPO with the sequence's ratio, mean over sequences."""
+    """GSPO  (arXiv:2507.18071): GRPO with the sequence's ratio, mean over sequences.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> gspo().loss(lp, old, gspo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.707], [0.707]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.gspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
 
 
 def luspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
-    """LUSPO  (arXiv:2602.05261): GSPO times the sequence's length."""
+    """LUSPO  (arXiv:2602.05261): GSPO times the sequence's length.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> luspo().loss(lp, old, luspo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.707], [0.707]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.luspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
 
 
 def gmpo(*, clip_low=0.4, clip_high=0.4, eps=1e-4) -> Objective:
-    """GMPO  (arXiv:2507.20673): the geometric mean of bounded ratios, mean over sequences."""
+    """GMPO  (arXiv:2507.20673): the geometric mean of bounded ratios, mean over sequences.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> gmpo().loss(lp, old, gmpo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-1.055], [0.589]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.gmpo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
 
 
 def cispo(*, max_ratio=5.0, min_ratio=0.0, eps=1e-4) -> Objective:
-    """CISPO  (arXiv:2506.13585): bounded, detached ratios on every token's gradient, token mean."""
+    """CISPO  (arXiv:2506.13585): bounded, detached ratios on every token's gradient, token mean.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> cispo().loss(lp, old, cispo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[0.817], [-0.408]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.cispo, reduction.token_mean, max_ratio=max_ratio, min_ratio=min_ratio)
 
 
 def sapo(*, tau_pos=1.0, tau_neg=1.05, eps=1e-4) -> Objective:
-    """SAPO  (arXiv:2511.20347): a soft gate in place of the clip, mean over sequences."""
+    """SAPO  (arXiv:2511.20347): a soft gate in place of the clip, mean over sequences.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> sapo().loss(lp, old, sapo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-1.869], [1.229]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     return objective(advantages, policy.sapo, reduction.sequence_mean, tau_pos=tau_pos, tau_neg=tau_neg)
 
 
 def vespo(*, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0, eps=1e-4) -> Objective:
-    """VESPO  (arXiv:2602.10693): a smooth weight of whole sequences on every token's gradient, token mean."""
+    """VESPO  (arXiv:2602.10693): a smooth weight of whole sequences on every token's gradient, token mean.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> vespo().loss(lp, old, vespo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[0.184], [-0.396]]
+    """
     advantages = functools.partial(groups.group_relative, eps=eps)
     knobs = {"k_pos": k_pos, "lam_pos": lam_pos, "k_neg": k_neg, "lam_neg": lam_neg}
     return objective(advantages, policy.vespo, reduction.token_mean, **knobs)
 
 
 def dppo(*, threshold_low=0.2, threshold_high=0.2) -> Objective:
-    """DPPO  (arXiv:2602.04879): group mean, a trust region on probabilities, token mean."""
+    """DPPO  (arXiv:2602.04879): group mean, a trust region on probabilities, token mean.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> dppo().loss(lp, old, dppo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-0.833], [0.417]]
+    """
     thresholds = {"threshold_low": threshold_low, "threshold_high": threshold_high}
     return objective(groups.dr_grpo, policy.dppo, reduction.token_mean, **thresholds)
 
 
 def max_rl(*, clip_low=0.2, clip_high=0.2) -> Objective:
-    """MaxRL  (arXiv:2602.02710): rewards relative to the group's success rate, clipped surrogate, token mean."""
+    """MaxRL  (arXiv:2602.02710): rewards relative to the group's success rate, clipped surrogate, token mean.
+
+    >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
+    >>> max_rl().loss(lp, old, max_rl().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
+    [[-1.2], [0.833]]
+    """
     return objective(groups.max_rl, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
 
 

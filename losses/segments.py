@@ -7,7 +7,11 @@ from rlhf.losses._common import Array, check_shapes, clean, widen
 
 
 def or_whole_rows(mask, segment_ids) -> Array:
-    """`segment_ids`, or all ones: each row is one sequence.  `[B, T]` -> `[B, T]` int32."""
+    """`segment_ids`, or all ones: each row is one sequence.  `[B, T]` -> `[B, T]` int32.
+
+    >>> or_whole_rows(jnp.array([[True, False]]), None).tolist()
+    [[1, 1]]
+    """
     check_shapes(segment_ids=segment_ids, mask=mask)
     return jnp.ones(jnp.shape(mask), jnp.int32) if segment_ids is None else segment_ids
 
@@ -53,7 +57,11 @@ def spread(per_sequence, mask, segment_ids=None) -> Array:
 
 
 def per_token(per_sequence, segment_ids) -> Array:
-    """One number per sequence, at every token of it, trained or not.  `[B]` or `[B * S]`, `[B, T]` int32 -> `[B, T]`."""
+    """One number per sequence, at every token of it, trained or not.  `[B]` or `[B * S]`, `[B, T]` int32 -> `[B, T]`.
+
+    >>> per_token(jnp.array([3., 5.]), jnp.array([[1, 1, 2]])).tolist()
+    [[3.0, 3.0, 5.0]]
+    """
     rows = segment_ids.shape[0]
     if jnp.ndim(per_sequence) != 1 or per_sequence.shape[0] % max(rows, 1):
         raise ValueError(
@@ -106,13 +114,21 @@ def largest(values, mask, segment_ids=None) -> Array:
 
 
 def count(mask, segment_ids=None) -> Array:
-    """How many trained tokens the sequence of each token has.  `[B, T]` bool -> `[B, T]` float32; no gradient."""
+    """How many trained tokens the sequence of each token has.  `[B, T]` bool -> `[B, T]` float32; no gradient.
+
+    >>> count(jnp.array([[True, False, True]])).tolist()
+    [[2.0, 2.0, 2.0]]
+    """
     check_shapes(segment_ids=segment_ids, mask=mask)
     return _pooled(jnp.sum, jax.ops.segment_sum, mask.astype(float), segment_ids)
 
 
 def starts(segment_ids) -> Array:
-    """True in the first column of every sequence.  `[B, T]` int32 -> `[B, T]` bool."""
+    """True in the first column of every sequence.  `[B, T]` int32 -> `[B, T]` bool.
+
+    >>> starts(jnp.array([[1, 1, 2, 0]])).tolist()
+    [[True, False, True, False]]
+    """
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     return (segment_ids != before) & (segment_ids != 0)
 
@@ -134,7 +150,11 @@ def last_trained(mask, segment_ids=None) -> Array:
 
 
 def last_columns(segment_ids, *, max_segments: int = 1) -> Array:
-    """The column of each sequence's last token.  `[B, T]` int32 -> `[B, max_segments]` int32, 0 where there is none."""
+    """The column of each sequence's last token.  `[B, T]` int32 -> `[B, max_segments]` int32, 0 where there is none.
+
+    >>> last_columns(jnp.array([[1, 1, 2, 0]]), max_segments=2).tolist()
+    [[1, 2]]
+    """
     member = segment_ids[:, None, :] == 1 + jnp.arange(max_segments)[None, :, None]
     return jnp.where(member, jnp.arange(segment_ids.shape[-1]), 0).max(-1)
 

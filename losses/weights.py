@@ -133,5 +133,9 @@ def token_share(mask, segment_ids=None) -> Array:
 
 
 def number_of_sequences(mask, segment_ids=None) -> Array:
-    """How many sequences have a trained token, at least 1.  `[B, T]` bool -> `[]` float32."""
+    """How many sequences have a trained token, at least 1.  `[B, T]` bool -> `[]` float32.
+
+    >>> number_of_sequences(jnp.array([[True, True], [False, False]])).item()
+    1.0
+    """
     return jnp.maximum(segments.last_trained(mask, segment_ids).sum(), 1).astype(float)

@@ -116,11 +116,8 @@ def main() -> int:
         for folder in folders:
             shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            parts = [
-                pool.submit(lambda i=i: [m[0] for m in chosen[i :: args.jobs] if not tried(m, folders[i])])
-                for i in range(args.jobs)
-            ]
-            survivors = [name for part in parts for name in part.result()]
+            of_folder = lambda i: [m[0] for m in chosen[i :: args.jobs] if not tried(m, folders[i])]
+            survivors = [name for part in pool.map(of_folder, range(args.jobs)) for name in part]
     print(f"{len(chosen)} mutants, {len(survivors)} survive ({len(survivors) / max(len(chosen), 1):.1%})")
     print(*(f"  {name}  {EQUIVALENT.get(name, 'UNEXPLAINED')}" for name in sorted(survivors)), sep="\n")
     return any(name not in EQUIVALENT for name in survivors)

@@ -46,7 +46,7 @@ def functions(module):
 
 def summary(function) -> tuple[str, str]:
     """The first paragraph of a docstring: `(what it says, its source)`, which stands in parentheses after two spaces."""
-    first = inspect.getdoc(function).split("\n\n")[0]
+    first = (inspect.getdoc(function) or "").split("\n\n")[0]
     first = re.sub(r"\n(?=\()", "  ", first).replace("\n", " ")
     match = re.fullmatch(r"(.*?)  \((.*?)\)([:.]?)(.*)", first)
     if not match:

@@ -14,7 +14,7 @@ components = lambda rng: {**grouped("rewards", shape=(ROWS, SAMPLES, 3))(rng), "
 
 def moments(values, mask):
     state = losses.moments.running().update(losses.moments.running().init(), 2.0 + values, mask)
-    return state.count, state.mean, jnp.where(state.count > 1, state.variance, 0.0)
+    return state.number, state.mean, jnp.where(state.number > 1, state.variance, 0.0)
 
 
 def controlled(make, *more):

@@ -125,6 +125,11 @@ def test_every_public_function_is_here():
     assert set(FUNCTIONS) == set(CASES)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_public_function_shows_an_example(name):
+    assert ">>> " in inspect.getdoc(FUNCTIONS[name])
+
+
 @every_function
 def test_jit_equals_eager(name):
     assert_close(call(name, inputs_of(name))[0], eager(name, inputs_of(name)))

@@ -73,7 +73,7 @@ def running_moments(batches):
     return {
         "means": jnp.stack([s.mean for s in states]),
         "stds": jnp.sqrt(jnp.stack([s.variance for s in states])),
-        "counts": jnp.stack([s.count for s in states]),
+        "counts": jnp.stack([s.number for s in states]),
         "batch_stats": jnp.stack([jnp.stack([s.mean, jnp.sqrt(s.variance)]) for s in each]),
     }
 
