@@ -16,7 +16,7 @@ A KL to the reference, an entropy bonus, importance weights are terms and factor
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp  # noqa: F401 - for the examples
 
@@ -52,7 +52,7 @@ def objective(advantages: Callable, loss: Callable, weights: Callable, **knobs) 
     >>> mine.advantages(jnp.array([[1., 0.]]), jnp.array([[True], [True]])).tolist()
     [[0.5], [-0.5]]
     """
-    bare = lambda function: getattr(function, "func", function)  # of a functools.partial
+    bare: Callable[[Any], Any] = lambda function: getattr(function, "func", function)  # of a functools.partial
     whole = [f.__name__ for f in SEQUENCE_LEVEL if f in (bare(loss), bare(knobs.get("log_ratio")))]
     if whole and bare(weights) in TOKEN_SUMS:
         name = bare(weights).__name__

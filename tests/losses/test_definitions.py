@@ -1,6 +1,5 @@
 """Objectives against slow definitions in NumPy (loops and double sums), and identities between them, in float64."""
 
-import functools
 import math
 import statistics
 
@@ -8,27 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definitions import assert_close, run
 
 from rlhf import losses
 from rlhf.losses import kl, preference, segments, weights
 
 SEGMENTS = 3  # most sequences in a row
-
-
-@functools.cache
-def jitted(fn, **static):
-    # Most of the time is compilation: LLVM's optimisations are left out.
-    return jax.jit(functools.partial(fn, **static), compiler_options={"xla_backend_optimization_level": 0})
-
-
-def run(fn, *arrays, static=(), **knobs):
-    """`fn`, jitted, in float64."""
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, jitted(fn, **dict(static))(*arrays, **knobs))
-
-
-def assert_close(got, want):
-    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
 def packed(rng):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts.preference import CASES
+from definitions import assert_close, gradients, jit, run
 
 from rlhf.losses import divergence, online, preference, reference_free, unpaired
 
@@ -21,33 +22,6 @@ DESIRABLE = np.array([True, False, False, True, True, False])
 MASK = RNG.random((4, 5)) < 0.7
 MASK[1], MASK[2] = True, False
 TOKENS, REF_TOKENS = -RNG.uniform(0.1, 3, size=(2, *MASK.shape))
-
-
-def jit(fn):
-    # Most of the time is compilation: LLVM's optimisations are left out.
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.cache
-def jitted(fn, **static):
-    return jit(functools.partial(fn, **static))
-
-
-def run(fn, *arrays, static=(), **knobs):
-    """`fn`, jitted, in float64."""
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, jitted(fn, **dict(static))(*arrays, **knobs))
-
-
-def gradients(fn, *arrays, **knobs):
-    """Of the sum of `fn`, with respect to its arrays."""
-    with jax.enable_x64(True):
-        total = lambda *arrays, **knobs: fn(*arrays, **knobs).sum()
-        return jit(jax.grad(total, argnums=tuple(range(len(arrays)))))(*map(jnp.asarray, arrays), **knobs)
-
-
-def assert_close(got, want):
-    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
 def logistic(z):
