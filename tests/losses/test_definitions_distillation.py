@@ -71,10 +71,8 @@ def test_process_reward():
 
 
 def test_regression():
-    assert_close(
-        run(reward_model.regression, VALUES, TARGETS),
-        [[(v - t) ** 2 for v, t in zip(*x, strict=True)] for x in zip(VALUES, TARGETS, strict=True)],
-    )
+    want = [[(v - t) ** 2 for v, t in zip(*rows, strict=True)] for rows in zip(VALUES, TARGETS, strict=True)]
+    assert_close(run(reward_model.regression, VALUES, TARGETS), want)
     assert_close(gradients(lambda x: reward_model.regression(x, TARGETS), VALUES)[0], 2 * (VALUES - TARGETS))
 
 
@@ -110,11 +108,8 @@ def test_divergence(name):
 def test_the_ends_of_the_jsd_are_the_kls(beta, limit):
     end = getattr(distillation, limit)
     assert_close(run(distillation.jsd, STUDENT, TEACHER, beta=beta), run(end, STUDENT, TEACHER))
-    got, want = (
-        gradients(lambda s, beta: fn(s, beta), STUDENT, beta)[0]
-        for fn in (lambda s, beta: distillation.jsd(s, TEACHER, beta=beta), lambda s, beta: end(s, TEACHER))
-    )
-    assert_close(got, want)
+    got = gradients(lambda s, beta: distillation.jsd(s, TEACHER, beta=beta), STUDENT, beta)[0]
+    assert_close(got, gradients(lambda s: end(s, TEACHER), STUDENT)[0])
 
 
 def test_skew_without_skew():
@@ -138,16 +133,14 @@ def test_support_and_tail():
     for row, (s, t) in enumerate(zip(STUDENT, TEACHER, strict=True)):
         inside = sorted(np.argsort(-t)[:2])
         assert np.flatnonzero(support[row]).tolist() == inside
-        s, t = softmax(s), softmax(t)
-        for restrict, parts in {
-            distillation.on_support: lambda p: p[inside] / p[inside].sum(),
-            distillation.with_tail: lambda p: np.append(p[inside], 1 - p[inside].sum()),
-        }.items():
-            student, teacher = run(restrict, STUDENT, TEACHER, support)
-            kept = [*inside, *range(5, student.shape[-1])]
-            np.testing.assert_allclose(np.exp(student[row][kept]), parts(s), rtol=1e-10)
-            np.testing.assert_allclose(np.exp(teacher[row][kept]), parts(t), rtol=1e-10)
-            assert np.isinf(np.delete(student[row], kept)).all()
+        kept = [softmax(x)[inside] for x in (s, t)]
+        renormalised = run(distillation.on_support, STUDENT, TEACHER, support)
+        with_tail = run(distillation.with_tail, STUDENT, TEACHER, support)
+        for of, without, tail in zip(kept, renormalised, with_tail, strict=True):
+            np.testing.assert_allclose(np.exp(without[row][inside]), of / of.sum(), rtol=1e-10)
+            np.testing.assert_allclose(np.exp(tail[row][[*inside, 5]]), [*of, 1 - of.sum()], rtol=1e-10)
+            assert np.isinf(np.delete(without[row], inside)).all()
+            assert np.isinf(np.delete(tail[row], [*inside, 5])).all()
 
 
 def test_a_whole_support_changes_nothing():
