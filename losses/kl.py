@@ -71,7 +71,8 @@ def absolute(logprobs, ref_logprobs, mask) -> Array:
     >>> absolute(jnp.array([-3., -2.]), jnp.array([-2., -2.]), jnp.array([True, True])).tolist()
     [1.0, 0.0]
     """
-    return jnp.abs(k1(logprobs, ref_logprobs, mask))
+    difference = k1(logprobs, ref_logprobs, mask)
+    return difference * jnp.sign(difference)  # and not jnp.abs, whose gradient is 1 at 0: on policy nothing may pull
 
 
 def full(logits, ref_logits) -> Array:

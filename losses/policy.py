@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses import masks, segments
+from rlhf.losses import kl, masks, segments
 from rlhf.losses._common import (
     MAX_LOG_RATIO,
     Array,
@@ -421,7 +421,7 @@ def kl_cov(logprobs, old_logprobs, advantages, mask, *, share=2e-4, kl_coef=1.0)
     """
     ratio, advantages = _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, token_log_ratio)
     pays = masks.top(covariance(logprobs, advantages, mask), mask, number=_number(share, mask))
-    penalty = jnp.abs(token_log_ratio(logprobs, old_logprobs, mask))
+    penalty = kl.absolute(logprobs, constant(old_logprobs, mask), mask)
     return clean(-ratio * advantages, mask) + kl_coef * clean(penalty, pays)
 
 

@@ -24,8 +24,12 @@ def run(fn, *arrays, static=(), **knobs):
 def gradients(fn, *arrays, **knobs):
     """Of the sum of `fn`, with respect to its arrays."""
     with jax.enable_x64(True):
-        total = lambda *arrays, **knobs: fn(*arrays, **knobs).sum()
-        return jit(jax.grad(total, argnums=tuple(range(len(arrays)))))(*map(jnp.asarray, arrays), **knobs)
+        return gradient_of(fn, len(arrays))(*map(jnp.asarray, arrays), **knobs)
+
+
+@functools.cache
+def gradient_of(fn, arrays):
+    return jit(jax.grad(lambda *x, **knobs: fn(*x, **knobs).sum(), argnums=tuple(range(arrays))))
 
 
 def assert_close(got, want):

@@ -9,6 +9,11 @@ from rlhf import losses
 POSITIVE_ALPHA = ({"alpha": 0.0}, "alpha must be above 0")
 LEVELS = ("group_mean", "leave_one_out_mean", "no_mean", "group_std", "batch_std", "leave_one_out_std", "no_std")
 some_zero = lambda rng: {"rewards": np.round(grouped("rewards")(rng)["rewards"])}
+log_of_probabilities = ("logprobs", "log_sum_sq_probs")
+baseline_inputs = lambda rng: {
+    key: -abs(x) if key in log_of_probabilities else x
+    for key, x in masked("rewards", "logprobs", "log_sum_sq_probs", "importance")(rng).items()
+}
 components = lambda rng: {**grouped("rewards", shape=(ROWS, SAMPLES, 3))(rng), "weights": rng.normal(size=3)}
 
 
@@ -57,9 +62,7 @@ CASES = {
         also(grouped("rewards"), weights=lambda rng: rng.normal(size=SAMPLES)), apart=("weights",), per="row"
     ),
     "groups.gdpo": Case(components, knobs={"eps": 1e-4}, couples=True, apart=("weights",)),
-    "groups.optimal_token_baseline": Case(
-        masked("rewards", "logprobs", "log_sum_sq_probs", "importance"), static={"num_samples": 2}, couples=True
-    ),
+    "groups.optimal_token_baseline": Case(baseline_inputs, static={"num_samples": 2}, couples=True),
     "groups.split": Case(normal("values"), flow=("values",), static={"size": 2}, couples=True, per="batch", moves=True),
     "groups.to_tokens": Case(
         also(masked(), advantages=vector),
