@@ -6,6 +6,7 @@ values and gradients are exactly 0, whatever the inputs hold there.
 
 from rlhf.losses import advantages as advantages
 from rlhf.losses import controllers as controllers
+from rlhf.losses import covariance as covariance
 from rlhf.losses import distillation as distillation
 from rlhf.losses import divergence as divergence
 from rlhf.losses import groups as groups

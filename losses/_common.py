@@ -32,11 +32,15 @@ def check_positive(**values) -> None:
 
 
 def check_clip(clip_low, clip_high) -> None:
-    """Raises unless the given ones are half-widths: 0 < clip_low < 1 and 0 < clip_high; traced values and None are trusted."""
-    if isinstance(clip_low, int | float) and not 0 < clip_low < 1:
-        raise ValueError(f"clip_low is a half-width, r >= 1 - clip_low, so 0 < clip_low < 1, but it is {clip_low}")
-    if isinstance(clip_high, int | float) and not clip_high > 0:
-        raise ValueError(f"clip_high is a half-width, r <= 1 + clip_high, so clip_high > 0, but it is {clip_high}")
+    """Raises unless the given ones are half-widths, in (0, 1); traced values and None are trusted."""
+    for name, value, bound, cure in (
+        ("clip_low", clip_low, "r >= 1 - clip_low", "1 - b"),
+        ("clip_high", clip_high, "r <= 1 + clip_high", "b - 1"),
+    ):
+        if isinstance(value, int | float) and not 0 < value < 1:
+            raise ValueError(
+                f"{name} is a half-width, {bound}, so 0 < {name} < 1, but it is {value}; for an absolute bound b give {cure}"
+            )
 
 
 def widen(x) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses import kl, masks, segments
+from rlhf.losses import masks, segments
 from rlhf.losses._common import (
     MAX_LOG_RATIO,
     Array,
@@ -59,7 +59,7 @@ def clipped_surrogate(
 
     Returns: `[..., T]` loss, exactly 0 (value and gradient) where `mask` is False.
 
-    Raises: ValueError on unequal shapes or an ε outside (0, 1) below and (0, ∞) above, TypeError where `mask` is not bool.
+    Raises: ValueError on unequal shapes or an ε outside (0, 1), TypeError where `mask` is not bool.
 
     >>> lp, mask = jnp.log(jnp.array([0.5, 0.5])), jnp.array([True, True])
     >>> clipped_surrogate(lp, jnp.log(jnp.array([0.25, 0.5])), jnp.array([1., 1.]), mask).tolist()
@@ -362,69 +362,6 @@ def m2po(logprobs, old_logprobs, advantages, mask, *, threshold=0.04) -> Array:
     return clean(-ratio * advantages, masks.second_moment(logprobs, old_logprobs, mask, threshold=threshold))
 
 
-def covariance(logprobs, advantages, mask) -> Array:
-    """Couples rows: `(A - mean A) (log π - mean log π)` over the mini-batch's trained tokens: what lowers entropy
-    (arXiv:2505.22617).
-
-    Args and errors as `reinforce`.
-
-    Returns: `[..., T]`, 0 where `mask` is False.  No gradient.
-
-    >>> covariance(jnp.array([-1., -3.]), jnp.array([1., -1.]), jnp.array([True, True])).tolist()
-    [1.0, 1.0]
-    """
-    check_shapes(logprobs=logprobs, advantages=advantages, mask=mask)
-    number = jnp.maximum(mask.sum(), 1)
-    centered = lambda x: clean(constant(x, mask) - constant(x, mask).sum() / number, mask)
-    return centered(advantages) * centered(logprobs)
-
-
-def clip_cov(
-    logprobs, old_logprobs, advantages, mask, *, key, share=2e-4, cov_low=1.0, cov_high=5.0, clip_low=0.2, clip_high=0.2
-) -> Array:
-    """Couples rows: `clipped_surrogate` without a few random tokens of high covariance  (Clip-Cov, arXiv:2505.22617).
-
-    Args:
-      logprobs, old_logprobs, advantages, mask, clip_low, clip_high: as for `clipped_surrogate`.
-      key: consumed; it chooses the tokens.
-      share: how many are dropped, of all trained tokens, rounded down, and at least one.
-      cov_low, cov_high: only tokens of a `covariance` between these, which PPO has not clipped, are dropped.
-
-    Returns, gradients and errors as `clipped_surrogate`.
-
-    >>> lp, mask = jnp.log(jnp.array([0.9, 0.01])), jnp.array([True, True])
-    >>> clip_cov(lp, lp, jnp.array([1., -1.]), mask, key=jax.random.key(0)).tolist()  # one of the two is dropped
-    [-1.0, 0.0]
-    """
-    loss = clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-    ratio, advantages = _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, token_log_ratio)
-    clipped = loss > 0.0 - ratio * advantages
-    cov = covariance(logprobs, advantages, mask)
-    band = mask & ~clipped & (cov > cov_low) & (cov < cov_high)
-    order = jax.random.uniform(key, jnp.shape(mask), jnp.float32)
-    return clean(loss, mask & ~masks.top(order, band, number=_number(share, mask)))
-
-
-def kl_cov(logprobs, old_logprobs, advantages, mask, *, share=2e-4, kl_coef=1.0) -> Array:
-    """Couples rows: `-r A + β |log r|`, the penalty on the tokens of largest covariance alone  (KL-Cov, arXiv:2505.22617).
-
-    Args:
-      logprobs, old_logprobs, advantages, mask: as for `clipped_surrogate`.
-      share: how many tokens pay, of all trained tokens, rounded down, and at least one.
-      kl_coef: β.
-
-    Returns, gradients and errors as `clipped_surrogate`.
-
-    >>> lp, mask = jnp.log(jnp.array([0.5, 0.5])), jnp.array([True, True])
-    >>> kl_cov(lp, lp - 1.0, jnp.array([1., -1.]), mask).tolist()
-    [-1.718, 2.718]
-    """
-    ratio, advantages = _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, token_log_ratio)
-    pays = masks.top(covariance(logprobs, advantages, mask), mask, number=_number(share, mask))
-    penalty = kl.absolute(logprobs, constant(old_logprobs, mask), mask)
-    return clean(-ratio * advantages, mask) + kl_coef * clean(penalty, pays)
-
-
 def decoupled_surrogate(logprobs, proximal_logprobs, advantages, mask, *, importance, clip_low=0.2, clip_high=0.2) -> Array:
     """`ρ · clipped_surrogate(π / π_prox)` with `ρ = π_prox / μ`: a trust region around π_prox, data from μ
     (decoupled PPO, arXiv:2110.00641).
@@ -466,7 +403,3 @@ def _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, log_ratio) -
 def _probabilities(logprobs, old_logprobs, mask) -> tuple[Array, Array]:
     check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     return jnp.exp(constant(logprobs, mask)), jnp.exp(constant(old_logprobs, mask))
-
-
-def _number(share, mask) -> Array:
-    return jnp.maximum(jnp.floor(share * mask.sum()), 1)

@@ -12,6 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- objectives: python tests/objectives_table.py -->", "<!-- end of objectives -->"
 TOPICS = {  # module -> what it is
     "policy": "Policy-gradient surrogates",
+    "covariance": "Surrogates that treat tokens of large covariance apart",
     "presets": "Named algorithms: advantages, surrogate and weights",
     "groups": "Group advantages",
     "advantages": "Advantages and returns",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from contracts.case import ROWS, Case, also, logit_array, masked, normal, vector
 from rlhf import losses
-from rlhf.losses import masks, policy, presets
+from rlhf.losses import covariance, masks, policy, presets
 
 surrogate = masked("logprobs", "old_logprobs", "advantages")
 estimate = masked("logprobs", "ref_logprobs")
@@ -17,7 +17,8 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 HALF_WIDTHS = (
     ({"clip_low": 0.0}, "0 < clip_low < 1"),
     ({"clip_low": 1.0}, "0 < clip_low < 1"),
-    ({"clip_high": 0.0}, "clip_high > 0"),
+    ({"clip_high": 0.0}, "0 < clip_high < 1"),
+    ({"clip_high": 1.28}, "0 < clip_high < 1.*absolute bound b give b - 1"),
 )
 ABSOLUTE = ({"max_ratio": 0.2}, r"absolute bound on r, above 1, but is 0.2; for a half-width ε give 1 \+ ε")
 
@@ -99,13 +100,13 @@ CASES = {
     ),
     "policy.topr": policy_case(),
     "policy.m2po": policy_case(knobs={"threshold": 0.1}, couples=True, refuses=(positive("threshold"),)),
-    "policy.covariance": Case(masked("logprobs", "advantages"), couples=True),
-    "policy.clip_cov": policy_case(
+    "covariance.covariance": Case(masked("logprobs", "advantages"), couples=True),
+    "covariance.clip_cov": policy_case(
         knobs=CLIP | {"share": 0.2, "cov_low": 0.01, "cov_high": 5.0},
         couples=True,
-        fn=functools.partial(policy.clip_cov, key=jax.random.key(0)),
+        fn=functools.partial(covariance.clip_cov, key=jax.random.key(0)),
     ),
-    "policy.kl_cov": policy_case(knobs={"share": 0.2, "kl_coef": 0.7}, couples=True),
+    "covariance.kl_cov": policy_case(knobs={"share": 0.2, "kl_coef": 0.7}, couples=True),
     "policy.decoupled_surrogate": Case(
         masked("logprobs", "proximal_logprobs", "advantages", "importance"), flow=("logprobs",), knobs=CLIP, refuses=HALF_WIDTHS
     ),

@@ -3,6 +3,7 @@
 import functools
 import math
 import statistics
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from rlhf import losses
 from rlhf.losses import (
     advantages,
     controllers,
+    covariance,
     groups,
     importance,
     masks,
@@ -251,7 +253,7 @@ def test_kl_cov_penalises_the_largest_covariance():
     want = np.zeros(IDS.shape)
     want.flat[flat] = -np.exp(x) * ADVANTAGES.flat[flat]
     want.flat[flat[pays]] += 0.5 * abs(x[pays])
-    assert_close(run(policy.kl_cov, NEW, OLD, ADVANTAGES, MASK, share=0.3, kl_coef=0.5), want)
+    assert_close(run(covariance.kl_cov, NEW, OLD, ADVANTAGES, MASK, share=0.3, kl_coef=0.5), want)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -431,7 +433,7 @@ def test_fixed_stays():
 WHOLE = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
 LP, BEFORE = np.log(RNG.uniform(0.2, 0.9, (2, 4, 3)))
 SCORES = np.array([[1.0, 0.0], [0.5, np.nan]])
-TWO = {"clip_low": 0.1, "clip_high": 0.2}
+TWO: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.2}
 CLIPPED = functools.partial(policy.clipped_surrogate, **TWO)
 SEQUENCE = functools.partial(CLIPPED, log_ratio=ratios.sequence_log_ratio)
 PRESETS = {  # the preset, and its three parts written out

@@ -8,7 +8,7 @@ import numpy as np
 from golden_cases import CASES, check, completion, each_case, jit, value_and_gradient
 
 from rlhf import losses
-from rlhf.losses import controllers, kl, masks, metrics, policy, ratios, weights
+from rlhf.losses import controllers, covariance, kl, masks, metrics, policy, ratios, weights
 
 # ---- TRL --------------------------------------------------------------------------------------------------------------
 
@@ -184,11 +184,11 @@ VERL_LOSSES = {
     "cispo": lambda x, c: policy.cispo(*x, max_ratio=1.0 + c["high"], min_ratio=1.0 - c["low"]),
     "gpg": lambda x, c: policy.reinforce(x[0], x[2], x[3]),
     "reinforce": lambda x, c: policy.reinforce(x[0], x[2], x[3]),
-    "clip_cov": lambda x, c: policy.clip_cov(
+    "clip_cov": lambda x, c: covariance.clip_cov(
         *x, key=jax.random.key(0), share=c["share"], cov_low=c["cov_low"], cov_high=c["cov_high"],
         clip_low=c["low"], clip_high=c["high"],
     ),
-    "kl_cov": lambda x, c: policy.kl_cov(*x, share=c["share"], kl_coef=c["kl_coef"]),
+    "kl_cov": lambda x, c: covariance.kl_cov(*x, share=c["share"], kl_coef=c["kl_coef"]),
 }  # fmt: skip
 
 

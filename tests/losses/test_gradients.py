@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from definitions import assert_close, gradients, run
 
-from rlhf.losses import kl, policy, ratios
+from rlhf.losses import covariance, kl, policy, ratios
 
 # ---- surrogates: dL/dlog π of one token, at a ratio and an advantage ------------------------------------------------
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.3}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3}
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
 
 
@@ -68,7 +69,7 @@ SURROGATES = {  # what is differentiated, and the derivative
         lambda r, a: 0.5 * clipped(r, a),
     ),
     "kl_cov": (  # a single token has no covariance, and pays
-        functools.partial(policy.kl_cov, kl_coef=0.7),
+        functools.partial(covariance.kl_cov, kl_coef=0.7),
         lambda r, a: -r * a + 0.7 * (math.copysign(1, r - 1) if r != 1 else 0.0),
     ),
 }
@@ -119,8 +120,8 @@ def test_gradients_through_a_sequences_ratio():
 def test_clip_cov_has_no_gradient_where_it_drops():
     old, advantages, mask = np.log([[0.5, 0.1, 0.4]]), np.array([[1.0, -1.0, 0.2]]), np.ones((1, 3), bool)
     knobs = dict(key=jax.random.key(0), share=0.4, cov_low=0.2, cov_high=9.0)
-    fn = lambda lp: policy.clip_cov(lp, old, advantages, mask, **knobs)
-    cov = run(policy.covariance, old, advantages, mask)
+    fn = lambda lp: covariance.clip_cov(lp, old, advantages, mask, **knobs)
+    cov = run(covariance.covariance, old, advantages, mask)
     centred = lambda x: x - x.mean()
     assert_close(cov, centred(advantages) * centred(old))
     dropped = np.flatnonzero(run(fn, old)[0] == 0)
