@@ -3,8 +3,9 @@
     python tests/mutate.py [--module policy] [--jobs 2] [--list] [--every 7]
 
 A mutant drops one `stop_gradient` or one `where`, flips one sign, swaps `clip_low` with `clip_high` or `minimum` with
-`maximum`.  It is killed by the first failing test: the module's examples, its part of the contract suite, then the definitions
-and the published values.  Survivors are listed; those that change nothing that could be seen are explained in `EQUIVALENT`.
+`maximum`.  It is killed by the first failing test: the function's example and its part of the contract suite, then the
+module's, then the definitions and the published values.  Survivors are listed; those that change nothing that could be
+seen are explained in `EQUIVALENT`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SWAPS = {"minimum": "maximum", "maximum": "minimum", "clip_low": "clip_high", "c
 DROPS = {"stop_gradient": 0, "where": 1, "clean": 0, "constant": 0}  # the argument that is left of a call
 KEEPS = {"constant": "clean", "clean": "widen"}  # a call without its gradient stop, or without its `where`
 TESTS = ("test_definitions*.py", "test_gradients.py", "test_golden_*.py", "test_properties.py", "test_chunked.py")
-EQUIVALENT: dict[str, str] = {}  # `module:line: mutation` -> why no test can see it
+EQUIVALENT: dict[str, str] = {}  # `module.function:line: mutation` -> why no test can see it
 
 
 def called(node: ast.AST) -> str:
@@ -53,6 +54,10 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str, ast.AST]]:
                 yield node, f"{name} -> {SWAPS[name]}", other
 
 
+def within(node: ast.AST, function: ast.FunctionDef) -> bool:
+    return function.lineno <= node.lineno <= (function.end_lineno or 0)  # type: ignore[attr-defined]
+
+
 class Replace(ast.NodeTransformer):
     def __init__(self, old: ast.AST, new: ast.AST):
         self.old, self.new = old, new
@@ -70,27 +75,32 @@ def mutants(path: Path) -> Iterator[tuple[str, str]]:
         old, _, new = list(mutations(fresh))[i]
         changed = ast.fix_missing_locations(Replace(old, new).visit(fresh))
         helpers = "" if path.name == "_common.py" else "from rlhf.losses._common import clean, widen  # noqa\n"
-        yield f"{path.stem}:{node.lineno}: {what}", helpers + ast.unparse(changed)  # type: ignore[attr-defined]
+        where = next((f.name for f in tree.body if isinstance(f, ast.FunctionDef) and within(node, f)), "")
+        yield f"{path.stem}.{where}:{node.lineno}: {what}", helpers + ast.unparse(changed)  # type: ignore[attr-defined]
 
 
 def kill(name: str, source: str, folder: Path) -> bool:
     """Whether a test in the copy of the project at `folder` notices."""
-    module = name.split(":")[0]
+    module, function = name.split(":")[0].split(".")
     target = folder / "losses" / f"{module}.py"
     original = target.read_text()
     target.write_text(source)
     try:
-        return any(not green(folder, *tests) for tests in suites(folder, module))
+        return any(not green(folder, *tests) for tests in suites(folder, module, function))
     finally:
         target.write_text(original)
 
 
-def suites(folder: Path, module: str) -> Iterator[tuple[str, ...]]:
+def suites(folder: Path, module: str, function: str) -> Iterator[tuple[str, ...]]:
+    """The tests that a mutant must pass, those that are quick and likely to notice first."""
+    contract = "tests/losses/test_contract.py"
     if not module.startswith("_"):
-        yield (f"rlhf/losses/{module}.py",)
-        yield "tests/losses/test_contract.py", "-k", f"{module}."
+        own = f"rlhf/losses/{module}.py", contract, "-k"
+        if not function.startswith("_"):
+            yield *own, f"{module}.{function}"
+        yield *own, f"{module}."
     yield tuple(str(p.relative_to(folder)) for pattern in TESTS for p in sorted((folder / "tests/losses").glob(pattern)))
-    yield ("tests/losses/test_contract.py",)
+    yield (contract,)
 
 
 def green(folder: Path, *tests: str) -> bool:

@@ -18,12 +18,12 @@ def example():
 
 
 def test_a_small_run(example, monkeypatch):
-    monkeypatch.setattr(example, "OBJECTIVES", {"GSPO": example.gspo, "saturating": example.mine})
+    monkeypatch.setattr(example, "OBJECTIVES", {"saturating": example.mine})
     monkeypatch.setattr(example.demo, "SAMPLES", 32)
     figures = example.main(["--steps", "2", "--sft-steps", "4", "--hidden-size", "16"])
-    assert list(figures) == ["language model", "GSPO", "saturating"]
+    assert list(figures) == ["language model", "saturating"]
     assert figures["language model"]["kl_to_reference"] == pytest.approx(0.0, abs=1e-4)
-    assert all(figures[name]["kl_to_reference"] != 0.0 for name in ("GSPO", "saturating"))  # both have moved
+    assert abs(figures["saturating"]["kl_to_reference"]) > 1e-3  # it has moved
 
 
 def test_every_objective_has_at_most_ten_lines():
