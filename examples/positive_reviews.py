@@ -30,7 +30,7 @@ from jax.tree_util import Partial
 import rlhf
 from rlhf import data, losses, rollouts
 from rlhf.loop import RunFolder
-from rlhf.models import DecoderConfig, decoder, scalar_head
+from rlhf.models import TransformerConfig, scalar_head, transformer
 from rlhf.recipes import grpo, ppo, reward, sft
 
 MIN_COUNT = 3  # rarer words are read as <unk>
@@ -64,7 +64,7 @@ def main(argv=None) -> dict:
     # The language model and the reward model, on the same sentences.
     words = vocabulary(ours)
     unseen, seen = encode(ours[: len(ours) // 10], words), encode(ours[len(ours) // 10 :], words)
-    lm = decoder(transformer(len(words), args.hidden, LAYERS))
+    lm = transformer(architecture(len(words), args.hidden, LAYERS))
     fit = partial(train, seen=seen, unseen=unseen, say=say)
     sft_loss = lambda params, context, batch, key: sft.objective(lm)(params, context, sft.prepare(batch[0]), key)
     reference = fit("SFT", lm.init, sft_loss, SFT_LR, SFT_DECAY, args.sft_passes, lm_key)
@@ -132,13 +132,13 @@ def train(name, init, loss_fn, lr, decay, passes, key, *, seen, unseen, say):
     return state.params
 
 
-def transformer(vocab_size, hidden, layers) -> DecoderConfig:
-    return DecoderConfig(vocab_size, hidden, num_layers=layers, num_heads=HEADS, mlp_size=2 * hidden, tied=True)
+def architecture(vocab_size, hidden, layers) -> TransformerConfig:
+    return TransformerConfig(vocab_size, hidden, num_layers=layers, num_heads=HEADS, mlp_size=2 * hidden, tied=True)
 
 
 def classifiers(vocab_size):
     """Small readers of the last token, side by side: `init`, `logits_of(params, texts) -> [CLASSIFIERS, B]` and their loss."""
-    lm = decoder(transformer(vocab_size, REWARD_HIDDEN, layers=1))
+    lm = transformer(architecture(vocab_size, REWARD_HIDDEN, layers=1))
     head = scalar_head(REWARD_HIDDEN, scale=(REWARD_HIDDEN + 1) ** -0.5)
 
     def one(key):

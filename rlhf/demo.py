@@ -21,7 +21,7 @@ from rlhf import data, losses, rollouts
 from rlhf.checkpoint import Checkpoints
 from rlhf.lm import LM, Head
 from rlhf.loop import RunFolder, run
-from rlhf.models import DecoderConfig, decoder, huggingface, scalar_head
+from rlhf.models import TransformerConfig, huggingface, scalar_head, transformer
 from rlhf.recipes import dpo, grpo, ppo, reward, sft
 from rlhf.tasks import reviews
 from rlhf.train import TrainState, init_state, reference, train_step
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 class Models(NamedTuple):
     """A policy; a reward model and a critic are heads on trunks of the same shape."""
 
-    config: DecoderConfig
+    config: TransformerConfig
     lm: LM
     value_head: Head
     reward_head: Head
@@ -75,11 +75,11 @@ def make_task(seed: int, *, corpus: int = CORPUS, pairs: int = PAIRS, held_out: 
 
 def make_models(vocab_size: int, *, hidden_size: int = 192, num_layers: int = 2) -> Models:
     """A Llama-shaped decoder of about a million parameters, and the heads."""
-    config = DecoderConfig(
+    config = TransformerConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4, mlp_size=3 * hidden_size, tied=True
     )
     reward_head = scalar_head(hidden_size, scale=(hidden_size + 1) ** -0.5)
-    return Models(config, decoder(config), scalar_head(hidden_size), reward_head)
+    return Models(config, transformer(config), scalar_head(hidden_size), reward_head)
 
 
 def batches(source: Any, seed: int, rows: int, total: int) -> Iterator[tuple]:
@@ -231,7 +231,7 @@ def main(
     for first, second in zip(texts_before, texts_after, strict=True):
         folder.append("samples.jsonl", {"before": first, "after": second, "positive": reviews.sentiment(second)})
     Checkpoints(folder.path / "checkpoint").save(state)
-    huggingface.save(folder.path / "model", models.config, params, tokenizer=task.tokenizer)
+    huggingface.save(folder.path / "model", models.lm, params, tokenizer=task.tokenizer)
     _check_export(folder, models, params, task)
     _plot(folder, algorithm)
     summary = {

@@ -29,7 +29,8 @@ class Head(NamedTuple):
 
     init: Callable  # (key) -> params
     axes: Callable  # () -> pytree like params
-    apply: Callable  # (params, hidden [..., D]) -> [...]
+    apply: Callable  # (params, hidden [..., D]) -> [...], or [..., K] for K labels
+    reads: str = "last"  # the token by which a text is judged: "last", "first" (encoders), or "every" one by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,15 @@ class Bound:
 
 
 def from_linen(module) -> LM:
-    """An `LM` from a Flax Linen module with methods `hidden`, `unembed` and `init_cache`, as in `LM` but without `params`.
+    """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, and `encode` if it has one, as in `LM`
+    but without `params`.
 
     `hidden` must create every parameter.  Parameters boxed by `nn.with_partitioning` give `axes`; others get None.
 
     Raises: TypeError where a method is missing.
 
-    >>> from rlhf.models import Decoder, DecoderConfig
-    >>> lm = from_linen(Decoder(DecoderConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8)))
+    >>> from rlhf.models import Transformer, TransformerConfig
+    >>> lm = from_linen(Transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8)))
     >>> sorted(lm.init(jax.random.key(0)))
     ['embedding', 'final_norm', 'layers', 'unembedding']
     """
@@ -66,6 +68,7 @@ def from_linen(module) -> LM:
         hidden=Bound(_linen_apply, (module, "hidden")),
         unembed=Bound(_linen_apply, (module, "unembed")),
         init_cache=Bound(_init_cache, (module,)),
+        encode=Bound(_linen_apply, (module, "encode")) if hasattr(module, "encode") else None,
     )
 
 

@@ -9,6 +9,7 @@ from rlhf.rollouts.samplers import sampler as sampler
 from rlhf.rollouts.samplers import top_k as top_k
 from rlhf.rollouts.samplers import top_p as top_p
 from rlhf.rollouts.score import Scored as Scored
+from rlhf.rollouts.score import classify as classify
 from rlhf.rollouts.score import score as score
 from rlhf.rollouts.score import token_logprobs as token_logprobs
 from rlhf.rollouts.types import Batch as Batch

@@ -73,13 +73,13 @@ def _generate(lm, max_new_tokens, num_samples, eos_ids, pad_id, early_end, param
     batch, start = prompts.tokens.shape[0] * num_samples, prompts.tokens.shape[1]
     length = start + max_new_tokens
     per_sample = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), tree)
-    inputs = per_sample(prompts.inputs)
+    inputs = prompts.inputs if lm.encode is None else lm.encode(params, prompts.inputs)  # once, not at every token
 
     cache = lm.init_cache(prompts.tokens.shape[0], length)
-    hidden, cache, _ = lm.hidden(
-        params, tokens, positions=positions, segment_ids=segment_ids, cache=cache, inputs=prompts.inputs
+    hidden, cache, _ = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache, inputs=inputs)
+    hidden, cache, tokens, segment_ids, positions, inputs = per_sample(
+        (hidden[:, -1], cache, tokens, segment_ids, positions, inputs)
     )
-    hidden, cache, tokens, segment_ids, positions = per_sample((hidden[:, -1], cache, tokens, segment_ids, positions))
     keys = jax.random.split(key, batch)
     first_new = positions[:, -1] + 1  # [B], the position of the first sampled token
 
@@ -144,7 +144,7 @@ def _generate(lm, max_new_tokens, num_samples, eos_ids, pad_id, early_end, param
         sampling_logprobs=state.sampling_logprobs,
         finished=state.done,
         temperature=jnp.asarray(sampler.temperature, jnp.float32),
-        inputs=inputs,
+        inputs=per_sample(prompts.inputs),
     )
 
 

@@ -66,6 +66,44 @@ def token_logprobs(lm: LM, params: Params, tokens: Array, *, positions, segment_
     return score(lm, params, tokens, positions=positions, segment_ids=segment_ids, temperature=temperature, **kwargs).logprobs
 
 
+def classify(
+    lm: LM,
+    head: Head,
+    params: Params,
+    tokens: Array,
+    *,
+    positions,
+    segment_ids,
+    inputs: dict | None = None,
+    max_segments: int = 1,
+) -> Array:
+    """What a head says of every text: a reward, the scores of labels, or a step's score at every token.
+
+    Runs the trunk and the head alone; no logits over the vocabulary.  Gradients flow through `params`.
+
+    Args:
+      lm, head: a trunk and a head, for example of `models.huggingface.load_classifier`.
+      params: `{"lm": …, "head": …}`.
+      tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding.
+      inputs: what the tokens are conditioned on, `[B, ...]`.
+      max_segments: the most sequences in a packed row; static.
+
+    Returns: `[B * max_segments]`, or `[B * max_segments, K]` for K labels, read where `head.reads` says: at a sequence's last
+    token, or its first (in rows of one sequence column 0, as transformers has it).  Heads that read every token: `[B, T]` or
+    `[B, T, K]`.
+
+    Raises: ValueError on unequal shapes.
+    """
+    _check(tokens, positions, segment_ids)
+    hidden, _, _ = lm.hidden(params["lm"], tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    if head.reads == "every":
+        return head.apply(params["head"], hidden)
+    last = losses.segments.last_columns(segment_ids, max_segments=max_segments)
+    first = jnp.pad(last[:, :-1] + 1, ((0, 0), (1, 0)))
+    read = jnp.take_along_axis(hidden, (first if head.reads == "first" else last)[:, :, None], axis=1)
+    return head.apply(params["head"], read.reshape(-1, hidden.shape[-1]))
+
+
 @partial(jax.jit, static_argnums=range(5))
 def _score(
     lm, names, applies, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, temperature, inputs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf import rollouts
-from rlhf.models import DecoderConfig, decoder, scalar_head
+from rlhf.models import TransformerConfig, scalar_head, transformer
 from rlhf.recipes import dpo, grpo, ppo, reward, sft
 
 VOCAB, HIDDEN, ROWS, LENGTH = 16, 16, 8, 10
@@ -18,7 +18,7 @@ VOCAB, HIDDEN, ROWS, LENGTH = 16, 16, 8, 10
 def models(dtype=jnp.float32, **knobs):
     """A policy and a value head whose parameters are all non-zero, with GPT-style learned positions left out."""
     settings = dict(num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32, qkv_bias=True) | knobs
-    lm = decoder(DecoderConfig(VOCAB, HIDDEN, dtype=dtype, param_dtype=dtype, **settings))
+    lm = transformer(TransformerConfig(VOCAB, HIDDEN, dtype=dtype, param_dtype=dtype, **settings))
     return lm, scalar_head(HIDDEN, scale=0.5, dtype=dtype)
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.lm import Bound, Head
+from rlhf.models.config import ACTIVATIONS
+from rlhf.models.linear import linear
 
 
 def scalar_head(hidden_size: int, *, scale: float = 0.0, dtype=jnp.float32) -> Head:
@@ -22,20 +24,80 @@ def scalar_head(hidden_size: int, *, scale: float = 0.0, dtype=jnp.float32) -> H
     (2, 3)
     """
     return Head(
-        init=Bound(_init, (hidden_size, scale, jnp.dtype(dtype))),
-        axes=_axes,
-        apply=_apply,
+        init=Bound(_init_scalar, (hidden_size, scale, jnp.dtype(dtype))),
+        axes=_axes_scalar,
+        apply=_apply_scalar,
     )
 
 
-def _init(hidden_size, scale, dtype, key):
+def _init_scalar(hidden_size, scale, dtype, key):
     return {"weight": scale * jax.random.normal(key, (hidden_size,), dtype), "bias": jnp.zeros((), dtype)}
 
 
-def _axes():
+def _axes_scalar():
     return {"weight": ("embed",), "bias": None}
 
 
-def _apply(params, hidden):
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+def _apply_scalar(params, hidden):
+    hidden = _widen(hidden)
     return hidden @ params["weight"].astype(hidden.dtype) + params["bias"].astype(hidden.dtype)
+
+
+def classifier_head(
+    hidden_size: int,
+    labels: int,
+    *,
+    bias: bool = False,
+    inner: str | None = None,
+    reads: str = "last",
+    scale: float = 0.02,
+    dtype=jnp.float32,
+) -> Head:
+    """`f(h W_i + b_i) W + b`, as the classifiers of Hugging Face have it; without `inner`, `h W + b`.
+
+    Args:
+      hidden_size: D.
+      labels: K.
+      bias: whether there is a b; sequence classifiers on decoders have none, token classifiers do.
+      inner: the activation f of a layer `[D, D]` before the labels (encoders); a name of `ACTIVATIONS`.
+      reads: the token by which `rollouts.classify` judges a text: "last", "first" or "every".
+      scale: standard deviation of the initial weights.
+      dtype: of the parameters.
+
+    Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[..., K]` in at least float32; if K is 1 `[...]`, a reward.
+
+    >>> head = classifier_head(4, 3, inner="tanh", bias=True)
+    >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 5, 4))).shape
+    (2, 5, 3)
+    """
+    shape = (hidden_size, labels, bias, inner)
+    init = Bound(_init_labels, (*shape, scale, jnp.dtype(dtype)))
+    return Head(init, Bound(_axes_labels, (bias, inner)), Bound(_apply_labels, shape[1:]), reads)
+
+
+def _init_labels(hidden_size, labels, bias, inner, scale, dtype, key):
+    weights, more = jax.random.split(key)
+    out = {"weight": scale * jax.random.normal(weights, (hidden_size, labels), dtype)}
+    if bias:
+        out["bias"] = jnp.zeros(labels, dtype)
+    if inner:
+        size = (hidden_size, hidden_size)
+        out |= {"inner": scale * jax.random.normal(more, size, dtype), "inner_bias": jnp.zeros(hidden_size, dtype)}
+    return out
+
+
+def _axes_labels(bias, inner):
+    of_inner = {"inner": ("embed", None), "inner_bias": None} if inner else {}
+    return {"weight": ("embed", None), **({"bias": None} if bias else {}), **of_inner}
+
+
+def _apply_labels(labels, bias, inner, params, hidden):
+    hidden = _widen(hidden)
+    if inner:
+        hidden = ACTIVATIONS[inner](linear(hidden, params["inner"], params["inner_bias"]))
+    out = linear(hidden, params["weight"], params["bias"] if bias else None)
+    return out[..., 0] if labels == 1 else out
+
+
+def _widen(hidden):
+    return hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))

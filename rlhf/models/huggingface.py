@@ -1,343 +1,320 @@
 """Folders as Hugging Face writes them: config.json, safetensors, tokenizer.  Read and written without torch."""
 
-import contextlib
-import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from rlhf.lm import LM, Params
-from rlhf.models.decoder import DecoderConfig, LayerKind, decoder
-from rlhf.models.families import FAMILIES, Family, pattern
+from rlhf.lm import LM, Head, Params
+from rlhf.models import huggingface_config as configs
+from rlhf.models import mapping
+from rlhf.models.config import Config, TransformerConfig
+from rlhf.models.families import Family
+from rlhf.models.heads import classifier_head
+from rlhf.models.safetensors_files import INDEX, WEIGHTS, find
+from rlhf.sharding import shardings
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+SHARD = 5_000_000_000  # bytes of a file when a model is written
+READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # what a name of the Hub is downloaded for
 
 
-def load(folder, *, dtype: Any = jnp.float32, **fields) -> tuple[LM, Params, Any]:
-    """A language model, its parameters and its tokenizer, from a folder on disk.
+def load(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields) -> tuple[LM, Params, Any]:
+    """A language model, its parameters and its tokenizer, from a folder or a name of the Hugging Face Hub.
+
+    Tensors go one at a time from the files to the devices; the host holds little more than they do.
 
     Args:
-      folder: with config.json and model.safetensors, or several files and model.safetensors.index.json.
-      dtype: of the computation.
-      fields: of `DecoderConfig`, in place of what the folder says; `param_dtype` is the parameters' (float32 if not given).
+      path_or_name: a folder with config.json and model.safetensors, or several files and model.safetensors.index.json; or a
+        name like `Qwen/Qwen2.5-0.5B`, which is downloaded once (or found in the Hub's cache).
+      dtype: of the computation, and of the parameters.
+      mesh: every parameter is born where its axes say on this mesh; None: on the default device.
+      fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`; `param_dtype=jnp.float32` keeps float32
+        master copies beside a computation in bfloat16.
 
     Returns: `(lm, params, tokenizer)`.  Layers are stacked, `[num_layers, ...]`; the tokenizer follows tokenizer.json, and is
     None where the folder has none.
 
-    Raises: ValueError where the family is not known, the config asks for what `DecoderConfig` does not span, or tensors are
-      missing, left over or of another shape: all of them are named.  FileNotFoundError where a file is missing.
+    Raises: ValueError where the family is not known, the config asks for what `TransformerConfig` does not span, or tensors are
+      missing, left over, of another shape or cut off: all of them are named.  FileNotFoundError where a file is missing.
 
     >>> import tempfile
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8)
-    >>> params = decoder(config).init(jax.random.key(0))
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8))
+    >>> params = lm.init(jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, config, params)
-    ...     lm, same, tokenizer = load(folder)
-    >>> lm == decoder(config), bool((same["layers"]["q"] == params["layers"]["q"]).all()), tokenizer
+    ...     save(folder, lm, params)
+    ...     again, same, tokenizer = load(folder)
+    >>> again == lm, bool((same["layers"]["q"] == params["layers"]["q"]).all()), tokenizer
     (True, True, None)
     """
-    folder = Path(folder)
-    hf = _transformers_config(folder)
-    family, config = FAMILIES[hf.model_type], dataclasses.replace(_ours(hf), dtype=dtype, **fields)
-    with _open(folder) as tensors:
-        tensors = {_full_name(name, family): tensor for name, tensor in tensors.items()}
-        if config.tied and _differ(tensors.get("lm_head.weight"), tensors.get(_name_of("embedding", family))):
-            config = dataclasses.replace(config, tied=False)  # as transformers has it
-        stored = _stored(family, config)
-        _check(stored, tensors, family, config.tied, folder)
-        params = _params(stored, tensors, config)
-    return decoder(config), params, _tokenizer(folder)
+    folder, _, family, config, tensors = _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields})
+    if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
+        config = configs.replaced(config, tied=False)  # as transformers has it
+    lm = configs.lm_of(config)
+    params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config))}, mesh)
+    return lm, params["lm"], _tokenizer(folder)
 
 
-def read_config(folder, **fields) -> DecoderConfig:
-    """What config.json says, in today's keys or those of transformers 4, with `fields` of `DecoderConfig` put in place.
+def load_classifier(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields):
+    """A reward model, process reward model or classifier: a trunk and a `Head`, as `load`.
+
+    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`.  `rollouts.classify` reads texts with them.
+
+    Raises: as `load`.
+    """
+    fields = {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False}
+    folder, hf, family, config, tensors = _found(path_or_name, fields)
+    of_tokens = any(name.endswith("ForTokenClassification") for name in hf.architectures or ())
+    lm, trunk = configs.lm_of(config), configs.decoder_of(config)
+    head = classifier_head(
+        trunk.hidden_size,
+        hf.num_labels,
+        bias=of_tokens or not trunk.causal,
+        inner=family.head_inner,
+        reads="every" if of_tokens else "last" if trunk.causal else "first",
+        dtype=trunk.param_dtype,
+    )
+    parts = {"lm": (lm, family.rows(config)), "head": (head, family.head)}
+    return lm, head, _read(folder, family, config, tensors, parts, mesh), _tokenizer(folder)
+
+
+def read_config(path_or_name, **fields) -> Config:
+    """What config.json says, in today's keys or those of transformers 4, with `fields` of `TransformerConfig` put in place.
 
     Raises: as `load`.
 
     >>> import tempfile
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8)
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, config, decoder(config).init(jax.random.key(0)))
-    ...     read_config(folder, remat=True) == dataclasses.replace(config, remat=True)
-    True
+    ...     save(folder, lm, lm.init(jax.random.key(0)))
+    ...     read_config(folder, dtype=jnp.bfloat16).dtype.__name__
+    'bfloat16'
     """
-    return dataclasses.replace(_ours(_transformers_config(Path(folder))), **fields)
+    return configs.replaced(configs.ours(configs.transformers_config(_folder(path_or_name))), **fields)
 
 
-def save(folder, config: DecoderConfig, params: Params, *, tokenizer=None, family: str | None = None, **fields) -> None:
+def save(
+    folder,
+    lm: LM,
+    params: Params,
+    *,
+    head: Params | None = None,
+    like=None,
+    tokenizer=None,
+    family: str | None = None,
+    shard_bytes: int = SHARD,
+    **fields,
+) -> None:
     """Writes a folder that `load`, transformers and vLLM read; config.json comes last, so that a folder with it is whole.
 
     Args:
       folder: a new folder, or one without a config.json.
-      config, params: of `decoder`; the parameters are stored in the dtype they have.
-      tokenizer: saved beside the model; its ids of begin, end and padding go into the config, which has none without it.
-      family: a model type of `FAMILIES`; None: the first that can express the config, "llama" for Llama's.
-      fields: of config.json, for what `DecoderConfig` does not hold: `max_position_embeddings=…`, `eos_token_id=[…]`.
+      lm, params: of `transformer`, `encoder_decoder` or `load`; the parameters are stored in the dtype they have.
+      head: parameters of a `classifier_head`, or of a `scalar_head` with bias 0: a reward model or classifier is written, and
+        no output matrix.
+      like: the folder or name that the model was loaded from: its config.json, generation_config.json and tokenizer are
+        written again, so that nothing of them is lost.
+      tokenizer: saved beside the model; without `like`, its ids of begin, end and padding go into the config.
+      family: a model type of `FAMILIES`, without `like`; None: the first that can express the config, "llama" for Llama's.
+      shard_bytes: the most bytes of a file; larger models are written as several files and an index.
+      fields: of config.json, for what `TransformerConfig` does not hold: `max_position_embeddings=…`, `eos_token_id=[…]`.
 
-    Raises: FileExistsError where the folder holds a model; ValueError where the family cannot express the config, naming the
-      fields, or `params` are not the config's.
+    Raises: FileExistsError where the folder holds a model; ValueError where the family cannot express the config, or `like` has
+      another one, naming the fields, or `params` are not the model's.
 
     >>> import tempfile
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8)
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, config, decoder(config).init(jax.random.key(0)), max_position_embeddings=512)
+    ...     save(folder, lm, lm.init(jax.random.key(0)), max_position_embeddings=512)
     ...     sorted(file.name for file in Path(folder).iterdir())
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    import transformers
-    from safetensors.numpy import save_file
-
-    folder = Path(folder)
+    folder, config = Path(folder), configs.config_of(lm)
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a model already (config.json); give a new folder")
-    family = _family_for(config) if family is None else family
-    ids = {name: getattr(tokenizer, name, None) for name in NO_IDS}
-    fields = {"dtype": str(jax.tree.leaves(params)[0].dtype), **ids, **fields}
-    described = _described(config, family, fields)
-    if lost := _lost(config, described):
-        raise ValueError(f"a {family} model cannot have {', '.join(lost)}")
-    tensors = _tensors(_stored(FAMILIES[family], config), config, params)
+    fields = {"dtype": str(jax.tree.leaves(params)[0].dtype), **fields}
+    original = None if like is None else _folder(like)
+    if original is None:
+        hf = configs.described(config, family, {**{name: getattr(tokenizer, name, None) for name in IDS}, **fields})
+    else:
+        hf = configs.described_as(original, config, fields)
+    if head is not None and isinstance(config, TransformerConfig):  # a trunk has no output matrix
+        config = configs.replaced(config, unembeds=False)
+        params = {name: x for name, x in params.items() if not name.startswith("unembedding")}
+    known, flat, shapes = configs.family_of(hf.model_type), mapping.flat(params), _shapes(configs.lm_of(config))
+    if wrong := _misfits(flat, shapes):
+        raise ValueError(f"params are not the config's: {'; '.join(wrong)}")
+    heads = configs.decoder_of(config).kv_heads
+    tensors = list(mapping.write(mapping.places(known.rows(config), shapes, config), flat, heads))
+    if head is not None:
+        leaves = mapping.flat(_with_labels(head))
+        tensors += mapping.write(mapping.places(known.head, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
+        hf.update(_of_classifier(hf, known, leaves))
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    transformers.GenerationConfig.from_model_config(described).save_pretrained(folder)
-    described.save_pretrained(folder)
+    _write_files(folder, tensors, sum(leaf.size * leaf.dtype.itemsize for leaf in flat.values()), shard_bytes)
+    _write_companions(folder, hf, tokenizer, original)
+    hf.save_pretrained(folder)
 
 
-# --- configs -----------------------------------------------------------------------------------------------------------
+def _folder(path_or_name) -> Path:
+    """The folder itself, or a name's in the Hub's cache, downloaded if it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-
-def _transformers_config(folder: Path):
-    """config.json as an object of transformers' class: defaults filled in, older keys turned into today's."""
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; a model of the Hub is downloaded first: hf download NAME --local-dir FOLDER"
-        )
-    raw = json.loads((folder / "config.json").read_text())
-    if "quantization_config" in raw:
-        raise ValueError(f"{folder} holds quantised weights ({raw['quantization_config'].get('quant_method')}), not supported")
-    _known(raw.get("model_type"))
-    return AutoConfig.for_model(**raw)
-
-
-def _known(model_type) -> Family:
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known; known: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
-
-
-def _ours(hf) -> DecoderConfig:
-    family = _known(hf.model_type)
-    for field, allowed in family.only.items():
-        if getattr(hf, field, allowed[0]) not in allowed:
-            raise ValueError(f"{hf.model_type} with {field} = {getattr(hf, field)!r} is not supported; known: {allowed}")
-    return _shortest(DecoderConfig(**family.read(hf)))
-
-
-def _described(config: DecoderConfig, family: str, fields: Mapping[str, Any]):
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    known = _known(family)
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        return folder
     try:
-        return AutoConfig.for_model(family, **{**known.write(config), "architectures": [known.architecture], **fields})
-    except StrictDataclassError as error:
-        raise ValueError(f"a {family} model cannot have this config: {error}") from error
+        return Path(snapshot_download(str(path_or_name), allow_patterns=READ))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{path_or_name} is no folder, and no name that the Hub or its cache on this machine has; to download it by hand: "
+            "hf download NAME --local-dir FOLDER"
+        ) from error
 
 
-def _lost(config: DecoderConfig, hf) -> list[str]:
-    """What a config loses when a family writes it and reads it again."""
-    ours, theirs = _resolved(config), _resolved(_ours(hf))
-    return [f"{field} = {ours[field]!r} (but {theirs[field]!r})" for field in ours if ours[field] != theirs[field]]
+def _found(path_or_name, fields: Mapping[str, Any]):
+    """`(folder, transformers' config, family, our config, tensors)`; tensors by their full names, and nothing of them read."""
+    folder = _folder(path_or_name)
+    hf = configs.transformers_config(folder)
+    family, config = configs.family_of(hf.model_type), configs.replaced(configs.ours(hf), **fields)
+    return folder, hf, family, config, {_full_name(name, family, config): stored for name, stored in find(folder).items()}
 
 
-def _resolved(c: DecoderConfig) -> dict:
-    """What a config computes, defaults written out; without dtypes and remat."""
-    fields = {**vars(c), "num_kv_heads": c.kv_heads, "head_dim": c.width, "attention_scale": _scale(c), "kinds": _kinds(c)}
-    return {field: value for field, value in fields.items() if field not in ("dtype", "param_dtype", "remat")}
+def _with_labels(head: Params) -> Params:
+    """A head's parameters, with an axis for the labels."""
+    if jnp.ndim(head["weight"]) == 2:
+        return head
+    if float(head["bias"]) != 0.0:
+        raise ValueError(
+            f"Hugging Face's reward heads have no bias, but this one is {float(head['bias'])}; subtract it from the rewards"
+        )
+    return {"weight": head["weight"][:, None]}
 
 
-def _shortest(c: DecoderConfig) -> DecoderConfig:
-    """The same config with None for every default, so that it equals the one that was saved."""
-    return dataclasses.replace(
-        c,
-        num_kv_heads=None if c.kv_heads == c.num_heads else c.kv_heads,
-        head_dim=None if c.width * c.num_heads == c.hidden_size else c.width,
-        attention_scale=None if _scale(c) == c.width**-0.5 else _scale(c),
-        kinds=_kinds(c),
-    )
-
-
-def _scale(c: DecoderConfig) -> float:
-    return c.width**-0.5 if c.attention_scale is None else c.attention_scale
-
-
-def _kinds(c: DecoderConfig) -> tuple[LayerKind, ...]:
-    return pattern(tuple(c.kinds[i % len(c.kinds)] for i in range(c.num_layers)))
-
-
-def _family_for(config: DecoderConfig) -> str:
-    lost = {}
-    for name in FAMILIES:
-        try:
-            lost[name] = _lost(config, _described(config, name, NO_IDS))
-        except ValueError as error:
-            lost[name] = [str(error)]
-        if not lost[name]:
-            return name
-    nearest = min(lost, key=lambda name: len(lost[name]))
-    raise ValueError(f"no family can express this config; the nearest, {nearest}, cannot have {', '.join(lost[nearest])}")
+def _of_classifier(hf, family: Family, leaves: Mapping) -> dict:
+    """Fields of a config that say what kind of classifier a model is, where they do not yet."""
+    if any(name.endswith("Classification") for name in hf.architectures or ()):
+        return {}
+    stem = re.sub("(ForCausalLM|LMHeadModel|Model)$", "", family.architecture)
+    of_tokens = ("bias",) in leaves and family.head_inner is None
+    task, labels = "Token" if of_tokens else "Sequence", leaves[("weight",)].shape[-1]
+    return {"architectures": [f"{stem}For{task}Classification"], "num_labels": labels}
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------------
 
 
-class _Stored(NamedTuple):
-    """A tensor of the file and where its parts go."""
-
-    shape: tuple[int, ...]  # in the file
-    leaves: tuple[tuple[str, ...], ...]  # paths of our leaves
-    sizes: tuple[int, ...]  # of the parts along our last axis
-    layer: int | None  # index into stacked leaves
-    transpose: bool
-
-
-def _stored(family: Family, config: DecoderConfig) -> dict[str, _Stored]:
-    """Every tensor that a file of this family and config has, by name."""
-    shapes = {path: leaf.shape for path, leaf in _flat(_shapes(config)).items()}
+def _read(
+    folder: Path, family: Family, config: Config, tensors, parts: Mapping[str, tuple[Any, Any]], mesh
+) -> dict[str, Params]:
+    """The parameters of each part, `(LM or Head, rows)`, once all tensors are known to fit."""
+    last = configs.decoder_of(config)
+    leaves = {name: _leaves(part) for name, (part, _) in parts.items()}
+    shapes = {name: {path: leaf.shape for path, leaf in leaves[name].items()} for name in parts}
+    places = {name: mapping.places(rows, shapes[name], config) for name, (_, rows) in parts.items()}
+    unused = lambda name: re.search(family.ignored, name) or (last.tied and name in _outputs(family.rows(config)))
+    if found := mapping.problems([(places[name], shapes[name]) for name in parts], tensors, unused):
+        hint = "; load_classifier reads models with a head" if "head" not in parts and "score." in found else ""
+        raise ValueError(f"the tensors of {folder} do not fit its config: {found}{hint}")
     out = {}
-    for row in family.tensors:
-        leaves = tuple(tuple(leaf.split(".")) for leaf in row.leaves.split())
-        if leaves[0] not in shapes:
-            continue
-        stacked = "{}" in row.name
-        parts = [shapes[leaf][1:] if stacked else shapes[leaf] for leaf in leaves]
-        sizes = tuple(part[-1] for part in parts)
-        shape = (*parts[0][:-1], sum(sizes))
-        shape = shape[::-1] if row.transpose else shape
-        for layer in range(config.num_layers) if stacked else (None,):
-            out[row.name.format(layer)] = _Stored(shape, leaves, sizes, layer, row.transpose)
+    for name, (part, _) in parts.items():
+        where = mapping.flat(shardings(mapping.nested(leaves[name]), part.axes(), mesh)) if mesh else {}
+        put = lambda path, x, where=where: _put(x, where.get(path))
+        out[name] = mapping.nested(mapping.read(places[name], tensors, leaves[name], last.kv_heads, put))
     return out
 
 
-def _params(stored: Mapping[str, _Stored], tensors: Mapping[str, Any], config: DecoderConfig) -> Params:
-    """Our pytree from a file's tensors, one at a time."""
-    flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in _flat(_shapes(config)).items()}
-    for name, where in stored.items():
-        x = tensors[name][:]
-        parts = np.split(x.T if where.transpose else x, np.cumsum(where.sizes)[:-1], axis=-1)
-        for path, part in zip(where.leaves, parts, strict=True):
-            flat[path][... if where.layer is None else where.layer] = part
-    return _nest({path: jnp.asarray(leaf) for path, leaf in flat.items()})
+def _put(x: np.ndarray, sharding) -> jax.Array:
+    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def _tensors(stored: Mapping[str, _Stored], config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
-    """A file's tensors from our pytree."""
-    flat, wanted = _flat(params), _flat(_shapes(config))
-    wrong = [
+def _leaves(part: LM | Head) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    return mapping.flat(jax.eval_shape(part.init, jax.random.key(0)))
+
+
+def _shapes(lm: LM) -> dict[tuple[str, ...], tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in _leaves(lm).items()}
+
+
+def _misfits(flat: Mapping, wanted: Mapping) -> list[str]:
+    return [
         f"{'.'.join(path)} {list(flat[path].shape) if path in flat else 'missing'} but the config has "
-        f"{list(wanted[path].shape) if path in wanted else 'no such leaf'}"
+        f"{list(wanted[path]) if path in wanted else 'no such leaf'}"
         for path in sorted(flat.keys() | wanted.keys())
-        if path not in flat or path not in wanted or flat[path].shape != wanted[path].shape
+        if path not in flat or path not in wanted or flat[path].shape != wanted[path]
     ]
-    if wrong:
-        raise ValueError(f"params are not the config's: {'; '.join(wrong)}")
-    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    out = {}
-    for name, where in stored.items():
-        x = np.concatenate([flat[path][... if where.layer is None else where.layer] for path in where.leaves], axis=-1)
-        out[name] = np.ascontiguousarray(x.T if where.transpose else x)
-    return out
 
 
-@contextlib.contextmanager
-def _open(folder: Path) -> Iterator[dict[str, Any]]:
-    """Handles on a folder's tensors by name; nothing is read until a handle is indexed."""
-    from safetensors import safe_open
-
-    if (folder / WEIGHTS).exists():
-        files = [WEIGHTS]
-    elif (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    elif any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} holds pickled weights (.bin), which can run code when read; with torch installed, turn them into "
-            f"safetensors once: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(new_folder)"
-        )
-    else:
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {INDEX}")
-    if missing := [file for file in files if not (folder / file).exists()]:
-        raise FileNotFoundError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(folder / file, framework="np")) for file in files]
-        yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
-
-
-def _check(stored: Mapping[str, _Stored], tensors: Mapping[str, Any], family: Family, tied: bool, folder: Path) -> None:
-    ignored = lambda name: re.search(family.buffers, name) or (tied and name == "lm_head.weight")
-    shape = lambda name: list(tensors[name].get_shape())
-    both = sorted(stored.keys() & tensors.keys())
-    problems = {
-        "missing": sorted(stored.keys() - tensors.keys()),
-        "left over": sorted(name for name in tensors.keys() - stored.keys() if not ignored(name)),
-        "of another shape": [
-            f"{name} {shape(name)} but the config says {list(stored[name].shape)}"
-            for name in both
-            if shape(name) != list(stored[name].shape)
-        ],
-        "not of floats": [f"{name} {tensors[name].get_dtype()}" for name in both if tensors[name].get_dtype() not in FLOATS],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"the tensors of {folder} do not fit its config: {found}")
-
-
-def _full_name(name: str, family: Family) -> str:
+def _full_name(name: str, family: Family, config: Config) -> str:
     """A tensor's name with the trunk's prefix, which files of the trunk alone leave out."""
-    names = {row.name for row in family.tensors}
-    pattern = re.sub(r"\.\d+\.", ".{}.", family.prefix + name, count=1)
-    return family.prefix + name if pattern in names else name
+    names = {row.name for row in (*family.rows(config), *family.head)}
+    numbered = re.sub(r"\.\d+\.", ".{}.", family.prefix + name)
+    return family.prefix + name if numbered in names or re.search(family.ignored, family.prefix + name) else name
 
 
-def _name_of(leaf: str, family: Family) -> str:
-    return next(row.name for row in family.tensors if row.leaves == leaf)
+def _outputs(rows) -> list[str]:
+    return [row.name for row in rows if row.leaves == "unembedding"]
 
 
-def _differ(a, b) -> bool:
-    return a is not None and b is not None and not np.array_equal(a[:], b[:])
+def _differ(tensors, rows) -> bool:
+    """Whether a tied output matrix is stored too, and is another."""
+    embedding = next(row.name for row in rows if row.leaves == "embedding")
+    stored = [tensors[name] for name in _outputs(rows) if name in tensors]
+    return bool(stored) and embedding in tensors and not np.array_equal(stored[0].read(), tensors[embedding].read())
 
 
-# --- trees and tokenizers ----------------------------------------------------------------------------------------------
+def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
+    """One file, or several and an index; what is in memory at a time is one file."""
+    from safetensors.numpy import save_file
+
+    number = max(1, -(-total // shard_bytes))
+    files: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+    done = 0
+
+    def flush():
+        file = WEIGHTS if number == 1 else f"model-{len(set(files.values())) + 1:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        files.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, make in tensors:
+        x = make()
+        if shard and number > 1 and done + x.nbytes > shard_bytes:
+            flush()
+            done = 0
+        shard[name] = x
+        done += x.nbytes
+    flush()
+    if number > 1:
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n")
 
 
-def _shapes(config: DecoderConfig) -> Params:
-    return jax.eval_shape(decoder(config).init, jax.random.key(0))
+def _write_companions(folder: Path, hf, tokenizer, original: Path | None) -> None:
+    """The tokenizer, and the settings of generation."""
+    import transformers
 
-
-def _flat(tree) -> dict[tuple[str, ...], Any]:
-    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nest(flat: Mapping[tuple[str, ...], Any]) -> Params:
-    tree: dict = {}
-    for (*above, last), leaf in flat.items():
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if original is None:
+        transformers.GenerationConfig.from_model_config(hf).save_pretrained(folder)
+        return
+    for name in ("generation_config.json", *(TOKENIZER if tokenizer is None else ())):
+        if (original / name).exists():
+            shutil.copy(original / name, folder)
 
 
 def _tokenizer(folder: Path):

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf.models import DecoderConfig, LayerKind, decoder, scalar_head
+from rlhf.models import LayerKind, Rope, TransformerConfig, scalar_head, transformer
 from rlhf.models.attention import attention
 
 LENGTH = 7
-KINDS = (LayerKind(window=3, rope_theta=100.0), LayerKind(window=20, rope_theta=1000.0))
-CONFIG = DecoderConfig(
+KINDS = (LayerKind(window=3, rope=Rope(100.0)), LayerKind(window=20, rope=Rope(1000.0)))
+CONFIG = TransformerConfig(
     vocab_size=13, hidden_size=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=12, kinds=KINDS,
-    norm_place="both", norm_offset=1.0, qk_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, attention_softcap=4.0,
+    norm_place="both", norm_offset=1.0, qk_norm="head", qkv_bias=True, out_bias=True, mlp_bias=True, attention_softcap=4.0,
     final_softcap=3.0, embed_scale=2.0,
 )  # fmt: skip
-LM = decoder(CONFIG)
+LM = transformer(CONFIG)
 TOKENS = np.random.default_rng(0).integers(0, 13, (2, LENGTH), np.int32)
 POSITIONS = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
 ONES = np.ones_like(TOKENS)
@@ -74,7 +74,7 @@ def test_each_layer_is_of_its_kind(layer):
         name: x * only.reshape(3, *[1] * (x.ndim - 1)) if name in ("o", "o_bias", "down", "down_bias") else x
         for name, x in PARAMS["layers"].items()
     }
-    alone = decoder(dataclasses.replace(CONFIG, num_layers=1, kinds=KINDS[layer % 2 :][:1]))
+    alone = transformer(dataclasses.replace(CONFIG, num_layers=1, kinds=KINDS[layer % 2 :][:1]))
     kept = {**PARAMS, "layers": {name: x[layer : layer + 1] for name, x in PARAMS["layers"].items()}}
     expected, _ = run(alone, kept, TOKENS, POSITIONS, ONES)
     close(run(LM, {**PARAMS, "layers": silent}, TOKENS, POSITIONS, ONES)[0], expected)
@@ -100,7 +100,7 @@ def test_packed_sequences_equal_separate_rows():
 
 def test_nothing_of_the_future_or_behind_the_windows_is_seen():
     """Three layers that each see one token back: a change reaches three further, and none before."""
-    narrow = decoder(dataclasses.replace(CONFIG, kinds=(LayerKind(window=2, rope_theta=100.0),)))
+    narrow = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(window=2, rope=Rope(100.0)),)))
     changed = TOKENS.copy()
     changed[:, 2] = (changed[:, 2] + 1) % 13
     a, b = (np.asarray(run(narrow, PARAMS, tokens, POSITIONS, ONES)[0]) for tokens in (TOKENS, changed))
@@ -110,18 +110,18 @@ def test_nothing_of_the_future_or_behind_the_windows_is_seen():
 
 def test_remat_gives_the_same_gradients():
     def gradients(config):
-        lm = decoder(config)
+        lm = transformer(config)
         loss = lambda params: jnp.sum(lm.unembed(params, run(lm, params, TOKENS, POSITIONS, ONES)[0]) ** 2)
         return jax.jit(jax.grad(loss))(random_params(lm))
 
-    config = DecoderConfig(vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS)
+    config = TransformerConfig(vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS)
     plain, recomputed = gradients(config), gradients(dataclasses.replace(config, remat=True))
     jax.tree.map(lambda a, b: close(a, b, atol=1e-5 * np.abs(a).max()), plain, recomputed)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
 
 
 def test_bfloat16_computes_and_logits_are_float32():
-    lm = decoder(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
+    lm = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
     hidden, _ = run(lm, PARAMS, TOKENS, POSITIONS, ONES)
     logits = lm.unembed(PARAMS, hidden)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
@@ -136,12 +136,14 @@ def test_bfloat16_computes_and_logits_are_float32():
     "config",
     [
         CONFIG,
-        dataclasses.replace(CONFIG, norm="layer", norm_place="post", gated=False, max_positions=9, tied=True),
-        DecoderConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8),
+        dataclasses.replace(
+            CONFIG, norm="layer", norm_place="branch", gated=False, max_positions=9, tied=True, kinds=(LayerKind(rope=None),)
+        ),
+        TransformerConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8),
     ],
 )
 def test_axes_name_every_axis_of_every_parameter(config):
-    lm = decoder(config)
+    lm = transformer(config)
     named = lambda leaf: isinstance(leaf, tuple)
     shapes, axes = jax.eval_shape(lm.init, jax.random.key(0)), lm.axes()
     jax.tree.map(lambda names, x: np.testing.assert_equal(len(names), x.ndim), axes, shapes, is_leaf=named)
@@ -150,17 +152,17 @@ def test_axes_name_every_axis_of_every_parameter(config):
 
 
 def test_init_gives_plain_parameters_of_the_stated_dtype():
-    config = DecoderConfig(vocab_size=5, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8, param_dtype=jnp.bfloat16)
-    params = jax.jit(decoder(config).init)(jax.random.key(0))
+    config = TransformerConfig(vocab_size=5, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8, param_dtype=jnp.bfloat16)
+    params = jax.jit(transformer(config).init)(jax.random.key(0))
     assert all(isinstance(x, jax.Array) and x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
     assert not np.array_equal(params["layers"]["q"][0], params["layers"]["q"][1])
 
 
 def test_equal_configs_are_one_compilation():
-    again = decoder(dataclasses.replace(CONFIG))
+    again = transformer(dataclasses.replace(CONFIG))
     assert again == LM
     assert hash(again) == hash(LM)
-    assert decoder(dataclasses.replace(CONFIG, norm_eps=1e-5)) != LM
+    assert transformer(dataclasses.replace(CONFIG, norm_eps=1e-5)) != LM
     whole()
     before = run._cache_size()
     run(again, PARAMS, TOKENS, POSITIONS, ONES)

@@ -1,0 +1,59 @@
+"""Encoder-decoders: an encoder reads `inputs`, a decoder writes and attends to what was read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf.lm import LM, from_linen
+from rlhf.models.block import Block, Weights
+from rlhf.models.config import EncoderDecoderConfig
+from rlhf.models.transformer import Stack, embed, empty_cache, ends, logits
+
+Array = jax.Array
+INPUTS = ("tokens", "positions", "segment_ids")
+
+
+def encoder_decoder(config: EncoderDecoderConfig) -> LM:
+    """The `LM` of a config.  Its `inputs` are the encoder's `tokens`, `positions` and `segment_ids`, `[B, S]` int32.
+
+    A decoder's segment attends to the encoder's segment of the same number.
+    """
+    return from_linen(EncoderDecoder(config))
+
+
+class EncoderDecoder(Weights):
+    """Two stacks and one embedding."""
+
+    config: EncoderDecoderConfig
+
+    def setup(self):
+        self.encoder, self.decoder = Stack(self.config.encoder), Stack(self.config.decoder)
+        self.embedding, self.unembedding, self.unembedding_bias = ends(self, self.config.decoder)
+
+    def encode(self, inputs) -> dict[str, Array]:
+        """Every layer's keys and values of the inputs, `k` and `v` `[B, L, K, S, H]`, with `positions` and `segment_ids`."""
+        if missing := [name for name in INPUTS if name not in (inputs or {})]:
+            raise ValueError(f"the encoder reads inputs {list(INPUTS)}, but {missing} are missing; got {sorted(inputs or {})}")
+        c = self.config.encoder
+        x = embed(c, self.embedding, inputs["tokens"])
+        x, _, _ = self.encoder.run(x, inputs["positions"], inputs["segment_ids"])
+        of_layer: Any = lambda layer: Block(self.config.decoder, parent=None).apply({"params": layer}, x, method="cross_kv")
+        weights = {name: leaf for name, leaf in self.decoder.layers.items() if name.startswith("cross_")}
+        kv: dict = jax.vmap(of_layer, out_axes=1)(weights)
+        return {**kv, "hidden": x, "positions": inputs["positions"], "segment_ids": inputs["segment_ids"]}
+
+    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None):
+        """Hidden states of the decoder `[B, T, D]`; `inputs` raw, or as `encode` made them."""
+        if self.is_initializing():
+            one = jnp.ones((1, 1), jnp.int32)
+            inputs = dict(tokens=one, positions=one - 1, segment_ids=one)
+        encoded = inputs if "k" in (inputs or {}) else self.encode(inputs)
+        return self.decoder.run(embed(self.config.decoder, self.embedding, tokens), positions, segment_ids, cache, encoded)
+
+    def unembed(self, hidden):
+        """Logits `[..., V]` in at least float32."""
+        return logits(self.config.decoder, hidden, self.embedding, self.unembedding, self.unembedding_bias)
+
+    def init_cache(self, batch, length):
+        return empty_cache(self.config.decoder, batch, length)

@@ -1,0 +1,65 @@
+"""Mixture of experts: each token goes through a few of many MLPs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Routing(NamedTuple):
+    """What a router did with each row's real tokens, summed over them; `losses.router_balance` reads it."""
+
+    probs: Array  # [B, E] float32, the router's probabilities
+    choices: Array  # [B, E] float32, tokens sent to each expert
+    tokens: Array  # [B] float32, tokens routed
+
+
+def experts(
+    x: Array,
+    router: Any,
+    gate: Array,
+    up: Array,
+    down: Array,
+    real: Array,
+    *,
+    per_token: int,
+    renormalise: bool,
+    activate: Callable,
+) -> tuple[Array, Routing]:
+    """`Σ_{e in top-k} p_e down_e(act(gate_e x) · up_e x)`, `p = softmax(router x)`  (arXiv:2101.03961; arXiv:2401.04088).
+
+    Tokens are sorted by expert, so that each expert is one dense product of the rows that chose it  (`jax.lax.ragged_dot`).
+    No token is dropped.
+
+    Args:
+      x: `[B, T, D]`.  router: `[D, E]`.  gate, up: `[E, D, F]`.  down: `[E, F, D]`.
+      real: `[B, T]` bool; other tokens are left out of the statistics.
+      per_token: k.  renormalise: divide the chosen p by their sum.
+
+    Returns: `[B, T, D]` in the dtype of x, and `Routing`.  Gradients flow through x, the experts and p; not through the choice.
+    """
+    batch, length, size = x.shape
+    number = gate.shape[0]
+    flat = x.reshape(-1, size)
+    logits = flat @ router.astype(x.dtype)
+    probs = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)  # [N, E]
+    weights, chosen = jax.lax.top_k(probs, per_token)  # [N, k]
+    weights = weights / weights.sum(-1, keepdims=True) if renormalise else weights
+
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    sizes = jnp.bincount(chosen.reshape(-1), length=number).astype(jnp.int32)
+    of_token = order // per_token
+    product = lambda rows, w: jax.lax.ragged_dot(rows, w.astype(rows.dtype), sizes)
+    rows = flat[of_token]
+    out = product(activate(product(rows, gate)) * product(rows, up), down)
+    out = out * weights.reshape(-1)[order][:, None].astype(x.dtype)
+    y = jnp.zeros_like(flat).at[of_token].add(out)
+
+    counted = real.astype(probs.dtype)
+    picked = jax.nn.one_hot(chosen, number, dtype=probs.dtype).sum(1).reshape(batch, length, number)
+    over_row = lambda z: jnp.einsum("bte,bt->be", z, counted)
+    routing = Routing(over_row(probs.reshape(batch, length, number)), over_row(picked), counted.sum(1))
+    return y.reshape(x.shape), routing

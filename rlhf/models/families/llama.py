@@ -1,0 +1,94 @@
+"""Llama, and those that kept its names: Mistral, Granite, SmolLM 3, OLMo 2."""
+
+from collections.abc import Mapping
+
+from rlhf.models.config import LayerKind, TransformerConfig
+from rlhf.models.families.table import Family, Tensor, activation, activation_there, kinds, matrices, pattern, rope, vectors
+
+PROJECTIONS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+COMMON = {  # ours -> theirs
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "mlp_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+
+
+def tensors(norms: Mapping[str, str] = NORMS, projections: Mapping[str, str] = PROJECTIONS) -> tuple[Tensor, ...]:
+    layer = "model.layers.{}."
+    return (
+        Tensor("model.embed_tokens.weight", "embedding"),
+        *vectors(layer, {**norms, **QK_NORMS}),
+        *matrices(layer, projections),
+        *vectors("model.", {"final_norm": "norm"}, to=""),
+        Tensor("lm_head.weight", "unembedding", transpose=True),
+    )
+
+
+def read(hf, activation_field: str = "hidden_act", **fields) -> TransformerConfig:
+    common = {ours: getattr(hf, theirs) for ours, theirs in COMMON.items() if hasattr(hf, theirs)}
+    common |= dict(head_dim=getattr(hf, "head_dim", None), activation=activation(getattr(hf, activation_field)))
+    return TransformerConfig(**{**common, "kinds": kinds(hf, ["full_attention"]), **fields})
+
+
+def write(c: TransformerConfig, activation_field: str = "hidden_act") -> dict:
+    fields = {theirs: getattr(c, ours) for ours, theirs in COMMON.items()}
+    own = {"num_key_value_heads": c.kv_heads, "head_dim": c.width, activation_field: activation_there(c.activation)}
+    theta = c.kinds[0].rope.theta if c.kinds[0].rope else 10_000.0
+    return {**fields, **own, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def read_llama(hf, **fields) -> TransformerConfig:
+    return read(hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias, **fields)
+
+
+def _write_llama(c: TransformerConfig) -> dict:
+    return {**write(c), "attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
+
+
+def _read_mistral(hf) -> TransformerConfig:
+    return read(hf, kinds=kinds(hf, ["sliding_attention"]))
+
+
+def _write_mistral(c: TransformerConfig) -> dict:
+    return {**write(c), "sliding_window": c.kinds[0].window}
+
+
+def _read_granite(hf) -> TransformerConfig:
+    scales = dict(embed_scale=hf.embedding_multiplier, residual_scale=hf.residual_multiplier)
+    return read_llama(hf, attention_scale=hf.attention_multiplier, logit_scale=1 / hf.logits_scaling, **scales)
+
+
+def _read_smollm3(hf) -> TransformerConfig:
+    windows = (hf.sliding_window if kind == "sliding_attention" and hf.use_sliding_window else None for kind in hf.layer_types)
+    turning = (rope(hf) if turns else None for turns in hf.no_rope_layers)  # 1 means that the layer has rotary positions
+    return read_llama(hf, kinds=pattern(tuple(LayerKind(*kind) for kind in zip(windows, turning, strict=True))))
+
+
+def _read_olmo2(hf) -> TransformerConfig:
+    return read(hf, norm_place="branch", qk_norm="heads", qkv_bias=hf.attention_bias, out_bias=hf.attention_bias)
+
+
+OLMO2_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "model.", tensors(), read_llama, _write_llama),
+    "mistral": Family("MistralForCausalLM", "model.", tensors(), _read_mistral, _write_mistral),
+    "granite": Family("GraniteForCausalLM", "model.", tensors(), _read_granite),
+    "smollm3": Family("SmolLM3ForCausalLM", "model.", tensors(), _read_smollm3),
+    "olmo2": Family("Olmo2ForCausalLM", "model.", tensors(OLMO2_NORMS), _read_olmo2),
+}

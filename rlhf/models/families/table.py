@@ -1,0 +1,138 @@
+"""What a family of Hugging Face models is to us: a table of tensors, and its config read and, for some, written."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from rlhf.models.config import EncoderDecoderConfig, LayerKind, TransformerConfig
+from rlhf.models.rotary import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
+
+NOTHING: Mapping[str, tuple] = MappingProxyType({})
+
+
+class Tensor(NamedTuple):
+    """One tensor of a file, or one a layer, or one for every expert of a layer."""
+
+    name: str  # there; {} is the layer's number, a second {} the expert's
+    leaves: str  # here, `layers.q`; several names: parts of the tensor, side by side along our last axis
+    transpose: bool = False  # there [out, in], here [in, out]
+    grouped: bool = False  # q, k and v by groups of heads: a group's queries, its key, its value, then the next group
+    lead: bool = False  # there with an axis of size 1 before all others
+
+
+class Family(NamedTuple):
+    """How a family writes what we hold.  Rows whose leaves a model lacks (biases, a tied output matrix) do not count."""
+
+    architecture: str
+    prefix: str  # of the trunk's tensors; files of the trunk alone leave it out
+    tensors: tuple[Tensor, ...] | Callable[[Any], tuple[Tensor, ...]]  # a function of our config where names depend on it
+    read: Callable[[Any], TransformerConfig | EncoderDecoderConfig]  # of transformers' config
+    write: Callable[[TransformerConfig], dict] | None = None  # fields of transformers' config; None: saved beside an original
+    ignored: str = r"\.rotary_emb\.inv_freq$"  # stored, but not of the trunk
+    only: Mapping[str, tuple] = NOTHING  # fields of transformers' config, and what they may be
+    head: tuple[Tensor, ...] = (Tensor("score.weight", "weight", transpose=True), Tensor("score.bias", "bias"))
+    head_inner: str | None = None  # activation of a layer before the labels; None: there is none
+
+    def rows(self, config: TransformerConfig | EncoderDecoderConfig) -> tuple[Tensor, ...]:
+        return self.tensors(config) if callable(self.tensors) else self.tensors
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def matrices(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple[Tensor, ...]:
+    """Weights `[out, in]` and biases of a layer's projections, ours -> theirs."""
+    return tuple(
+        row
+        for ours, theirs in names.items()
+        for row in (
+            Tensor(f"{layer}{theirs}.weight", " ".join(to + part for part in ours.split()), transpose=True),
+            Tensor(f"{layer}{theirs}.bias", " ".join(f"{to}{part}_bias" for part in ours.split())),
+        )
+    )
+
+
+def vectors(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple[Tensor, ...]:
+    """Scales and biases of norms, ours -> theirs."""
+    return tuple(
+        row
+        for ours, theirs in names.items()
+        for row in (Tensor(f"{layer}{theirs}.weight", f"{to}{ours}"), Tensor(f"{layer}{theirs}.bias", f"{to}{ours}_bias"))
+    )
+
+
+# --- configs -----------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {  # theirs -> ours; the first of several is what we write
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu": "gelu_exact",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+
+
+def activation(theirs: str) -> str:
+    if theirs not in ACTIVATIONS:
+        raise ValueError(f"activation {theirs!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[theirs]
+
+
+def activation_there(ours: str) -> str:
+    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+
+
+def rope(hf, parameters: Mapping[str, Any] | None = None) -> Rope:
+    """Rotary positions as a config's `rope_parameters` describe them."""
+    p = hf.rope_parameters if parameters is None else parameters
+    return Rope(theta=float(p["rope_theta"]), share=float(p.get("partial_rotary_factor") or 1.0), scaling=_scaling(hf, p))
+
+
+def _scaling(hf, p: Mapping[str, Any]) -> Scaling | None:
+    kind, length = p.get("rope_type", "default"), hf.max_position_embeddings
+    original = int(p.get("original_max_position_embeddings") or length)
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return Linear(float(p["factor"]))
+    if kind == "dynamic":
+        return Dynamic(float(p["factor"]), length)
+    if kind == "llama3":
+        return Llama3(float(p["factor"]), float(p["low_freq_factor"]), float(p["high_freq_factor"]), original)
+    factor = float(p.get("factor") or length / original)
+    if kind == "longrope":
+        grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return LongRope(tuple(p["short_factor"]), tuple(p["long_factor"]), original, float(p.get("attention_factor") or grown))
+    if kind == "yarn":
+        ends = dict(fast=float(p.get("beta_fast") or 32), slow=float(p.get("beta_slow") or 1))
+        return Yarn(factor, original, _yarn_attention(p, factor), **ends, truncate=bool(p.get("truncate", True)))
+    known = "default, linear, dynamic, yarn, longrope, llama3"
+    raise ValueError(f"rotary scaling {kind!r} is not supported; known: {known}")
+
+
+def _yarn_attention(p: Mapping[str, Any], factor: float) -> float:
+    of = lambda mscale: 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    whole = of(p["mscale"]) / of(p["mscale_all_dim"]) if p.get("mscale") and p.get("mscale_all_dim") else of(1.0)
+    return float(p.get("attention_factor") or whole)
+
+
+def kinds(hf, layer_types: Sequence[str]) -> tuple[LayerKind, ...]:
+    """A kind for every layer type, with the window and the rotary positions that the config gives it."""
+
+    def kind(layer_type):
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layer type {layer_type!r} is not supported; known: 'full_attention', 'sliding_attention'")
+        window = hf.sliding_window if layer_type == "sliding_attention" else None
+        return LayerKind(window, rope(hf, hf.rope_parameters.get(layer_type, hf.rope_parameters)))
+
+    return pattern(tuple(map(kind, layer_types)))
+
+
+def pattern(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+    """The shortest beginning that repeats to all of them."""
+    return next(kinds[:n] for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))

@@ -1,0 +1,153 @@
+"""Hugging Face's configs and ours: read, described, compared."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.lm import LM
+from rlhf.models.config import Config, EncoderDecoderConfig, LayerKind, TransformerConfig
+from rlhf.models.encoder_decoder import encoder_decoder
+from rlhf.models.families import FAMILIES, Family
+from rlhf.models.families.table import pattern
+from rlhf.models.transformer import transformer
+
+COMPUTATION = ("dtype", "param_dtype", "remat")  # fields that no file holds
+
+
+def lm_of(config: Config) -> LM:
+    """The model of a config."""
+    return transformer(config) if isinstance(config, TransformerConfig) else encoder_decoder(config)
+
+
+def config_of(lm: LM) -> Config:
+    """The config of a model of `transformer`, `encoder_decoder` or `load`.
+
+    Raises: TypeError for other models, which have none.
+    """
+    config = getattr(getattr(lm.init, "args", (None,))[0], "config", None)
+    if not isinstance(config, TransformerConfig | EncoderDecoderConfig):
+        raise TypeError("this LM has no config: it was not made by `transformer`, `encoder_decoder` or `load`")
+    return config
+
+
+def transformers_config(folder: Path):
+    """config.json as an object of transformers' class: defaults filled in, older keys turned into today's."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json")
+    raw = json.loads((folder / "config.json").read_text())
+    if "quantization_config" in raw:
+        raise ValueError(f"{folder} holds quantised weights ({raw['quantization_config'].get('quant_method')}), not supported")
+    family_of(raw.get("model_type"))
+    return AutoConfig.for_model(**raw)
+
+
+def family_of(model_type) -> Family:
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not known; known: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def ours(hf) -> Config:
+    family = family_of(hf.model_type)
+    for field, allowed in family.only.items():
+        if getattr(hf, field, allowed[0]) not in allowed:
+            raise ValueError(f"{hf.model_type} with {field} = {getattr(hf, field)!r} is not supported; known: {allowed}")
+    config = family.read(hf)
+    return _shortest(config) if isinstance(config, TransformerConfig) else config
+
+
+def replaced(config: Config, **fields) -> Config:
+    """A config with other fields; of an encoder-decoder, computation in both halves and the rest in the decoder."""
+    if isinstance(config, TransformerConfig):
+        return dataclasses.replace(config, **fields)
+    common = {name: value for name, value in fields.items() if name in COMPUTATION}
+    return EncoderDecoderConfig(dataclasses.replace(config.encoder, **common), dataclasses.replace(config.decoder, **fields))
+
+
+def decoder_of(config: Config) -> TransformerConfig:
+    return config if isinstance(config, TransformerConfig) else config.decoder
+
+
+def described(config: Config, family: str | None, fields: Mapping[str, Any]):
+    """transformers' config for ours, written by a family; None: the first that can express it.
+
+    Raises: ValueError naming the fields that the family cannot have.
+    """
+    family = family_for(config) if family is None else family
+    hf = _written(config, family, fields)
+    if lost := differences(config, ours(hf)):
+        raise ValueError(f"a {family} model cannot have {', '.join(lost)}")
+    return hf
+
+
+def _written(config: Config, family: str, fields: Mapping[str, Any]):
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    known = family_of(family)
+    if known.write is None or not isinstance(config, TransformerConfig):
+        raise ValueError(f"a {family} model is saved beside its original; give like=")
+    try:
+        return AutoConfig.for_model(family, **{**known.write(config), "architectures": [known.architecture], **fields})
+    except StrictDataclassError as error:
+        raise ValueError(f"a {family} model cannot have this config: {error}") from error
+
+
+def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
+    """The config of the original, with other fields, if the model is of that form."""
+    hf = transformers_config(original)
+    theirs = ours(hf)
+    if decoder_of(theirs).tied and not decoder_of(config).tied:
+        theirs, hf.tie_word_embeddings = replaced(theirs, tied=False), False  # stored twice, and different
+    if not decoder_of(config).unembeds:
+        theirs = replaced(theirs, unembeds=False)
+    if lost := differences(config, theirs):
+        raise ValueError(f"{original} has another config: {', '.join(lost)}")
+    hf.update(dict(fields))
+    return hf
+
+
+def differences(config: Config, other: Config) -> list[str]:
+    """What the first has, where the second has something else."""
+    a, b = _resolved(config), _resolved(other)
+    return [f"{field} = {a.get(field)!r} (but {b.get(field)!r})" for field in {**a, **b} if a.get(field) != b.get(field)]
+
+
+def _resolved(c: Config) -> dict:
+    """What a config computes, defaults written out; without the fields that no file holds."""
+    if isinstance(c, EncoderDecoderConfig):
+        return {f"{half}.{k}": v for half in ("encoder", "decoder") for k, v in _resolved(getattr(c, half)).items()}
+    fields = {**vars(c), "num_kv_heads": c.kv_heads, "head_dim": c.width, "attention_scale": c.scale, "kinds": _kinds(c)}
+    return {field: value for field, value in fields.items() if field not in COMPUTATION}
+
+
+def _shortest(c: TransformerConfig) -> TransformerConfig:
+    """The same config with None for every default, so that it equals the one that was saved."""
+    return dataclasses.replace(
+        c,
+        num_kv_heads=None if c.kv_heads == c.num_heads else c.kv_heads,
+        head_dim=None if c.width * c.num_heads == c.hidden_size else c.width,
+        attention_scale=None if c.scale == c.width**-0.5 else c.scale,
+        kinds=_kinds(c),
+    )
+
+
+def _kinds(c: TransformerConfig) -> tuple[LayerKind, ...]:
+    return pattern(tuple(c.kind(i) for i in range(c.num_layers)))
+
+
+def family_for(config: Config) -> str:
+    lost = {}
+    for name in (name for name, family in FAMILIES.items() if family.write):
+        try:
+            lost[name] = differences(config, ours(_written(config, name, {})))
+        except ValueError as error:
+            lost[name] = [str(error)]
+        if not lost[name]:
+            return name
+    nearest = min(lost, key=lambda name: len(lost[name]))
+    raise ValueError(f"no family can express this config; the nearest, {nearest}, cannot have {', '.join(lost[nearest])}")

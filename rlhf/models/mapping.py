@@ -1,0 +1,164 @@
+"""Our parameters from a file's tensors, and back: names, transposition, fused parts, layers and experts stacked."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf.lm import Params
+from rlhf.models.config import Config, TransformerConfig
+from rlhf.models.families import Tensor
+from rlhf.models.safetensors_files import FLOATS, Stored
+from rlhf.models.transformer import DENSE, SPARSE
+
+Path = tuple[str, ...]
+
+
+class Place(NamedTuple):
+    """Where a tensor of the file belongs."""
+
+    row: Tensor
+    leaves: tuple[Path, ...]
+    at: tuple[int, ...]  # index into stacked leaves: the layer's place and the expert's; () if they are not stacked
+
+
+def places(rows: Sequence[Tensor], shapes: Mapping[Path, tuple[int, ...]], config: Config) -> dict[str, Place]:
+    """Every tensor that a file with these rows has for parameters of these shapes, by name."""
+    out = {}
+    for row in rows:
+        leaves = tuple(tuple(leaf.split(".")) for leaf in row.leaves.split())
+        if all(leaf in shapes for leaf in leaves):
+            for numbers, at in _numbers(row, shapes[leaves[0]], _stack_of(config, leaves[0]), leaves[0][-1]):
+                out[row.name.format(*numbers)] = Place(row, leaves, at)
+    return out
+
+
+def _numbers(row: Tensor, shape: Sequence[int], config: TransformerConfig, leaf: str) -> Iterator[tuple[tuple, tuple]]:
+    """The numbers in a row's names, of layers and experts, beside their indices into the stacked leaf."""
+    stacked = row.name.count("{}")
+    if not stacked:
+        yield (), ()
+        return
+    lacks = (leaf in SPARSE, leaf in DENSE)  # what dense layers lack, and what sparse ones lack
+    layers = [i for i in range(config.num_layers) if not lacks[config.kind(i).sparse]]
+    for place, layer in enumerate(layers):
+        if stacked == 1:
+            yield (layer,), (place,)
+        else:
+            yield from (((layer, expert), (place, expert)) for expert in range(shape[1]))
+
+
+def _stack_of(config: Config, leaf: Path) -> TransformerConfig:
+    if isinstance(config, TransformerConfig):
+        return config
+    return config.encoder if leaf[0] == "encoder" else config.decoder
+
+
+def file_shape(place: Place, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
+    parts = [shapes[leaf][len(place.at) :] for leaf in place.leaves]
+    shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+    shape = shape[::-1] if place.row.transpose else shape
+    return (1, *shape) if place.row.lead else shape
+
+
+def problems(parts: Sequence[tuple[Mapping[str, Place], Mapping]], tensors: Mapping[str, Stored], ignored: Callable) -> str:
+    """What does not fit, all of it in one line; "" if everything does.
+
+    Args:
+      parts: of a trunk, and of a head where there is one: its places and the shapes of its leaves.
+      ignored: whether a tensor that has no place does not matter.
+    """
+    expected = {name: list(file_shape(place, shapes)) for where, shapes in parts for name, place in where.items()}
+    both = sorted(expected.keys() & tensors.keys())
+    found = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "left over": sorted(name for name in tensors.keys() - expected.keys() if not ignored(name)),
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} but the config says {expected[name]}"
+            for name in both
+            if list(tensors[name].shape) != expected[name]
+        ],
+        "not of floats": [f"{name} {tensors[name].dtype}" for name in both if tensors[name].dtype not in FLOATS],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
+
+
+def read(
+    where: Mapping[str, Place],
+    tensors: Mapping[str, Stored],
+    leaves: Mapping[Path, jax.ShapeDtypeStruct],
+    heads: int,
+    put: Callable,
+) -> dict[Path, Any]:
+    """Our leaves, each put on the devices before the next is read.
+
+    The largest come first, so that the host never holds much more than the parameters themselves.
+
+    Args:
+      heads: key and value heads, for what is fused by groups.
+      put: `(path, array) -> jax.Array`.
+    """
+    names: dict[Path, list[str]] = {}
+    for name, place in where.items():
+        for leaf in place.leaves:
+            names.setdefault(leaf, []).append(name)
+    out = {}
+    for path in sorted(names, key=lambda path: -_bytes(leaves[path])):
+        buffer = np.empty(leaves[path].shape, leaves[path].dtype)
+        for name in names[path]:
+            place = where[name]
+            sizes = [leaves[leaf].shape[-1] for leaf in place.leaves]
+            buffer[place.at] = _split(tensors[name].read(), place.row, sizes, heads)[place.leaves.index(path)]
+        out[path] = put(path, buffer)
+    return out
+
+
+def write(where: Mapping[str, Place], flat: Mapping[Path, Any], heads: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """A file's tensors, each made when it is called for."""
+
+    def make(place):
+        return _join([np.asarray(flat[leaf][place.at]) for leaf in place.leaves], place.row, heads)
+
+    for name, place in where.items():
+        yield name, partial(make, place)
+
+
+def _split(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[np.ndarray]:
+    """A tensor's parts, each `[..., out]`."""
+    x = x[0] if row.lead else x
+    x = x.T if row.transpose else x
+    if not row.grouped:
+        return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
+    groups = x.reshape(*x.shape[:-1], heads, -1)  # [..., groups, (queries a group + 2) H]
+    parts = np.split(groups, np.cumsum([size // heads for size in sizes])[:-1], axis=-1)
+    return [part.reshape(*x.shape[:-1], -1) for part in parts]
+
+
+def _join(parts: list[np.ndarray], row: Tensor, heads: int) -> np.ndarray:
+    if row.grouped:
+        parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
+    x = np.concatenate(parts, axis=-1)
+    x = x.reshape(*x.shape[:-2], -1) if row.grouped else x
+    x = np.ascontiguousarray(x.T if row.transpose else x)
+    return x[None] if row.lead else x
+
+
+def _bytes(leaf) -> int:
+    return int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+
+
+def flat(tree) -> dict[Path, Any]:
+    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[Path, Any]) -> Params:
+    tree: dict = {}
+    for (*above, last), leaf in leaves.items():
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,188 @@
+"""Rotary positions: their frequencies, the scalings that stretch them over longer texts, and the rotation."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Scaling(Protocol):
+    """Frequencies for texts longer than those of pretraining."""
+
+    @property
+    def attention_factor(self) -> float: ...  # on cos and sin
+
+    @property
+    def by_length(self) -> bool: ...  # whether the frequencies depend on how long a sequence is; else `lengths` is None
+
+    def frequencies(self, theta: float, size: int, lengths: Array | None) -> Array: ...  # radians a token, [..., size / 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Which of a head's entries turn, and how fast  (RoPE, arXiv:2104.09864)."""
+
+    theta: float = 10_000.0  # base of the frequencies
+    share: float = 1.0  # of a head's entries, from the first, that turn; the others stay
+    interleaved: bool = False  # entries 2i and 2i + 1 turn together (GPT-J); False: i and i + size / 2
+    scaling: Scaling | None = None
+
+    def size(self, width: int) -> int:
+        """Entries that turn, of `width`."""
+        return int(width * self.share + 1e-6)
+
+
+class Turn(NamedTuple):
+    """cos and sin, each `[B, 1, T, size / 2]`, of the queries; and of the keys where those turn after they were cached."""
+
+    queries: tuple[Array, Array]
+    keys: tuple[Array, Array] | None = None
+
+
+def plain(theta: float, size: int) -> Array:
+    """`theta ** (-2 i / size)`, the frequencies of pretraining."""
+    return 1.0 / theta ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Positions divided by `factor`  (arXiv:2306.15595)."""
+
+    factor: float
+    attention_factor = 1.0
+    by_length = False
+
+    def frequencies(self, theta, size, lengths=None):
+        return plain(theta, size) / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """A base that grows with the length once it is over `original`  (NTK-aware, as transformers has it)."""
+
+    factor: float
+    original: int
+    attention_factor = 1.0
+    by_length = True
+
+    def frequencies(self, theta, size, lengths):
+        lengths = jnp.maximum(lengths, self.original)[..., None].astype(jnp.float32)
+        growth = self.factor * lengths / self.original - (self.factor - 1)
+        exponent = jnp.arange(0, size, 2, dtype=jnp.float32) / (size - 2)
+        return _like(plain(theta, size), growth) * growth ** -_like(exponent, growth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3:
+    """Long waves divided by `factor`, short ones kept, a blend between  (Llama 3.1)."""
+
+    factor: float
+    low: float
+    high: float
+    original: int
+    attention_factor = 1.0
+    by_length = False
+
+    def frequencies(self, theta, size, lengths=None):
+        kept = plain(theta, size)
+        turns = self.original * kept / (2 * math.pi)  # over the length of pretraining
+        share = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return (1 - share) * kept / self.factor + share * kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """A ramp over the entries, between kept and divided by `factor`  (YaRN, arXiv:2309.00071, eq. 23 to 25)."""
+
+    factor: float
+    original: int
+    attention_factor: float
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    by_length = False
+
+    def frequencies(self, theta, size, lengths=None):
+        entry = lambda turns: size * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = entry(self.fast), entry(self.slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        divided = jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+        kept = plain(theta, size)
+        return kept / self.factor * divided + kept * (1 - divided)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """A divisor for every frequency; another set for sequences longer than `original`  (LongRoPE, arXiv:2402.13753).
+
+    The set is chosen for every sequence by itself: what else is in the batch changes nothing.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    attention_factor: float
+    by_length = True
+
+    def frequencies(self, theta, size, lengths):
+        divisors = jnp.asarray([self.short, self.long], jnp.float32)[(lengths > self.original).astype(jnp.int32)]
+        return _like(plain(theta, size), divisors) / divisors
+
+
+def turns(
+    ropes: Sequence[Rope], width: int, positions: Array, segment_ids: Array, kv_positions: Array | None, kv_segment_ids
+) -> dict[Rope | None, Turn]:
+    """cos and sin for every kind of rotation in use; `kv_...` are a cache's, None without one."""
+    here = lengths(positions, segment_ids) if kv_positions is None else lengths(kv_positions, kv_segment_ids)
+
+    def one(rope, positions, segment_ids):
+        by_length = rope.scaling is not None and rope.scaling.by_length
+        of_row = jnp.take_along_axis(here, segment_ids, axis=1, mode="fill", fill_value=0) if by_length else None
+        size = rope.size(width)
+        f = plain(rope.theta, size) if rope.scaling is None else rope.scaling.frequencies(rope.theta, size, of_row)
+        angles = positions[:, None, :, None].astype(jnp.float32) * (f[:, None] if by_length else f.reshape(1, 1, 1, -1))
+        factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+    def turn(rope):
+        later = kv_positions is not None and rope.scaling is not None and rope.scaling.by_length
+        return Turn(one(rope, positions, segment_ids), one(rope, kv_positions, kv_segment_ids) if later else None)
+
+    return {rope: turn(rope) for rope in dict.fromkeys(ropes)}
+
+
+def lengths(positions: Array, segment_ids: Array) -> Array:
+    """`[B, T + 1]`: how long the sequence of each segment id is; ids count from 1, and 0 is padding.
+
+    >>> lengths(jnp.array([[0, 1, 2, 0]]), jnp.array([[1, 1, 1, 2]])).tolist()
+    [[0, 3, 1, 0, 0]]
+    """
+    batch, length = positions.shape
+    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], segment_ids.shape)
+    longest = jnp.zeros((batch, length + 1), positions.dtype).at[rows, segment_ids].max(positions + 1)
+    return longest.at[:, 0].set(0)
+
+
+def rotate(x: Array, angles: tuple[Array, Array], interleaved: bool = False) -> Array:
+    """Turns pairs of entries of `x [B, N, T, H]` by angles `[B, 1, T, size / 2]`; entries from `size` on stay  (eq. 34)."""
+    cos, sin = angles
+    size = 2 * cos.shape[-1]
+    turning = x[..., :size].astype(jnp.promote_types(x.dtype, jnp.float32))
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
+    first, second = first * cos - second * sin, second * cos + first * sin
+    out = jnp.stack([first, second], axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate([first, second], -1)
+    return jnp.concatenate([out.astype(x.dtype), x[..., size:]], axis=-1) if size < x.shape[-1] else out.astype(x.dtype)
+
+
+def _like(vector: Array, like: Array) -> Array:
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))

@@ -1,0 +1,263 @@
+"""One transformer for every decoder and encoder: a config says which."""
+
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhf.lm import LM, from_linen
+from rlhf.models.block import Block, Weights
+from rlhf.models.config import REMAT, LayerKind, TransformerConfig
+from rlhf.models.experts import Routing
+from rlhf.models.linear import linear, rows
+from rlhf.models.position_bias import alibi, relative
+from rlhf.models.rotary import turns
+from rlhf.sharding import constrain
+
+Array = jax.Array
+SPARSE = ("router", "expert_gate", "expert_up", "expert_down")  # leaves of sparse layers alone
+DENSE = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")  # of dense layers alone
+
+
+class Cache(NamedTuple):
+    """Keys and values of what was read so far.  Every leaf has the batch on axis 0."""
+
+    written: Array  # [B] int32, columns written: the write index
+    positions: Array  # [B, S] int32
+    segment_ids: Array  # [B, S] int32, 0 = not written, or padding
+    layers: tuple[tuple[Array, Array], ...]  # per layer keys and values [B, K, S, H]
+
+
+def transformer(config: TransformerConfig) -> LM:
+    """The `LM` of a config.
+
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8, tied=True))
+    >>> params = lm.init(jax.random.key(0))
+    >>> tokens = jnp.ones((1, 3), jnp.int32)
+    >>> h, _, _ = lm.hidden(params, tokens, positions=jnp.arange(3)[None], segment_ids=tokens)
+    >>> lm.unembed(params, h).shape
+    (1, 3, 8)
+    """
+    return from_linen(Transformer(config))
+
+
+class Stack(Weights):
+    """Positions, blocks, final norm: from embedded tokens to hidden states.
+
+    `layers` holds the blocks' parameters stacked, `[num_layers, ...]`; those of MLPs and experts over the layers with them.
+    """
+
+    config: TransformerConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(c.hidden_size**-0.5)
+        self.layers = self._stacked()
+        if c.final_norm:
+            self.final_norm = self.norm_weights("final_norm", c.hidden_size)
+        if c.embed_norm:
+            self.embed_norm = self.norm_weights("embed_norm", c.hidden_size)
+        if c.max_positions:
+            rows = c.max_positions + c.position_offset
+            self.position_embedding = self.weight("position_embedding", (rows, c.hidden_size), (None, "embed"), init)
+        if c.relative_buckets:
+            self.relative = self.weight("relative", (c.relative_buckets, c.num_heads), (None, "heads"), init)
+
+    def _stacked(self):
+        if not self.is_initializing():
+            return self.get_variable("params", "layers")
+        return self.param("layers", self._init_layers)
+
+    def _init_layers(self, key):
+        """Blocks of each kind there is, dense or sparse; what both kinds have is taken from the first."""
+        c = self.config
+        x, one = jnp.zeros((1, 1, c.hidden_size), c.dtype), jnp.ones((1, 1), jnp.int32)
+        seen = dict(positions=one, segment_ids=one)
+        out: dict[str, Any] = {}
+        for sparse in dict.fromkeys(c.kind(i).sparse for i in range(c.num_layers)):
+            init = partial(
+                Block(c).init, x=x, kind=LayerKind(rope=None, sparse=sparse), turns={}, cached=None, seen=seen, cross=seen
+            )
+            for name, leaf in jax.vmap(lambda key, init=init: init(key)["params"])(jax.random.split(key, c.num_layers)).items():
+                own = leaf.value[: _rank(name, c.kinds, c.num_layers)]
+                out.setdefault(name, leaf.replace(value=own, names=("layers", *leaf.names)))
+        return out
+
+    def run(self, x: Array, positions, segment_ids, cache=None, encoded=None) -> tuple[Array, Cache | None, dict]:
+        """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it, and the routing of experts.
+
+        Args:
+          encoded: as `encode` of an encoder-decoder makes it; None without an encoder.
+        """
+        c = self.config
+        if c.max_positions:
+            x = x + jnp.take(self.position_embedding, positions + c.position_offset, axis=0).astype(x.dtype)
+        x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
+        x = constrain(x, "batch", "sequence", None)
+        layers, cross = self.layers, None
+        if encoded is not None:
+            layers = {**layers, "cross": {name: jnp.moveaxis(encoded[name], 1, 0) for name in ("k", "v")}}
+            where = dict(kv_positions=encoded["positions"], kv_segment_ids=encoded["segment_ids"])
+            cross = dict(positions=positions, segment_ids=segment_ids, **where)
+        run = self._scan if cache is None else self._unroll
+        x, cache, routing = run(x, layers, positions, segment_ids, cache, cross)
+        x = self.normalise(x, *self.final_norm) if c.final_norm else x
+        return x, cache, {"routing": routing} if routing else {}
+
+    def _scan(self, x, layers, positions, segment_ids, cache, cross):
+        """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow."""
+        c, kinds, policy = self.config, self.config.kinds, REMAT[self.config.remat]
+        seen, rotary = self._where(positions, segment_ids, None)
+
+        def apply(carry, layer, kind):
+            x, routing = carry
+            x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross)
+            return constrain(x, "batch", "sequence", None), _add(routing, more)
+
+        apply = jax.checkpoint(apply, static_argnums=2, prevent_cse=False, policy=policy) if policy else apply
+
+        def pattern(carry, layers):
+            for i, kind in enumerate(kinds):
+                carry = apply(carry, _layer(layers, kinds, i), kind)
+            return carry, None
+
+        repeats = c.num_layers // len(kinds)
+        fold = lambda n: lambda p: p[: repeats * n].reshape(repeats, n, *p.shape[1:])
+        whole = {name: jax.tree.map(fold(_rank(name, kinds, len(kinds))), leaf) for name, leaf in layers.items()}
+        carry, _ = jax.lax.scan(pattern, (x, self._no_routing(x)), whole)
+        for i in range(repeats * len(kinds), c.num_layers):
+            carry = apply(carry, _layer(layers, kinds, i), c.kind(i))
+        return carry[0], None, carry[1]
+
+    def _unroll(self, x, layers, positions, segment_ids, cache, cross):
+        """Prefill and decoding: each layer by itself over the same stacked parameters, with a cache of its own."""
+        c, routing = self.config, self._no_routing(x)
+        update = lambda axis: jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis))
+        write = lambda old, new: update(1)(old, new, cache.written)
+        cache_positions = update(0)(cache.positions, positions, cache.written)
+        cache_segments = update(0)(cache.segment_ids, segment_ids, cache.written)
+        seen, rotary = self._where(positions, segment_ids, (cache_positions, cache_segments))
+        kept = []
+        for i, (keys, values) in enumerate(cache.layers):
+            layer = _layer(layers, c.kinds, i)
+            x, kv, more = _block(c, layer, x, c.kind(i), rotary, (keys, values, write), seen, cross)
+            kept.append(kv)
+            routing = _add(routing, more)
+        return x, Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(kept)), routing
+
+    def _where(self, positions, segment_ids, cached):
+        """What attention asks for of queries and keys, and the angles of rotary positions."""
+        c = self.config
+        kv_positions, kv_segment_ids = cached or (positions, segment_ids)
+        bias = None
+        if c.alibi:
+            bias = alibi(c.num_heads, positions, kv_positions)
+        if c.relative_buckets:
+            bias = relative(self.relative, positions, kv_positions, causal=c.causal, max_distance=c.relative_distance)
+        seen = dict(
+            positions=positions, segment_ids=segment_ids, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids, bias=bias
+        )
+        ropes = [kind.rope for kind in c.kinds if kind.rope] if c.rotary else []
+        return seen, turns(ropes, c.width, positions, segment_ids, *(cached or (None, None)))
+
+    def _no_routing(self, x) -> Routing | None:
+        c = self.config
+        if not any(kind.sparse for kind in c.kinds):
+            return None
+        zeros = jnp.zeros((x.shape[0], c.experts), jnp.promote_types(x.dtype, jnp.float32))
+        return Routing(zeros, zeros, zeros[:, 0])
+
+
+class Transformer(Stack):
+    """Embedding, stack, output matrix."""
+
+    def setup(self):
+        super().setup()
+        c = self.config
+        init = nn.initializers.normal(c.hidden_size**-0.5)
+        self.embedding, self.unembedding, self.unembedding_bias = ends(self, c)
+        if c.token_types:
+            self.type_embedding = self.weight("type_embedding", (c.token_types, c.hidden_size), (None, "embed"), init)
+        if c.embed_size:
+            self.project_in = self.weight("project_in", (c.embed_size, c.hidden_size), (None, "embed"), init)
+            self.project_out = self.weight("project_out", (c.hidden_size, c.embed_size), ("embed", None), init)
+
+    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None):
+        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and `{"routing": …}` of experts."""
+        c, inputs = self.config, inputs or {}
+        if unknown := sorted(inputs.keys() - ({"token_types"} if c.token_types else set())):
+            raise ValueError(f"this model is conditioned on its tokens alone, but got inputs {unknown}")
+        x = embed(c, self.embedding, tokens)
+        if c.token_types:
+            types = inputs.get("token_types", jnp.zeros_like(tokens))
+            x = x + jnp.take(self.type_embedding, types, axis=0).astype(c.dtype)
+        if not c.embed_size:
+            return self.run(x, positions, segment_ids, cache)
+        x, cache, aux = self.run(linear(x, self.project_in), positions, segment_ids, cache)
+        return linear(x, self.project_out), cache, aux
+
+    def unembed(self, hidden):
+        """Logits `[..., V]` in at least float32."""
+        c = self.config
+        if not c.unembeds:
+            raise ValueError("this model has no output matrix (unembeds=False): its hidden states are for heads")
+        return logits(c, hidden, self.embedding, self.unembedding, self.unembedding_bias)
+
+    def init_cache(self, batch, length):
+        if not self.config.causal:
+            raise ValueError("an encoder sees whole texts and has no cache; it does not generate")
+        return empty_cache(self.config, batch, length)
+
+
+def empty_cache(c: TransformerConfig, batch: int, length: int) -> Cache:
+    zeros = jnp.zeros((batch, length), jnp.int32)
+    empty = lambda: jnp.zeros((batch, c.kv_heads, length, c.width), c.dtype)
+    return Cache(zeros[:, 0], zeros, zeros, tuple((empty(), empty()) for _ in range(c.num_layers)))
+
+
+def ends(module: Weights, c: TransformerConfig) -> tuple[Any, Any, Any]:
+    """Embedding, output matrix and its bias; None for what the config has not."""
+    size = c.embed_size or c.hidden_size
+    init = nn.initializers.normal(c.hidden_size**-0.5)
+    embedding = module.weight("embedding", (c.vocab_size, size), ("vocab", "embed"), init)
+    own = c.unembeds and not c.tied
+    unembedding = module.weight("unembedding", (size, c.vocab_size), ("embed", "vocab"), init) if own else None
+    return embedding, unembedding, module.bias(c.unembeds and c.unembed_bias, "unembedding_bias", c.vocab_size, "vocab")
+
+
+def embed(c: TransformerConfig, embedding, tokens) -> Array:
+    return jnp.take(embedding, tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+
+
+def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
+    """`s (h W) + b` in at least float32, capped where the config says."""
+    y = linear(hidden, embedding.T if c.tied else unembedding)
+    y = y.astype(jnp.promote_types(y.dtype, jnp.float32)) * c.logit_scale
+    y = y if bias is None else y + rows(bias, y)
+    return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
+
+
+def _block(c, layer, x, kind, rotary, cached, seen, cross):
+    params = {name: leaf for name, leaf in layer.items() if name != "cross"}
+    cross = None if cross is None else {**cross, **layer["cross"]}
+    return Block(c, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
+
+
+def _layer(layers: dict[str, Any], kinds: tuple[LayerKind, ...], i: int) -> dict[str, Any]:
+    """Layer i's parameters, of leaves stacked over the layers that have them."""
+    absent = DENSE if kinds[i % len(kinds)].sparse else SPARSE
+    present = {name: leaf for name, leaf in layers.items() if name not in absent}
+    return {name: jax.tree.map(itemgetter(_rank(name, kinds, i)), leaf) for name, leaf in present.items()}
+
+
+def _rank(name: str, kinds: tuple[LayerKind, ...], i: int) -> int:
+    """How many of the first i layers have this leaf."""
+    sparse = sum(kinds[j % len(kinds)].sparse for j in range(i))
+    return sparse if name in SPARSE else i - sparse if name in DENSE else i
+
+
+def _add(a: Routing | None, b: Routing | None) -> Routing | None:
+    return a if b is None else jax.tree.map(jnp.add, a, b)

@@ -1,0 +1,115 @@
+"""The checkpoints beside the tests, and what transformers computed from them.
+
+`RLHF_CHECKPOINTS=folder` runs the tests over every checkpoint of another folder.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf import rollouts
+from rlhf.models import huggingface
+
+HOME = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = Path(os.environ.get("RLHF_CHECKPOINTS", HOME))
+LATER = ("deepseek_v3", "gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "smolvlm")  # no families yet
+NEW = 8
+
+
+def names(*kinds):
+    """The folders whose model is of one of these kinds."""
+    folders = (file.parent.name for file in sorted(CHECKPOINTS.glob("*/meta.json")))
+    return [
+        name
+        for name in folders
+        if name not in LATER and meta(name).get("kind") in kinds and (CHECKPOINTS / name / "config.json").exists()
+    ]
+
+
+def meta(name):
+    return json.loads((CHECKPOINTS / name / "meta.json").read_text())
+
+
+@functools.cache
+def golden(name):
+    arrays = SimpleNamespace(**np.load(CHECKPOINTS / name / "golden.npz"))
+    arrays.tolerance = meta(name)["facts"]["suggested_absolute_tolerance"]
+    arrays.config = json.loads((CHECKPOINTS / name / "config.json").read_text())
+    return arrays
+
+
+@functools.cache
+def load(name):
+    """`(lm, head or None, params, tokenizer)`."""
+    if meta(name)["kind"] in ("causal", "seq2seq", "encoder"):
+        lm, params, tokenizer = huggingface.load(CHECKPOINTS / name)
+        return lm, None, params, tokenizer
+    return huggingface.load_classifier(CHECKPOINTS / name)
+
+
+def source(tokens, mask):
+    """An encoder's inputs; positions count from the start of the row, padding or not."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(positions), "segment_ids": jnp.asarray(mask)}
+
+
+def generate(name, eos_ids=(), num_samples=1):
+    lm, _, params, _ = load(name)
+    g = golden(name)
+    tokens, mask = jnp.asarray(g.gen_input_ids), jnp.asarray(g.gen_attention_mask == 1)
+    prompts = rollouts.Prompts(tokens, mask)
+    if meta(name)["kind"] == "seq2seq":
+        start = jnp.full((len(tokens), 1), g.config["decoder_start_token_id"], jnp.int32)
+        prompts = rollouts.Prompts(start, jnp.ones_like(start, bool), source(tokens, g.gen_attention_mask))
+    return rollouts.generate(
+        lm, params, prompts, jax.random.key(0), max_new_tokens=NEW, sampler=rollouts.greedy(), eos_ids=eos_ids,
+        num_samples=num_samples,
+    )  # fmt: skip
+
+
+@functools.cache
+def rollout(name):
+    return generate(name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(lm, params, tokens, positions, segment_ids, inputs=None):
+    where = dict(positions=positions, segment_ids=segment_ids, inputs=inputs)
+    hidden, _, _ = lm.hidden(params, tokens, **where)
+    return hidden, lm.unembed(params, hidden), rollouts.token_logprobs(lm, params, tokens, **where)
+
+
+@functools.cache
+def forward(name):
+    """Hidden states, logits and log-probs of the golden rows, the packed row, and the rows that were generated: one program."""
+    g, (lm, _, params, _), seq2seq = golden(name), load(name), meta(name)["kind"] == "seq2seq"
+    r = rollout(name)
+    if seq2seq:
+        mask = g.decoder_attention_mask
+        blocks = {"rows": (g.decoder_input_ids, np.maximum(np.cumsum(mask, axis=1) - 1, 0), mask)}
+    else:
+        blocks = {"rows": (g.input_ids, g.position_ids, g.attention_mask)}
+    if hasattr(g, "packed_input_ids"):
+        blocks["packed"] = (g.packed_input_ids, g.packed_position_ids, np.cumsum(g.packed_position_ids == 0, axis=1))
+    blocks["generated"] = (r.tokens, r.positions, r.segment_ids)
+    stacked = lambda columns: [np.concatenate(column) for column in zip(*columns, strict=True)]
+    length = max(tokens.shape[1] for tokens, _, _ in blocks.values())
+    widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1]))).astype(np.int32)
+    inputs = None
+    if seq2seq:
+        read = [source(g.input_ids, g.attention_mask), r.inputs]
+        inputs = {key: np.concatenate([each[key] for each in read]) for key in r.inputs}
+    whole = outputs(lm, params, *stacked([[widen(x) for x in block] for block in blocks.values()]), inputs)
+    results, start = {}, 0
+    for block, (tokens, _, _) in blocks.items():
+        rows = slice(start, start + tokens.shape[0])
+        hidden, logits, logprobs = (np.asarray(x)[rows, : tokens.shape[1]] for x in whole)
+        results[block] = SimpleNamespace(hidden=hidden, logits=logits, logprobs=logprobs)
+        start = rows.stop
+    return results
