@@ -24,6 +24,7 @@ from rlhf.losses import presets as presets
 from rlhf.losses import ratios as ratios
 from rlhf.losses import reference_free as reference_free
 from rlhf.losses import reward_model as reward_model
+from rlhf.losses import routing as routing
 from rlhf.losses import segments as segments
 from rlhf.losses import supervised as supervised
 from rlhf.losses import unpaired as unpaired

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from rlhf.lm import Head as Head
     from rlhf.lm import from_linen as from_linen
     from rlhf.lm import from_nnx as from_nnx
+    from rlhf.models.huggingface import load as load
+    from rlhf.models.huggingface import load_classifier as load_classifier
+    from rlhf.models.huggingface import save as save
     from rlhf.train import TrainState as TrainState
     from rlhf.train import coupled_train_step as coupled_train_step
     from rlhf.train import init_state as init_state
@@ -20,6 +23,9 @@ _EXPORTS = {
     "Head": "rlhf.lm",
     "from_linen": "rlhf.lm",
     "from_nnx": "rlhf.lm",
+    "load": "rlhf.models.huggingface",
+    "load_classifier": "rlhf.models.huggingface",
+    "save": "rlhf.models.huggingface",
     "TrainState": "rlhf.train",
     "init_state": "rlhf.train",
     "train_step": "rlhf.train",

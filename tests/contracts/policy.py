@@ -137,6 +137,13 @@ CASES = {
     "importance.batch_normalized": Case(masked("weights"), couples=True),
     "importance.effective_sample_size": Case(masked("weights"), couples=True, per="batch"),
     "importance.mismatch": Case(masked("old_logprobs", "sampling_logprobs"), couples=True, per="batch"),
+    "routing.balance": Case(
+        also(normal("probs", "choices", shape=(ROWS, 3)), tokens=lambda rng: rng.integers(1, 5, ROWS).astype(float)),
+        flow=("probs",),
+        couples=True,
+        per="batch",
+        apart=("tokens",),
+    ),
     "value.clipped_value_loss": Case(
         masked("values", "old_values", "returns"), flow=("values",), knobs={"clip": 0.2}, refuses=(positive("clip"),)
     ),

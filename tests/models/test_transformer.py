@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.models import LayerKind, Rope, TransformerConfig, scalar_head, transformer
 from rlhf.models.attention import attention
+from rlhf.models.rotary import Dynamic, LongRope
 
 LENGTH = 7
 KINDS = (LayerKind(window=3, rope=Rope(100.0)), LayerKind(window=20, rope=Rope(1000.0)))
@@ -39,7 +40,7 @@ PARAMS = random_params(LM)
 @functools.partial(jax.jit, static_argnums=0)
 def run(lm, params, tokens, positions, segment_ids, cache=None):
     hidden, cache, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-    assert aux == {}
+    assert set(aux) <= {"routing"}
     return hidden, cache
 
 
@@ -51,17 +52,47 @@ def whole():
 # --- one path is the other ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefill", [LENGTH, 4])
-def test_cached_equals_uncached(prefill):
-    """Three layers of two kinds: the scan takes two, the third follows; one window is shorter than the row, one longer."""
-    cache = LM.init_cache(2, LENGTH + 2)
-    hidden, cache = run(LM, PARAMS, TOKENS[:, :prefill], POSITIONS[:, :prefill], ONES[:, :prefill], cache)
+SPARSE = dict(
+    kinds=(KINDS[0], LayerKind(window=20, rope=Rope(1000.0), sparse=True)), experts=4, experts_per_token=2, expert_size=5
+)
+LONG = LongRope(short=(1.0, 1.1, 1.2), long=(2.0, 3.0, 4.0), original=3, attention_factor=1.3)
+NO_ROPE = dict(kinds=(LayerKind(rope=None),))
+VARIANTS = {
+    "windows": {},
+    "experts": SPARSE,
+    "longrope": dict(kinds=(LayerKind(rope=Rope(100.0, scaling=LONG)),)),
+    "dynamic": dict(kinds=(LayerKind(rope=Rope(100.0, scaling=Dynamic(2.0, 3))),)),
+    "pairs": dict(kinds=(LayerKind(rope=Rope(100.0, share=0.7, interleaved=True)),), parallel=2),
+    "alibi": dict(NO_ROPE, alibi=True),
+    "relative": dict(NO_ROPE, relative_buckets=6, relative_distance=5),
+    "learned": dict(NO_ROPE, max_positions=LENGTH, position_offset=2, norm_place="sum", final_norm=False, embed_norm=True),
+}
+
+
+@functools.cache
+def variant(name):
+    lm = transformer(dataclasses.replace(CONFIG, **VARIANTS[name]))
+    params = PARAMS if name == "windows" else random_params(lm)
+    return lm, params, np.asarray(run(lm, params, TOKENS, POSITIONS, ONES)[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["windows", "experts", "longrope", "dynamic"]
+)  # the others: what is generated is what is scored
+def test_cached_equals_uncached(name):
+    """Three layers of two kinds: the scan takes two, the third follows; one window is shorter than the row, one longer.
+
+    Rows past the length at which long-rope factors change, from the first read on: before it they would be others.
+    """
+    lm, params, expected = variant(name)
+    cache, prefill = lm.init_cache(2, LENGTH + 2), 4 if name != "dynamic" else LENGTH
+    hidden, cache = run(lm, params, TOKENS[:, :prefill], POSITIONS[:, :prefill], ONES[:, :prefill], cache)
     out = [hidden]
     for t in range(prefill, LENGTH):
         here = slice(t, t + 1)
-        hidden, cache = run(LM, PARAMS, TOKENS[:, here], POSITIONS[:, here], ONES[:, here], cache)
+        hidden, cache = run(lm, params, TOKENS[:, here], POSITIONS[:, here], ONES[:, here], cache)
         out.append(hidden)
-    close(np.concatenate(out, axis=1), whole())
+    close(np.concatenate(out, axis=1), expected)
     np.testing.assert_array_equal(cache.written, [LENGTH, LENGTH])
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(cache))
 
@@ -88,14 +119,42 @@ def test_padding_on_the_left_changes_nothing():
     close(run(LM, PARAMS, *padded, LM.init_cache(2, LENGTH + 2))[0][:, 2:], whole()[:, : LENGTH - 2])
 
 
-def test_packed_sequences_equal_separate_rows():
-    rows = [TOKENS[:, :4], TOKENS[::-1, :3]]
-    packed = run(
-        LM, PARAMS, np.concatenate(rows, axis=1), np.array([[0, 1, 2, 3, 0, 1, 2]] * 2, np.int32),
-        np.array([[1, 1, 1, 1, 2, 2, 2]] * 2, np.int32),
-    )[0]  # fmt: skip
-    close(packed[:, :4], whole()[:, :4])
-    close(packed[:, 4:], whole()[::-1, :3])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_sequences_equal_separate_rows(name):
+    """Each with its own positions, and its own length where the rotary frequencies depend on it."""
+    lm, params, _ = variant(name)
+    packed = np.concatenate([TOKENS[:, :4], TOKENS[::-1, :3]], axis=1)
+    ids = np.array([[1, 1, 1, 1, 2, 2, 2]] * 2, np.int32)
+    hidden = run(lm, params, packed, np.array([[0, 1, 2, 3, 0, 1, 2]] * 2, np.int32), ids)[0]
+    padded = lambda tokens, n: run(lm, params, tokens, POSITIONS, (np.arange(LENGTH) < n) * ONES)[0][:, :n]
+    close(hidden[:, :4], padded(TOKENS, 4))
+    close(hidden[:, 4:], padded(TOKENS[::-1], 3))
+
+
+def test_routing_is_counted_over_sparse_layers_and_real_tokens():
+    """By the scan as by the cached path; the dense layers of the same model route nothing."""
+    lm, params, _ = variant("experts")
+    real = ONES * (np.arange(LENGTH) < np.array([[LENGTH], [3]]))
+    both = [
+        lm.hidden(params, TOKENS, positions=POSITIONS, segment_ids=real, cache=cache)[2]["routing"]
+        for cache in (None, lm.init_cache(2, LENGTH))
+    ]
+    jax.tree.map(close, *both)
+    np.testing.assert_array_equal(both[0].tokens, [LENGTH, 3])  # one sparse layer of three
+    close(both[0].choices.sum(1), 2 * both[0].tokens)
+    close(both[0].probs.sum(1), both[0].tokens)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """A long row beside a short one: each has the long-rope factors of its own length."""
+    lm, params, expected = variant("longrope")
+    short = ONES * (np.arange(LENGTH) < np.array([[LENGTH], [3]]))
+    both = np.asarray(run(lm, params, TOKENS, POSITIONS * short, short)[0])
+    close(both[0], expected[0])
+    plain = LONG.short  # as if there were no other factors
+    narrow = dataclasses.replace(LONG, long=plain)
+    alone = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(rope=Rope(100.0, scaling=narrow)),)))
+    close(both[1, :3], run(alone, params, TOKENS, POSITIONS, ONES)[0][1, :3])
 
 
 def test_nothing_of_the_future_or_behind_the_windows_is_seen():
@@ -108,16 +167,31 @@ def test_nothing_of_the_future_or_behind_the_windows_is_seen():
     np.testing.assert_array_equal(moved, [False, False, True, True, True, True, False])
 
 
-def test_remat_gives_the_same_gradients():
-    def gradients(config):
-        lm = transformer(config)
-        loss = lambda params: jnp.sum(lm.unembed(params, run(lm, params, TOKENS, POSITIONS, ONES)[0]) ** 2)
-        return jax.jit(jax.grad(loss))(random_params(lm))
+SMALL = TransformerConfig(vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS)
 
-    config = TransformerConfig(vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS)
-    plain, recomputed = gradients(config), gradients(dataclasses.replace(config, remat=True))
-    jax.tree.map(lambda a, b: close(a, b, atol=1e-5 * np.abs(a).max()), plain, recomputed)
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
+
+@functools.cache
+def gradients(**fields):
+    lm = transformer(dataclasses.replace(SMALL, **fields))
+    loss = lambda params: jnp.sum(lm.unembed(params, run(lm, params, TOKENS, POSITIONS, ONES)[0]) ** 2)
+    compiled = jax.jit(jax.grad(loss)).lower(random_params(lm)).compile()
+    return compiled(random_params(lm)), compiled.memory_analysis()
+
+
+def assert_same_gradients(a, b):
+    jax.tree.map(lambda a, b: close(a, b, atol=1e-5 * np.abs(a).max()), a, b)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(a))
+
+
+@pytest.mark.parametrize("remat", ["dots", "names", "full"])
+def test_remat_gives_the_same_gradients(remat):
+    assert_same_gradients(gradients()[0], gradients(remat=remat)[0])
+
+
+def test_a_window_longer_than_the_row_is_none():
+    """In value and gradient."""
+    wide = lambda window: tuple(dataclasses.replace(kind, window=window) for kind in KINDS)
+    assert_same_gradients(gradients(kinds=wide(LENGTH))[0], gradients(kinds=wide(None))[0])
 
 
 def test_bfloat16_computes_and_logits_are_float32():
@@ -188,7 +262,10 @@ def test_scalar_head():
     [
         (dict(norm="batch"), r"norm must be one of \('rms', 'layer'\), but is 'batch'"),
         (dict(norm_place="middle"), r"norm_place must be one of .*, but is 'middle'"),
-        (dict(activation="swiglu"), r"activation must name a function in jax\.nn, but is 'swiglu'"),
+        (dict(activation="swiglu"), r"activation must be one of \('silu', .*\), but is 'swiglu'"),
+        (dict(remat="some"), r"remat must be one of .*, but is 'some'"),
+        (dict(max_positions=9), r"learned, relative or ALiBi positions beside rotary ones; give kinds="),
+        (dict(kinds=(LayerKind(sparse=True),)), r"sparse layers need experts, but 2 a token of 0 are given"),
         (dict(head_dim=None, num_heads=3, num_kv_heads=3), r"num_heads 3 does not divide hidden_size 8"),
         (dict(num_kv_heads=3), r"num_kv_heads 3 does not divide num_heads 4"),
     ],
@@ -262,6 +339,21 @@ def test_attention_is_its_definition(window, softcap, kv_heads):
     last = {**where, "positions": positions[:1, -2:], "segment_ids": segment_ids[:1, -2:]}
     last = {name: x[:1] for name, x in last.items()}
     close(attention(q[:1, :, -2:], k[:1], v[:1], **last, **knobs), expected[:1, :, -2:])
+
+
+def test_a_window_is_a_mask_in_value_and_gradient():
+    """Against the same scores with the keys behind the window pushed away."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.normal(size=(1, 2, 9, 4)).astype(np.float32) for _ in range(3))
+    positions, ones = np.arange(9, dtype=np.int32)[None], np.ones((1, 9), np.int32)
+    behind = positions[:, None, :, None] - positions[:, None, None, :] >= 3
+    bias = np.where(behind, -1e9, 0.0).astype(np.float32) * np.ones((1, 2, 1, 1), np.float32)
+
+    def loss(qkv, **knobs):
+        return jnp.sum(attention(*qkv, positions=positions, segment_ids=ones, scale=0.7, **knobs) ** 3)
+
+    windowed, pushed = (jax.value_and_grad(loss)((q, k, v), **knobs) for knobs in (dict(window=3), dict(bias=bias)))
+    jax.tree.map(lambda a, b: close(a, b, atol=1e-5), windowed, pushed)
 
 
 def test_attention_has_finite_gradients_at_padding():

@@ -1,0 +1,79 @@
+"""Experts against their definition, one token at a time; and what the router says of itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf import losses
+from rlhf.models.experts import Routing, experts
+
+RNG = np.random.default_rng(0)
+BATCH, LENGTH, SIZE, NUMBER, INNER = 2, 5, 3, 4, 6
+X = RNG.normal(size=(BATCH, LENGTH, SIZE)).astype(np.float32)
+ROUTER = RNG.normal(size=(SIZE, NUMBER)).astype(np.float32)
+GATE, UP = (RNG.normal(size=(NUMBER, SIZE, INNER)).astype(np.float32) for _ in range(2))
+DOWN = RNG.normal(size=(NUMBER, INNER, SIZE)).astype(np.float32)
+REAL = np.arange(LENGTH)[None] < np.array([[LENGTH], [3]])
+
+
+def by_definition(x, router, gate, up, down, per_token, renormalise):
+    out, probs = np.zeros_like(x, np.float64), np.zeros((*x.shape[:2], NUMBER))
+    picked = np.zeros_like(probs)
+    for b, t in np.ndindex(x.shape[:2]):
+        scores = np.exp(x[b, t] @ router)
+        p = probs[b, t] = scores / scores.sum()
+        chosen = np.argsort(-p)[:per_token]
+        picked[b, t, chosen] = 1
+        for e in chosen:
+            h = x[b, t] @ gate[e]
+            y = (h / (1 + np.exp(-h)) * (x[b, t] @ up[e])) @ down[e]
+            out[b, t] += p[e] / (p[chosen].sum() if renormalise else 1.0) * y
+    return out, probs, picked
+
+
+@pytest.mark.parametrize(("per_token", "renormalise"), [(2, True), (1, False), (4, True)])
+def test_experts_are_their_definition(per_token, renormalise):
+    how = dict(per_token=per_token, renormalise=renormalise, activate=jax.nn.silu)
+    y, routing = jax.jit(lambda x: experts(x, ROUTER, GATE, UP, DOWN, REAL, **how))(X)
+    out, probs, picked = by_definition(X, ROUTER, GATE, UP, DOWN, per_token, renormalise)
+    np.testing.assert_allclose(y, out, rtol=0, atol=2e-5)
+    counted = REAL[:, :, None]
+    expected = Routing((probs * counted).sum(1), (picked * counted).sum(1), REAL.sum(1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), routing, expected)
+
+
+def test_gradients_are_those_of_all_experts_side_by_side():
+    """Through x, the experts and the router's weights: against every expert run on every token."""
+
+    def dense(x, router, gate, up, down):
+        p = jax.nn.softmax(x @ router, axis=-1)
+        kept = p >= jnp.sort(p, axis=-1)[..., -2:-1]
+        p = jnp.where(kept, p, 0.0)
+        h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
+        return jnp.einsum("bte,btef,efd->btd", p / p.sum(-1, keepdims=True), h, down)
+
+    how = dict(per_token=2, renormalise=True, activate=jax.nn.silu)
+    sparse = lambda *args: experts(*args, REAL, **how)[0]
+    weights = (X, ROUTER, GATE, UP, DOWN)
+    ours, theirs = (jax.jit(jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(*w)))))(weights) for f in (sparse, dense))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+        assert np.abs(b).max() > 0
+
+
+def test_the_balance_is_that_of_transformers():
+    """`load_balancing_loss_func`: every layer's rows side by side, shares of choices times mean probabilities."""
+    logits = RNG.normal(size=(3, BATCH, LENGTH, NUMBER))  # three layers
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    picked = np.argsort(-probs, axis=-1)[..., :2]
+    share, mean, rows = np.zeros(NUMBER), np.zeros(NUMBER), 0
+    for layer, b, t in np.ndindex(logits.shape[:3]):
+        if REAL[b, t]:
+            share[picked[layer, b, t]] += 1
+            mean += probs[layer, b, t]
+            rows += 1
+    expected = NUMBER * np.sum(share / rows * mean / rows)
+    choices = np.eye(NUMBER)[picked].sum(-2) * REAL[None, :, :, None]
+    routing = (probs * REAL[None, :, :, None]).sum((0, 2)), choices.sum((0, 2)), 3 * REAL.sum(1)
+    np.testing.assert_allclose(losses.routing.balance(*routing).sum(), expected, rtol=1e-5)
