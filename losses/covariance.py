@@ -44,8 +44,7 @@ def clip_cov(
     [-1.0, 0.0]
     """
     loss = clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-    ratio, advantages = jnp.exp(token_log_ratio(logprobs, old_logprobs, mask)), constant(advantages, mask)
-    clipped = loss > 0.0 - ratio * advantages
+    clipped = loss > 0.0 - jnp.exp(token_log_ratio(logprobs, old_logprobs, mask)) * advantages
     cov = covariance(logprobs, advantages, mask)
     band = mask & ~clipped & (cov > cov_low) & (cov < cov_high)
     order = jax.random.uniform(key, jnp.shape(mask), jnp.float32)
@@ -70,7 +69,7 @@ def kl_cov(logprobs, old_logprobs, advantages, mask, *, share=2e-4, kl_coef=1.0)
     ratio, advantages = jnp.exp(token_log_ratio(logprobs, old_logprobs, mask)), constant(advantages, mask)
     pays = masks.top(covariance(logprobs, advantages, mask), mask, number=_number(share, mask))
     penalty = kl.absolute(logprobs, constant(old_logprobs, mask), mask)
-    return clean(-ratio * advantages, mask) + kl_coef * clean(penalty, pays)
+    return kl_coef * clean(penalty, pays) - ratio * advantages
 
 
 def _number(share, mask) -> Array:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from rlhf.losses import segments
-from rlhf.losses._common import Array, check_shapes, clean, constant
+from rlhf.losses._common import Array, check_shapes, clean, constant, widen
 from rlhf.losses.advantages import returns
 
 
@@ -40,7 +40,7 @@ def no_mean(rewards) -> Array:
     >>> no_mean(jnp.array([[1., 0.]])).tolist()
     [[0.0, 0.0]]
     """
-    return jnp.zeros_like(constant(rewards, True))
+    return jnp.zeros_like(widen(rewards))
 
 
 def group_std(rewards, *, correction=1) -> Array:
@@ -293,7 +293,7 @@ def optimal_token_baseline(rewards, logprobs, log_sum_sq_probs, mask, *, num_sam
     importance = jnp.ones(jnp.shape(mask)) if importance is None else importance
     check_shapes(rewards=rewards, logprobs=logprobs, log_sum_sq_probs=log_sum_sq_probs, importance=importance, mask=mask)
     probs, squares = jnp.exp(constant(logprobs, mask)), jnp.exp(constant(log_sum_sq_probs, mask))
-    energy = clean(constant(importance, mask) ** 2 * (1 - 2 * probs + squares), mask)
+    energy = constant(importance, mask) ** 2 * (1 - 2 * probs + squares)
     path = clean(jnp.cumsum(energy, axis=-1), mask)
     togo = returns(rewards, mask)
     grouped = lambda x: split(x, size=num_samples)

@@ -3,8 +3,8 @@
     python tests/mutate.py [--module policy] [--jobs 2] [--list] [--every 7]
 
 A mutant drops one `stop_gradient` or one `where`, flips one sign, swaps `clip_low` with `clip_high` or `minimum` with
-`maximum`.  It is killed by the first failing test: the function's example and its part of the contract suite, then the
-module's, then the definitions and the published values.  Survivors are listed; those that change nothing that could be
+`maximum`.  It is killed by the first failing test: the module's examples, the function's part of the contract suite, the
+definitions, the published values, then the contract and the properties of its module.  Survivors are listed; those that change nothing that could be
 seen are explained in `EQUIVALENT`.
 """
 
@@ -25,7 +25,7 @@ SIGNS = {ast.Add: ast.Sub, ast.Sub: ast.Add}
 SWAPS = {"minimum": "maximum", "maximum": "minimum", "clip_low": "clip_high", "clip_high": "clip_low"}
 DROPS = {"stop_gradient": 0, "where": 1, "clean": 0, "constant": 0}  # the argument that is left of a call
 KEEPS = {"constant": "clean", "clean": "widen"}  # a call without its gradient stop, or without its `where`
-TESTS = ("test_definitions*.py", "test_gradients.py", "test_golden_*.py", "test_properties.py", "test_chunked.py")
+QUICK = ("test_definitions*.py", "test_gradients.py", "test_golden_*.py", "test_chunked.py")
 EQUIVALENT: dict[str, str] = {}  # `module.function:line: mutation` -> why no test can see it
 
 
@@ -93,14 +93,14 @@ def kill(name: str, source: str, folder: Path) -> bool:
 
 def suites(folder: Path, module: str, function: str) -> Iterator[tuple[str, ...]]:
     """The tests that a mutant must pass, those that are quick and likely to notice first."""
-    contract = "tests/losses/test_contract.py"
-    if not module.startswith("_"):
-        own = f"rlhf/losses/{module}.py", contract, "-k"
-        if not function.startswith("_"):
-            yield *own, f"{module}.{function}"
-        yield *own, f"{module}."
-    yield tuple(str(p.relative_to(folder)) for pattern in TESTS for p in sorted((folder / "tests/losses").glob(pattern)))
-    yield (contract,)
+    contract, properties = "tests/losses/test_contract.py", "tests/losses/test_properties.py"
+    private = module.startswith("_")
+    if not private:
+        yield (f"rlhf/losses/{module}.py",)
+    if not private and not function.startswith("_"):
+        yield contract, "-k", f"{module}.{function}"
+    yield tuple(str(p.relative_to(folder)) for pattern in QUICK for p in sorted((folder / "tests/losses").glob(pattern)))
+    yield (contract, properties) if private else (contract, properties, "-k", f"{module}.")
 
 
 def green(folder: Path, *tests: str) -> bool:

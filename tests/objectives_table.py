@@ -21,6 +21,7 @@ TOPICS = {  # module -> what it is
     "importance": "Importance weights",
     "masks": "Which tokens count",
     "value": "Value losses",
+    "routing": "Mixtures of experts",
     "preference": "Preferences, with a reference",
     "divergence": "f-divergences for preferences",
     "reference_free": "Preferences, without a reference",

@@ -238,7 +238,7 @@ def _read(
 
 
 def _put(x: np.ndarray, sharding) -> jax.Array:
-    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.device_put(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _leaves(part: LM | Head) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

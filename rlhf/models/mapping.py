@@ -105,15 +105,26 @@ def read(
     for name, place in where.items():
         for leaf in place.leaves:
             names.setdefault(leaf, []).append(name)
+
+    def filled(path):
+        leaf, part = leaves[path], lambda name: _part(tensors[name], where[name], path, leaves, heads)
+        if where[names[path][0]].at == ():
+            return np.ascontiguousarray(part(names[path][0]).astype(leaf.dtype, copy=False))
+        buffer = np.empty(leaf.shape, leaf.dtype)
+        for name in names[path]:
+            buffer[where[name].at] = part(name)
+        return buffer
+
     out = {}
     for path in sorted(names, key=lambda path: -_bytes(leaves[path])):
-        buffer = np.empty(leaves[path].shape, leaves[path].dtype)
-        for name in names[path]:
-            place = where[name]
-            sizes = [leaves[leaf].shape[-1] for leaf in place.leaves]
-            buffer[place.at] = _split(tensors[name].read(), place.row, sizes, heads)[place.leaves.index(path)]
-        out[path] = put(path, buffer)
+        out[path] = jax.block_until_ready(put(path, filled(path)))
+        jnp.zeros(())  # JAX lets go of the host's copy at its next call
     return out
+
+
+def _part(stored: Stored, place: Place, path: Path, leaves: Mapping[Path, jax.ShapeDtypeStruct], heads: int) -> np.ndarray:
+    sizes = [leaves[leaf].shape[-1] for leaf in place.leaves]
+    return _split(stored.read(), place.row, sizes, heads)[place.leaves.index(path)]
 
 
 def write(where: Mapping[str, Place], flat: Mapping[Path, Any], heads: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:

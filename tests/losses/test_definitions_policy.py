@@ -5,6 +5,7 @@ import math
 import statistics
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -256,6 +257,18 @@ def test_kl_cov_penalises_the_largest_covariance():
     assert_close(run(covariance.kl_cov, NEW, OLD, ADVANTAGES, MASK, share=0.3, kl_coef=0.5), want)
 
 
+def test_clip_cov_is_the_clipped_surrogate_but_for_what_it_drops():
+    knobs = dict(clip_low=0.1, clip_high=0.4)
+    ours = run(covariance.clip_cov, NEW, OLD, ADVANTAGES, MASK, key=jax.random.key(0), share=0.2, cov_low=0.0, **knobs)
+    whole = run(policy.clipped_surrogate, NEW, OLD, ADVANTAGES, MASK, **knobs)
+    kept = ours != 0
+    assert_close(ours[kept], whole[kept])
+    assert 0 < (whole != 0).sum() - kept.sum() <= int(0.2 * MASK.sum())
+    ratio = np.exp(NEW - OLD)[kept]
+    assert (ratio > 1.4).any(), "the upper bound shows"
+    assert (ratio < 0.9).any(), "the lower bound shows"
+
+
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,6 +425,7 @@ def test_adaptive_kl_goes_the_right_way():
     update = lambda kl: controller.update(controller.init(), kl, 50).coef
     for kl, factor in ((9.0, 1.1), (2.2, 1.05), (2.0, 1.0), (0.0, 0.9)):
         np.testing.assert_allclose(update(kl), 0.1 * factor, rtol=1e-6)
+    assert jax.grad(update)(2.2) == 0.0
 
 
 def test_adaptive_entropy_pushes_only_below_the_target():
