@@ -4,8 +4,8 @@
 
 A mutant drops one `stop_gradient` or one `where`, flips one sign, swaps `clip_low` with `clip_high` or `minimum` with
 `maximum`.  It is killed by the first failing test: the module's examples, the function's part of the contract suite, the
-definitions, the published values, then the contract and the properties of its module.  Survivors are listed; those that change nothing that could be
-seen are explained in `EQUIVALENT`.
+definitions and published values, then the contract and properties of its module.  Survivors are listed; those that change
+nothing that could be seen are explained in `EQUIVALENT`.
 """
 
 import argparse
