@@ -20,6 +20,7 @@ def attention(
     softcap: float | None = None,
     bias: Array | None = None,
     scale: float,
+    kernel: str | None = None,
 ) -> Array:
     """`softmax(scale q kᵀ + bias + mask) v`, within a segment, grouped queries  (arXiv:1706.03762, eq. 1; arXiv:2305.13245).
 
@@ -34,20 +35,28 @@ def attention(
       softcap: c in `c tanh(score / c)`, before the mask  (Gemma 2).
       bias: `[B, N, T, S]`, added to the scores; a leading axis of 1 serves every row.
       scale: on the scores, usually `H ** -0.5`.
+      kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the fused one of the device where it can serve, else "xla".
+        A fused kernel wants positions that grow along the columns of a segment.
 
     Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.
 
-    Raises: ValueError where shapes do not fit.
+    Raises: ValueError where shapes do not fit, or the kernel asked for cannot serve the request; it says why.
     """
     kv_positions = positions if kv_positions is None else kv_positions
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     _check(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids)
+    whole = kv_positions is positions and kv_segment_ids is segment_ids
+    here = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    refused = _refused(kernel or here, q, causal, window, softcap, bias, whole)
+    if kernel and refused:
+        raise ValueError(f"{kernel} attention cannot serve this: {'; '.join(refused)}; give kernel='xla' or None")
+    chosen = "xla" if refused else kernel or here
+    if chosen == "splash":
+        from rlhf.models.splash import splash
+
+        return splash(q * scale, k, v, segment_ids, window=window, softcap=softcap)
     mask = visible(positions, segment_ids, kv_positions, kv_segment_ids, causal, window)
-    if bias is None and _cudnn_serves(q, softcap):
-        btnh = lambda x: jnp.swapaxes(x, 1, 2)
-        out = jax.nn.dot_product_attention(btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn")
-        return btnh(out)
-    return _xla(q, k, v, mask, softcap, bias, scale)
+    return _cudnn(q, k, v, mask, scale) if chosen == "cudnn" else _xla(q, k, v, mask, softcap, bias, scale)
 
 
 def visible(positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None) -> Array:
@@ -81,16 +90,29 @@ def _xla(q, k, v, mask, softcap, bias, scale):
     return jnp.matmul(probs, v).reshape(batch, heads, length, width)
 
 
-def _cudnn_serves(q, softcap) -> bool:
-    """cuDNN's fused kernel: half precision, widths that are multiples of 8 up to 128, no soft cap, more than one query."""
-    return (
-        jax.default_backend() == "gpu"
-        and softcap is None
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and q.shape[2] > 1
-    )
+def _cudnn(q, k, v, mask, scale):
+    """cuDNN's fused kernel through JAX's own function; it never chooses it by itself."""
+    btnh = lambda x: jnp.swapaxes(x, 1, 2)
+    out = jax.nn.dot_product_attention(btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn")
+    return btnh(out)
+
+
+def _refused(kernel, q, causal, window, softcap, bias, whole) -> list[str]:
+    """Why a kernel cannot serve; nothing if it can."""
+    if kernel == "xla":
+        return []
+    if kernel not in ("cudnn", "splash"):
+        return [f"it is not known; known are 'xla', 'cudnn' and 'splash', but not {kernel!r}"]
+    why = {"a bias on the scores": bias is not None, "a single query": q.shape[2] == 1}
+    if kernel == "cudnn":
+        why |= {
+            f"{q.dtype}, where it wants bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
+            f"heads {q.shape[3]} wide, where it wants a multiple of 8 up to 128": q.shape[3] % 8 != 0 or q.shape[3] > 128,
+            "a soft cap": softcap is not None,
+        }
+    else:
+        why |= {"attention that is not causal": not causal, "keys of a cache, beside the queries' own": not whole}
+    return [reason for reason, holds in why.items() if holds]
 
 
 def _check(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids) -> None:

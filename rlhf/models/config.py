@@ -84,6 +84,7 @@ class TransformerConfig:
     # computation
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    kernel: str | None = None  # of `attention`; None: the fastest that can serve
     remat: str = "none"  # what the backward pass finds: a name of `REMAT`
 
     def __post_init__(self):

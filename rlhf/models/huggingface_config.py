@@ -13,7 +13,7 @@ from rlhf.models.families import FAMILIES, Family
 from rlhf.models.families.table import pattern
 from rlhf.models.transformer import transformer
 
-COMPUTATION = ("dtype", "param_dtype", "remat")  # fields that no file holds
+COMPUTATION = ("dtype", "param_dtype", "kernel", "remat")  # fields that no file holds
 
 
 def lm_of(config: Config) -> LM:
