@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf.models.linear import linear, rows
+from rlhf.models.linear import linear
 
 Array = jax.Array
 BLOCKS = r"layers\.(q|k|v|o|gate|up|down)"  # every matrix of the decoder's blocks
@@ -39,9 +39,11 @@ class LoRAWeight(NamedTuple):
         delta = linear((linear(dropped, self.a) * self.scale).astype(x.dtype), self.b)
         if self.magnitude is None:
             return y + delta
-        share = self.magnitude / column_norm(self)
-        through_base = y if self.key is None else linear(dropped, self.base)  # as PEFT: dropout reaches all but the plain part
-        return y + rows(share - 1, y) * through_base + rows(share, y) * delta
+        rescaled = lambda plain: ((self.magnitude / column_norm(self))[None, :] * (plain + delta)).astype(x.dtype)
+        if self.key is None:
+            return rescaled(y)
+        plain = linear(dropped, self.base)
+        return y - plain + rescaled(plain)  # as PEFT: x W + x' (W' − W), for inputs x and x' of which some are dropped
 
     def merged(self) -> Array:
         """The adapted matrix `[.., in, out]`, in the dtype of `base`."""

@@ -145,11 +145,11 @@ def load(folder, params: Any, family: str) -> tuple[Any, Any]:
     for stacked, names, sizes, modules, ends, scales in rows:
         read = lambda end, modules=modules: np.stack([tensors[f"{PREFIX}{module}.{end}"].T for module in modules])
         arrays = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (*map(read, ends), scales)]
-        first, *rest, scale = arrays if stacked else [x[0] for x in arrays]
+        first, *rest, share = arrays if stacked else [x[0] for x in arrays]
         split_up = [np.split(x, np.cumsum(sizes)[:-1], axis=-1) for x in rest]
         for name, *columns in zip(names, *split_up, strict=True):
             b, *magnitude = map(jnp.array, columns)
-            found[name] = LoRAWeight(leaves[name], jnp.array(first), b, jnp.array(scale), *magnitude)
+            found[name] = LoRAWeight(leaves[name], jnp.array(first), b, jnp.array(share), *magnitude)
     return split(jax.tree_util.tree_map_with_path(lambda path, w: found.get(dotted(path), w), params))
 
 
