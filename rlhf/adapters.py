@@ -136,11 +136,20 @@ def split(params: Any) -> tuple[Any, Any]:
 def join(trainable: Any, frozen: Any) -> Any:
     """The parameters that the model takes: adapters in their places, the frozen arrays as they are.
 
+    Raises: ValueError where one has an adapter at a leaf and the other has not.
+
     >>> trainable, frozen = add({"w": jnp.ones((2, 2))}, jax.random.key(0), rank=1, targets="w")
     >>> linear(jnp.ones((1, 2)), join(trainable, frozen)["w"]).tolist()
     [[2.0, 2.0]]
     """
-    return jax.tree.map(lambda w, own: w._replace(**own) if is_adapter(w) else w, frozen, trainable, is_leaf=is_adapter)
+
+    def one(path, w, own):
+        if is_adapter(w) is (own is None):
+            here, there = ("frozen", "trainable") if own is None else ("trainable", "frozen")
+            raise ValueError(f"{here} has an adapter at {dotted(path)} but {there} has none; give both as `add` returned them")
+        return w if own is None else w._replace(**own)
+
+    return jax.tree_util.tree_map_with_path(one, frozen, trainable, is_leaf=is_adapter)
 
 
 def merge(params: Any) -> Any:

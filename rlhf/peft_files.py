@@ -74,8 +74,9 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
             w = _side_by_side([_layer(leaves[name], i if "{}" in row.name else None) for name in names])
             ends = {"lora_A.weight": w.a.T, "lora_B.weight": w.b.T, "lora_magnitude_vector": w.magnitude}
             tensors |= {f"{PREFIX}{module}.{end}": np.ascontiguousarray(x) for end, x in ends.items() if x is not None}
-            alpha = float(w.scale) * w.a.shape[-1]
-            modules[module] = w.a.shape[-1], int(alpha) if alpha.is_integer() else alpha
+            rank = w.a.shape[-1]
+            whole, exact = round(float(w.scale) * rank), float(w.scale) * rank
+            modules[module] = rank, whole if np.float32(whole / rank) == w.scale else exact
     rank, alpha = Counter(modules.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
