@@ -33,7 +33,20 @@ _EXPORTS = {
     "minibatches": "rlhf.train",
     "reference": "rlhf.train",
 }
-_MODULES = ("losses", "rollouts", "models", "sharding", "checkpoint", "metrics", "train", "lm", "data", "tasks")
+_MODULES = (
+    "losses",
+    "rollouts",
+    "models",
+    "sharding",
+    "checkpoint",
+    "metrics",
+    "train",
+    "lm",
+    "data",
+    "tasks",
+    "adapters",
+    "peft_files",
+)
 __all__ = [*_EXPORTS, *_MODULES]
 
 

@@ -1,0 +1,266 @@
+"""Adapters: two thin trained matrices beside each frozen one (LoRA, DoRA).
+
+Only the thin ones have gradients and moments; the frozen model with its adapters off is the reference model, for nothing.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf.models.linear import linear
+
+Array = jax.Array
+BLOCKS = r"layers\.(q|k|v|o|gate|up|down)"  # every matrix of the decoder's blocks
+
+
+class LoRAWeight(NamedTuple):
+    """Stands where a matrix W stood, as `W + s A B`  (LoRA, arXiv:2106.09685, eq. 3).
+
+    With a magnitude m, as `m (W + s A B) / ‖W + s A B‖`, the norm over the inputs of each output and without a gradient (DoRA,
+    arXiv:2402.09353, eq. 5 and section 4.3).  Leading axes (layers, experts) are those of every field: slices are whole.
+    """
+
+    base: Any  # [.., in, out], the frozen W
+    a: Any  # [.., in, r]; None in `frozen`
+    b: Any  # [.., r, out]; None in `frozen`
+    scale: Array  # [..] float32, s
+    magnitude: Any = None  # [.., out], m of DoRA
+    key: Any = None  # [..] of the dropout; None: without
+    rate: Any = None  # [..] float32, share of the adapter's inputs that is dropped
+
+    def matmul(self, x: Array) -> Array:
+        """`x [N, in]` times the adapted matrix, `[N, out]` in the dtype of `x`; no matrix `[in, out]` is made."""
+        y = linear(x, self.base)
+        dropped = x if self.key is None else _drop(x, self.key, self.rate)
+        delta = linear((linear(dropped, self.a) * self.scale).astype(x.dtype), self.b)
+        if self.magnitude is None:
+            return y + delta
+        rescaled = lambda plain: ((self.magnitude / column_norm(self))[None, :] * (plain + delta)).astype(x.dtype)
+        if self.key is None:
+            return rescaled(y)
+        plain = linear(dropped, self.base)
+        return y - plain + rescaled(plain)  # as PEFT: x W + x' (W' − W), for inputs x and x' of which some are dropped
+
+    def merged(self) -> Array:
+        """The adapted matrix `[.., in, out]`, in the dtype of `base`."""
+        base, a, b, scale = _float(self.base), _float(self.a), _float(self.b), self.scale[..., None, None]
+        w = base + scale * jnp.matmul(a, b, precision="highest")
+        if self.magnitude is not None:
+            w = w * (self.magnitude / column_norm(self))[..., None, :]
+        return w.astype(self.base.dtype)
+
+
+def column_norm(w: LoRAWeight) -> Array:
+    """`‖W + s A B‖` over the inputs, `[.., out]` in at least float32, constant for gradients.
+
+    By `‖w + s A b‖² = ‖w‖² + s b·(2 Aᵀw + s AᵀA b)` for each output, so that no second `[in, out]` is made.
+    """
+    base, a, b, scale = (_float(jax.lax.stop_gradient(x)) for x in (w.base, w.a, w.b, w.scale[..., None, None]))
+    by_a = lambda x: jnp.matmul(jnp.swapaxes(a, -1, -2), x, precision="highest")
+    cross = scale * b * (2 * by_a(base) + scale * jnp.matmul(by_a(a), b, precision="highest"))
+    square = (base * base).sum(-2) + cross.sum(-2)
+    return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))  # outputs that are all 0 stay 0
+
+
+def add(
+    params: Any,
+    key: Array,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    targets: str | Sequence[str] = BLOCKS,
+    rank_stabilised: bool = False,
+    dora: bool = False,
+) -> tuple[Any, Any]:
+    """Gives matrices an adapter that changes nothing yet: A uniform in ±in^-½, B = 0  (PEFT's start), m = ‖W‖.
+
+    Args:
+      params: of a model whose layers call `linear`; others take `merge(join(trainable, frozen))`.
+      key: consumed.
+      rank: r; each adapter has r (in + out) numbers.
+      alpha: the adapter counts alpha / r.
+      targets: regular expressions; a leaf whose whole dotted path (`layers.q`) matches one of them gets an adapter.  The
+        default is every matrix of the blocks.
+      rank_stabilised: the adapter counts alpha / √r instead  (rsLoRA, arXiv:2312.03732).
+      dora: with a magnitude for each output.
+
+    Returns: `(trainable, frozen)`.  `trainable` is like `params` with `{"a", "b"}`, for DoRA `"magnitude"` too, in at least
+    float32 where a leaf got an adapter and None, so nothing, elsewhere: what the optimizer sees.  `frozen` holds the arrays of
+    `params` themselves, no copies: what goes into the train state's context.
+
+    Raises: ValueError where a pattern matches nothing, or something that is not a matrix that activations are multiplied with;
+      where `rank` is not at least 1.
+
+    >>> params = {"layers": {"q": jnp.ones((2, 4, 3)), "norm": jnp.ones((2, 4))}}
+    >>> trainable, frozen = add(params, jax.random.key(0), rank=1, targets=r"layers\\.q")
+    >>> jax.tree.map(jnp.shape, trainable)
+    {'layers': {'norm': None, 'q': {'a': (2, 4, 1), 'b': (2, 1, 3)}}}
+    >>> loss_fn = lambda trainable, context, batch, key: (jnp.sum(merge(join(trainable, context))["layers"]["q"]), {})
+    >>> jax.grad(loss_fn, has_aux=True)(trainable, frozen, None, None)[0]["layers"]["q"]["b"].shape
+    (2, 1, 3)
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, but is {rank}")
+    chosen = _targets(params, (targets,) if isinstance(targets, str) else tuple(targets))
+    scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
+    parts = {}
+    for (name, w), one in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
+        *lead, inputs, outputs = w.shape
+        dtype, bound = jnp.promote_types(w.dtype, jnp.float32), inputs**-0.5
+        a = jax.random.uniform(one, (*lead, inputs, rank), dtype, -bound, bound)
+        part = LoRAWeight(w, a, jnp.zeros((*lead, rank, outputs), dtype), jnp.full(lead, scale, jnp.float32))
+        parts[name] = part._replace(magnitude=column_norm(part)) if dora else part
+    return split(jax.tree_util.tree_map_with_path(lambda path, w: parts.get(dotted(path), w), params))
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """`(trainable, frozen)` of parameters with adapters: the inverse of `join`.
+
+    >>> w = LoRAWeight(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.zeros((1, 2)), jnp.ones(()))
+    >>> jax.tree.map(jnp.shape, split({"w": w, "bias": jnp.ones(2)})[0])
+    {'bias': None, 'w': {'a': (2, 1), 'b': (1, 2)}}
+    """
+
+    def trained(w):
+        fields = {} if w.magnitude is None else {"magnitude": w.magnitude}
+        return {"a": w.a, "b": w.b, **fields}
+
+    trainable = _map(trained, params, lambda x: None)
+    return trainable, _map(lambda w: LoRAWeight(w.base, None, None, w.scale), params)
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """The parameters that the model takes: adapters in their places, the frozen arrays as they are.
+
+    Raises: ValueError where one has an adapter at a leaf and the other has not.
+
+    >>> trainable, frozen = add({"w": jnp.ones((2, 2))}, jax.random.key(0), rank=1, targets="w")
+    >>> linear(jnp.ones((1, 2)), join(trainable, frozen)["w"]).tolist()
+    [[2.0, 2.0]]
+    """
+
+    def one(path, w, own):
+        if is_adapter(w) is (own is None):
+            here, there = ("frozen", "trainable") if own is None else ("trainable", "frozen")
+            raise ValueError(f"{here} has an adapter at {dotted(path)} but {there} has none; give both as `add` returned them")
+        return w if own is None else w._replace(**own)
+
+    return jax.tree_util.tree_map_with_path(one, frozen, trainable, is_leaf=is_adapter)
+
+
+def merge(params: Any) -> Any:
+    """Plain arrays that compute the same, in the base's dtype: for rollouts, for saving, for models without `linear`.
+
+    Gradients flow to the adapters.
+
+    >>> w = LoRAWeight(jnp.ones((1, 2)), jnp.ones((1, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> merge({"w": w})["w"].tolist()
+    [[1.5, 1.5]]
+    """
+    return _map(LoRAWeight.merged, params)
+
+
+def off(params: Any) -> Any:
+    """The model without its adapters, for a reference model: the frozen arrays themselves, of `join(…)` or of `frozen`.
+
+    >>> w = jnp.ones((2, 2))
+    >>> off(add({"w": w}, jax.random.key(0), rank=1, targets="w")[1])["w"] is w
+    True
+    """
+    return _map(lambda w: w.base, params)
+
+
+def dropout(params: Any, key: Array, rate: float) -> Any:
+    """Parameters whose adapters see inputs of which a share `rate` is dropped, the others divided by `1 - rate`.
+
+    Give it the key of the loss; without it nothing is dropped.  Every adapter and layer draws for itself.
+
+    Args:
+      params: what `join` returns.
+      key: consumed.
+      rate: in [0, 1).
+
+    Raises: ValueError where `rate` is outside.
+
+    >>> params = join(*add({"w": jnp.ones((2, 2))}, jax.random.key(0), rank=1, targets="w"))
+    >>> dropout(params, jax.random.key(1), 0.1)["w"].rate.item()
+    0.1
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1), but is {rate}")
+    number = iter(range(len(jax.tree.leaves(params, is_leaf=is_adapter))))
+
+    def one(w):
+        keys = jax.random.split(jax.random.fold_in(key, next(number)), w.scale.shape)
+        return w._replace(key=keys, rate=jnp.full(w.scale.shape, rate, jnp.float32))
+
+    return _map(one, params)
+
+
+def axes(names: Any, params: Any) -> Any:
+    """Logical axis names for a state with adapters: A has its matrix's inputs, B its outputs, r is on no mesh axis.
+
+    Args:
+      names: `lm.axes()`.
+      params: what `join` returns, or `frozen`.
+
+    Returns: names for `rlhf.sharding`, which finds by them the arrays of `trainable`, its moments, and `frozen`.
+
+    >>> trainable, frozen = add({"w": jnp.ones((2, 2))}, jax.random.key(0), rank=1, targets="w")
+    >>> axes({"w": ("embed", "mlp")}, frozen)["w"].a
+    ('embed', None)
+    """
+
+    def one(own, w):
+        if own is None or not is_adapter(w):
+            return own
+        *lead, inputs, outputs = own
+        return LoRAWeight(own, (*lead, inputs, None), (*lead, None, outputs), tuple(lead), (*lead, outputs))
+
+    return jax.tree.map(one, names, params, is_leaf=lambda x: x is None or isinstance(x, tuple))
+
+
+def is_adapter(x: Any) -> bool:
+    return isinstance(x, LoRAWeight)
+
+
+def dotted(path) -> str:
+    """A leaf's path as `targets` name it, `layers.q`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
+    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    matched = {pattern: [name for name in leaves if re.fullmatch(pattern, name)] for pattern in patterns}
+    wrong = {name: _no_target(name, leaves[name]) for names in matched.values() for name in names}
+    there = ", ".join(name for name, leaf in leaves.items() if not _no_target(name, leaf)) or "nothing"
+    if empty := [pattern for pattern, names in matched.items() if not names]:
+        raise ValueError(f"targets {', '.join(map(repr, empty))} match no leaf; an adapter can stand at: {there}")
+    if refused := [f"{name} {list(leaves[name].shape)}, {why}" for name, why in wrong.items() if why]:
+        raise ValueError(f"targets match {'; '.join(refused)}; an adapter can stand at: {there}")
+    return {name: leaves[name] for name in leaves if name in wrong}
+
+
+def _no_target(name: str, leaf: Array) -> str:
+    """Why a leaf cannot have an adapter, or nothing."""
+    *above, last = name.split(".")
+    if jnp.ndim(leaf) - ("layers" in above) < 2:
+        return "which is no matrix"
+    return "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", last) else ""
+
+
+def _drop(x: Array, key: Array, rate: Array) -> Array:
+    keep = 1 - rate
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
+
+
+def _float(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _map(adapter, params, other=lambda x: x):
+    return jax.tree.map(lambda x: adapter(x) if is_adapter(x) else other(x), params, is_leaf=is_adapter)

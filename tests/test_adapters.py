@@ -1,0 +1,472 @@
+"""Adapters against their definition, against merged matrices, and against PEFT's files."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import rlhf
+from rlhf import adapters, peft_files, sharding
+from rlhf.adapters import LoRAWeight
+from rlhf.models import DecoderConfig, decoder, huggingface
+from rlhf.models.linear import linear
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+LM = decoder(DecoderConfig(vocab_size=14, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=16, qkv_bias=True))
+TOKENS = np.random.default_rng(0).integers(0, 13, (4, 6), np.int32)
+WHERE = dict(positions=np.tile(np.arange(6, dtype=np.int32), (4, 1)), segment_ids=np.ones_like(TOKENS))
+
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+
+
+@functools.cache
+def base():
+    return LM.init(jax.random.key(0))
+
+
+def randomised(trainable, seed=1):
+    """As if trained: no B is 0 any more."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), trainable)
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "cached"))
+def logits(params, tokens=TOKENS, lm=LM, cached=False):
+    where = {name: x[: len(tokens), : tokens.shape[1]] for name, x in WHERE.items()}
+    cache = lm.init_cache(*tokens.shape) if cached else None
+    return lm.unembed(params, lm.hidden(params, tokens, cache=cache, **where)[0])
+
+
+def loss_fn(params, batch):
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits(params, batch)), batch[..., None], -1)
+    return -chosen.sum() / TOKENS.size
+
+
+def on_adapters(trainable, context, batch, key, rate=None):
+    params = adapters.join(trainable, context)
+    return loss_fn(params if rate is None else adapters.dropout(params, key, rate), batch), {}
+
+
+def one_weight(rng, magnitude, dtype=np.float64):
+    shapes = dict(base=(5, 4), a=(5, 2), b=(2, 4), scale=(), **({"magnitude": (4,)} if magnitude else {}))
+    return LoRAWeight(**{name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()})
+
+
+def flat(tree):
+    return {adapters.dotted(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# --- one weight --------------------------------------------------------------------------------------------------------
+
+
+def by_definition(x, w, norm=None):
+    """`x (W + s A B)`, of DoRA `x m (W + s A B) / norm`."""
+    total = w.base + float(w.scale) * w.a @ w.b
+    if w.magnitude is None:
+        return x @ total
+    norm = np.sqrt((total**2).sum(axis=0)) if norm is None else norm
+    return np.stack([w.magnitude[j] * (x @ total[:, j]) / norm[j] for j in range(total.shape[1])], axis=-1)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_matmul_is_its_definition_and_so_are_its_gradients(dora):
+    """Gradients by finite differences, in which DoRA's norm stays what it was."""
+    rng = np.random.default_rng(0)
+    w, x = one_weight(rng, dora), rng.normal(size=(3, 5))
+    trained = ("a", "b", "magnitude") if dora else ("a", "b")
+    norm = np.linalg.norm(w.base + w.scale * w.a @ w.b, axis=0)
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.asarray, w)
+        close(linear(x, arrays), by_definition(x, w), atol=1e-12)
+        close(linear(x, arrays.merged()), by_definition(x, w), atol=1e-12)
+        gradient = lambda fn: jax.grad(lambda own: fn(arrays._replace(**own)))(
+            {name: getattr(arrays, name) for name in trained}
+        )
+        grads = gradient(lambda w: (linear(x, w) ** 2).sum())
+        of_merged = gradient(lambda w: (linear(x, w.merged()) ** 2).sum())
+    for name in trained:
+        numeric, h = np.zeros_like(getattr(w, name)), 1e-6
+        for at in np.ndindex(numeric.shape):
+            moved = {sign: getattr(w, name).copy() for sign in (-1, 1)}
+            for sign, array in moved.items():
+                array[at] += sign * h
+            up, down = ((by_definition(x, w._replace(**{name: moved[s]}), norm) ** 2).sum() for s in (1, -1))
+            numeric[at] = (up - down) / (2 * h)
+        close(grads[name], numeric, atol=1e-6)
+        close(of_merged[name], numeric, atol=1e-6)
+
+
+def test_activations_keep_their_dtype():
+    w = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), one_weight(np.random.default_rng(0), True))
+    out = linear(jnp.ones((2, 3, 5), jnp.bfloat16), w)
+    assert (out.dtype, out.shape) == (jnp.bfloat16, (2, 3, 4))
+    close(out.astype(jnp.float32), linear(jnp.ones((2, 3, 5)), w), atol=0.1)
+
+
+def test_an_output_without_weights_stays_zero_under_dora():
+    start = adapters.add({"w": jnp.zeros((3, 2))}, jax.random.key(0), rank=1, targets="w", dora=True)
+    np.testing.assert_array_equal(linear(jnp.ones((1, 3)), adapters.join(*start)["w"]), [[0, 0]])
+
+
+# --- a model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_nothing_changes_at_the_start_and_merged_equals_unmerged(dora):
+    """Through the scan that trains and, of DoRA, the loop that decodes."""
+    trainable, frozen = adapters.add(base(), jax.random.key(1), rank=2, alpha=2, dora=dora)
+    close(logits(adapters.join(trainable, frozen)), logits(base()), atol=2e-6)
+    trained = adapters.join(randomised(trainable), frozen)
+    merged = adapters.merge(trained)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base())
+    expected = logits(merged)
+    assert np.abs(expected - logits(base())).max() > 0.5
+    close(logits(trained), expected)
+    if dora:
+        close(logits(trained, cached=True), expected)
+
+
+def test_only_adapters_have_gradients_and_moments():
+    """What is frozen keeps its numbers and, although the state is donated, its place in memory."""
+    params = LM.init(jax.random.key(0))
+    trainable, frozen = adapters.add(params, jax.random.key(1), rank=2, targets=(r"layers\.[qv]", "unembedding"), dora=True)
+    names = {f"{at}.{end}" for at in ("layers.q", "layers.v", "unembedding") for end in ("a", "b", "magnitude")}
+    assert flat(trainable).keys() == names
+    optimizer = optax.adam(1e-2)
+    state = rlhf.init_state(trainable, optimizer, jax.random.key(2), frozen)
+    assert flat(state.opt_state[0].mu).keys() == names
+    pointers = lambda tree: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
+    places = pointers(params)
+    step = jax.jit(rlhf.train_step(on_adapters, optimizer), donate_argnums=0)
+    seen = []
+    for _ in range(4):
+        state, metrics = step(state, TOKENS)
+        seen.append(metrics["loss"])
+    assert seen == sorted(seen, reverse=True)
+    assert flat(state.params).keys() == names
+    jax.tree.map(np.testing.assert_array_equal, adapters.off(state.context), base())
+    assert pointers(adapters.off(state.context)) == places
+
+
+def test_the_reference_is_the_policy_s_own_arrays():
+    params = base()
+    trainable, frozen = adapters.add(params, jax.random.key(1), rank=2)
+    for form in (frozen, adapters.join(trainable, frozen)):
+        assert all(x is y for x, y in zip(jax.tree.leaves(adapters.off(form)), jax.tree.leaves(params), strict=True))
+
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def state_at_start(key):
+    trainable, frozen = adapters.add(LM.init(key), key, rank=2, targets=r"layers\.(q|up|down)", dora=True)
+    trainable = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), trainable)
+    return rlhf.init_state(trainable, OPTIMIZER, key, frozen)
+
+
+@functools.cache
+def after_a_step():
+    return jax.jit(rlhf.train_step(on_adapters, OPTIMIZER))(state_at_start(jax.random.key(0)), TOKENS)[0].params
+
+
+def assert_the_step_was_the_same(params):
+    jax.tree.map(lambda x, y: close(y, x, atol=1e-5 * np.abs(x).max()), after_a_step(), jax.device_get(params))
+
+
+def test_micro_batches_and_a_dropout_of_nothing_give_the_same_step():
+    step = rlhf.train_step(functools.partial(on_adapters, rate=0.0), OPTIMIZER, micro_batches=2)
+    assert_the_step_was_the_same(jax.jit(step)(state_at_start(jax.random.key(0)), TOKENS)[0].params)
+
+
+def test_start_and_scale():
+    rank, alpha = 16, 8.0
+    params = {"layers": {"q": jnp.ones((3, 25, 4), jnp.bfloat16)}}
+    for stabilised, scale in ((False, alpha / 16), (True, alpha / 4)):
+        trainable, frozen = adapters.add(
+            params, jax.random.key(0), rank=rank, alpha=alpha, targets="layers.q", rank_stabilised=stabilised
+        )
+        np.testing.assert_array_equal(frozen["layers"]["q"].scale, [scale] * 3)
+    a = np.asarray(trainable["layers"]["q"]["a"])
+    assert a.dtype == np.float32
+    assert 0.19 < a.max() <= 0.2  # 25 ** -0.5, as torch's kaiming_uniform_(a=√5)
+    assert -0.2 <= a.min() < -0.19
+    close(a.std(), 0.2 / 3**0.5, atol=0.01)
+    assert not np.array_equal(a[0], a[1])
+    assert not trainable["layers"]["q"]["b"].any()
+
+
+def test_state_with_adapters_is_saved_and_restored(tmp_path):
+    trainable, frozen = adapters.add(base(), jax.random.key(1), rank=2, targets="layers.q", dora=True)
+    make = lambda trainable: rlhf.init_state(trainable, optax.adam(0.1), jax.random.key(2), frozen)
+    state = make(randomised(trainable))
+    with_run = rlhf.checkpoint.Checkpoints(tmp_path)
+    with_run.save(state)
+    restored = with_run.restore(make(trainable))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, restored.context, state.context)
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_drops_the_adapter_s_inputs():
+    """W = 0, A = B = 1: what comes out is what the adapter saw."""
+    eye = jnp.eye(50)
+    params = {"w": LoRAWeight(0 * eye, eye, eye, jnp.float32(1)), "v": LoRAWeight(0 * eye, eye, eye, jnp.float32(1))}
+    x = 1 + jax.random.uniform(jax.random.key(0), (200, 50))
+    seen = lambda key, rate, at="w": np.asarray(linear(x, adapters.dropout(params, jax.random.key(key), rate)[at]))
+    out = seen(1, 0.2)
+    close(out[out != 0], np.asarray(x / 0.8)[out != 0])
+    close((out == 0).mean(), 0.2, atol=0.02)
+    np.testing.assert_array_equal(out, seen(1, 0.2))
+    for other in (seen(2, 0.2), seen(1, 0.2, "v")):
+        close(((out == 0) & (other == 0)).mean(), 0.04, atol=0.01)
+    np.testing.assert_array_equal(seen(1, 0.0), x)
+
+
+def test_dropout_of_dora_is_peft_s():
+    """The plain part sees all inputs: `x W + x' (W' − W)`."""
+    rng = np.random.default_rng(0)
+    w = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), one_weight(rng, True))
+    x = rng.normal(size=(6, 5)).astype(np.float32)
+    dropping = adapters.dropout(w, jax.random.key(0), 0.5)
+    through = np.asarray(linear(x, LoRAWeight(jnp.zeros((5, 5)), jnp.eye(5), jnp.eye(5), jnp.float32(1), None, *dropping[5:])))
+    assert (through == 0).any()
+    close(linear(x, dropping), x @ w.base + through @ (w.merged() - w.base))
+
+
+def test_layers_and_adapters_drop_for_themselves():
+    trainable, frozen = adapters.add(base(), jax.random.key(1), rank=2)
+    params = adapters.join(randomised(trainable), frozen)
+    dropping = adapters.dropout(params, jax.random.key(2), 0.5)
+    keys = np.concatenate([jax.random.key_data(w.key) for w in dropping["layers"].values() if adapters.is_adapter(w)])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 7 * 2
+    assert np.abs(logits(dropping) - logits(params)).max() > 0.1
+    np.testing.assert_array_equal(logits(adapters.dropout(params, jax.random.key(2), 0.0)), logits(params))
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (dict(targets=(r"layers\.q", r"layer\.v")), r"targets 'layer\\\\.v' match no leaf; .* layers\.q"),
+        (dict(targets="q"), r"targets 'q' match no leaf; an adapter can stand at: layers\.down, .*, unembedding"),
+        (dict(targets=r"layers\..*_norm"), r"layers\.attention_norm \[2, 8\], which is no matrix; .*layers\.mlp_norm \[2, 8\]"),
+        (dict(targets="final_norm"), r"final_norm \[8\], which is no matrix"),
+        (dict(targets="embedding"), r"embedding \[14, 8\], whose rows are looked up, not multiplied; an adapter can stand at"),
+        (dict(targets=r"layers\.q_bias"), r"layers\.q_bias \[2, 8\], which is no matrix"),
+        (dict(rank=0), r"rank must be at least 1, but is 0"),
+    ],
+)
+def test_targets_that_cannot_be(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        adapters.add(base(), jax.random.key(0), **knobs)
+
+
+def test_halves_that_do_not_belong_together():
+    make = lambda name: adapters.add({"v": jnp.ones((2, 2)), "w": jnp.ones((2, 2))}, jax.random.key(0), targets=name)
+    trainable, frozen = make("w")
+    with pytest.raises(ValueError, match="trainable has an adapter at w but frozen has none"):
+        adapters.join(trainable, adapters.off(frozen))
+    with pytest.raises(ValueError, match="trainable has an adapter at v but frozen has none"):
+        adapters.join(make("v")[0], frozen)
+    with pytest.raises(ValueError, match="frozen has an adapter at w but trainable has none"):
+        adapters.join({"v": None, "w": None}, frozen)
+
+
+def test_dropout_rates_that_cannot_be():
+    for rate in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"rate must be in \[0, 1\), but is {rate}"):
+            adapters.dropout({}, jax.random.key(0), rate)
+
+
+# --- memory and meshes -------------------------------------------------------------------------------------------------
+
+
+def temporaries(fn, *shapes):
+    return jax.jit(jax.grad(fn)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def in_bytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_a_step_holds_activations_and_adapters_alone():
+    """Wide matrices, few tokens: neither a merged matrix nor a gradient of the base would fit."""
+    lm = decoder(DecoderConfig(vocab_size=13, hidden_size=32, num_layers=4, num_heads=2, mlp_size=1024))
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    trainable, frozen = jax.eval_shape(lambda p: adapters.add(p, jax.random.key(0), rank=2), params)
+    loss = lambda params, tokens: (logits(params, tokens, lm) ** 2).sum()
+    tokens = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    rest = {name: x for name, x in params.items() if name != "embedding"}
+    activations = temporaries(lambda e, rest, t: loss({**rest, "embedding": e}, t), params["embedding"], rest, tokens)
+    allowed = 1.2 * (activations + in_bytes(trainable))
+    assert temporaries(lambda own, frozen, t: loss(adapters.join(own, frozen), t), trainable, frozen, tokens) <= allowed
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_no_matrix_of_the_base_s_size_is_made(dora):
+    """A plain scan over eight layers: all temporaries together are smaller than three of them."""
+    params = {"layers": {"up": jax.ShapeDtypeStruct((8, 256, 256), jnp.float32)}}
+    make = lambda p: adapters.add(p, jax.random.key(0), rank=2, targets="layers.up", dora=dora)
+    trainable, frozen = jax.eval_shape(make, params)
+    block = lambda x, p: (jnp.tanh(linear(x, p["up"])), None)
+    loss = lambda params, x: (jax.lax.scan(block, x, params["layers"])[0] ** 2).sum()
+    x = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    used = temporaries(lambda own, frozen, x: loss(adapters.join(own, frozen), x), trainable, frozen, x)
+    merged = temporaries(lambda own, frozen, x: loss(adapters.merge(adapters.join(own, frozen)), x), trainable, frozen, x)
+    assert used < 3 / 8 * in_bytes(params), (used, in_bytes(params))
+    assert merged > in_bytes(params), (merged, in_bytes(params))
+
+
+def test_arrays_are_placed_and_a_sharded_step_is_the_same():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    names = adapters.axes(LM.axes(), jax.eval_shape(state_at_start, jax.random.key(0)).context)
+    state = sharding.create(state_at_start, names, mesh, jax.random.key(0))
+    placed = {name: tuple(x.sharding.spec) for name, x in flat(state).items()}
+    for tree in ("params.layers", "opt_state.0.trace.layers"):
+        got = {name: placed[f"{tree}.{name}"] for name in ("q.a", "q.b", "down.a", "down.b", "up.magnitude")}
+        assert got == {
+            "q.a": (None, "fsdp", None),
+            "q.b": (None, None, "tensor"),
+            "down.a": (None, "tensor", None),
+            "down.b": (None, None, "fsdp"),
+            "up.magnitude": (None, "tensor"),
+        }
+    assert placed["context.layers.q.base"] == (None, "fsdp", "tensor")
+    assert placed["context.layers.q_bias"] == (None, "tensor")
+    step = sharding.jit_step(rlhf.train_step(on_adapters, OPTIMIZER), mesh, state)
+    assert_the_step_was_the_same(step(state, sharding.shard_batch(jnp.asarray(TOKENS), mesh))[0].params)
+
+
+# --- PEFT's files ------------------------------------------------------------------------------------------------------
+
+KINDS = {"lora": {}, "dora": dict(dora=True), "rslora": dict(rank_stabilised=True, alpha=7)}
+
+
+@functools.cache
+def checkpoint(name):
+    return huggingface.load(CHECKPOINTS / name)[:2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_is_the_same_bit_for_bit(kind, tmp_path):
+    _, params = checkpoint("llama")
+    start = adapters.add(params, jax.random.key(0), rank=3, targets=(adapters.BLOCKS, "unembedding"), **KINDS[kind])
+    trainable, frozen = randomised(start[0]), start[1]
+    peft_files.save(tmp_path, adapters.join(trainable, frozen), "llama", base="a/model")
+    again = peft_files.load(tmp_path, params, "llama")
+    assert jax.tree.structure(again) == jax.tree.structure((trainable, frozen))
+    jax.tree.map(np.testing.assert_array_equal, again, (trainable, frozen))
+
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    q = "base_model.model.model.layers.1.self_attn.q_proj."
+    np.testing.assert_array_equal(tensors[f"{q}lora_A.weight"], trainable["layers"]["q"]["a"][1].T)
+    np.testing.assert_array_equal(tensors[f"{q}lora_B.weight"], trainable["layers"]["q"]["b"][1].T)
+    assert "base_model.model.lm_head.lora_A.weight" in tensors
+    assert len(tensors) == (3 * 7 + 1) * (3 if kind == "dora" else 2)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["use_dora"], config["base_model_name_or_path"]) == (3, kind == "dora", "a/model")
+    assert config["lora_alpha"] == (float(np.float32(7 / 3**0.5)) * 3 if kind == "rslora" else 32)
+    assert config["target_modules"][:2] == ["lm_head", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("targets", [adapters.BLOCKS, r"layers\.(k|up)"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_queries_keys_and_values_of_gpt2_are_one_module(targets, dora, tmp_path):
+    """All three with adapters, or the keys alone: B has blocks on its diagonal, and nothing elsewhere."""
+    _, params = checkpoint("gpt2")
+    trainable, frozen = adapters.add(params, jax.random.key(0), rank=2, targets=targets, dora=dora)
+    joined = adapters.join(randomised(trainable), frozen)
+    peft_files.save(tmp_path, joined, "gpt2")
+    again = adapters.join(*peft_files.load(tmp_path, params, "gpt2"))
+    assert again["layers"]["q"].a.shape[-1] == (6 if targets == adapters.BLOCKS else 2)
+    merged, expected = (adapters.merge(tree) for tree in (again, joined))
+    jax.tree.map(lambda x, y: close(x, y, atol=2e-6), merged, expected)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"]
+    assert set(config["rank_pattern"].values()) == ({6} if targets == adapters.BLOCKS else set())
+
+
+def test_files_that_do_not_fit(tmp_path):
+    _, params = checkpoint("llama")
+    joined = adapters.join(*adapters.add(params, jax.random.key(0), rank=2, targets=r"layers\.[qk]"))
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
+        peft_files.load(tmp_path, params, "llama")
+    with pytest.raises(ValueError, match="params have adapters at no leaf"):
+        peft_files.save(tmp_path, params, "llama")
+    with pytest.raises(ValueError, match=r"params have adapters at \['w'\], but a llama file can name \['embedding'"):
+        peft_files.save(tmp_path, {"w": joined["layers"]["q"]}, "llama")
+    with pytest.raises(ValueError, match="family 'bert' is not known; known: llama"):
+        peft_files.save(tmp_path, joined, "bert")
+    peft_files.save(tmp_path, joined, "llama")
+    with pytest.raises(FileExistsError, match="holds an adapter already"):
+        peft_files.save(tmp_path, joined, "llama")
+
+    good = load_file(tmp_path / "adapter_model.safetensors")
+    q, k = (f"base_model.model.model.layers.0.self_attn.{x}_proj.lora_" for x in "qk")
+    bad = {name: x for name, x in good.items() if name != f"{q}A.weight"}
+    bad |= {f"{k}B.weight": np.ones((3, 2), np.float32), "base_model.model.classifier.weight": np.ones(2, np.float32)}
+    save_file(bad, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        peft_files.load(tmp_path, params, "llama")
+    for part in (f"missing: {q}A.weight", "left over: base_model.model.classifier", f"{k}B.weight [3, 2] but [16, 2]"):
+        assert part in str(error.value)
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for field, value in dict(peft_type="IA3", init_lora_weights="pissa", alora_invocation_tokens=[1]).items():
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ValueError, match=f"{field} = .* is not supported; known"):
+            peft_files.load(tmp_path, params, "llama")
+
+
+# --- PEFT itself, where it is installed --------------------------------------------------------------------------------
+
+
+def peft_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
+    """Ours after a step of training; PEFT's with random numbers in every place."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    plain = lambda: AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
+    lm, params = checkpoint(name)
+    trainable, frozen = adapters.add(params, jax.random.key(0), rank=3, **KINDS[kind])
+    loss = lambda own, frozen, batch, key: ((logits(adapters.join(own, frozen), batch, lm) ** 2).mean(), {})
+    state = rlhf.init_state(randomised(trainable), optax.sgd(0.1), jax.random.key(0), frozen)
+    state, _ = jax.jit(rlhf.train_step(loss, optax.sgd(0.1)))(state, TOKENS)
+    ours = adapters.join(state.params, frozen)
+    peft_files.save(tmp_path / "ours", ours, name)
+    model = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
+    close(peft_logits(model), logits(ours, TOKENS, lm), atol=2e-4)
+
+    torch.manual_seed(0)
+    targets = dict(llama=["q_proj", "v_proj", "down_proj"], gpt2=["c_attn", "mlp.c_proj"])[name]
+    knobs = dict(dora=dict(use_dora=True), rslora=dict(use_rslora=True), lora=dict(rank_pattern={targets[0]: 2}))[kind]
+    model = peft.get_peft_model(plain(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **knobs))
+    with torch.no_grad():
+        for own in (p for p in model.parameters() if p.requires_grad):
+            own += 0.3 * torch.randn_like(own)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = adapters.join(*peft_files.load(tmp_path / "theirs", params, name))
+    expected = peft_logits(model)
+    assert np.abs(expected - logits(params, TOKENS, lm)).max() > 0.1
+    close(logits(loaded, TOKENS, lm), expected, atol=2e-4)
