@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SHAPE = {
+SHAPE: dict = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 896,
     "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
     "max_position_embeddings": 32_768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
@@ -45,7 +45,8 @@ def make(folder: Path) -> None:
     shapes = {"model.embed_tokens.weight": (SHAPE["vocab_size"], d), "model.norm.weight": (d,)}
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(SHAPE["num_hidden_layers"]) for name, shape in layer.items()}
     rng = np.random.default_rng(0)
-    names, files = list(shapes), {}
+    names = list(shapes)
+    files: dict[str, str] = {}
     for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
         file = f"model-0000{i + 1}-of-00002.safetensors"
         tensors = {}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rlhf.models.linear import linear
 
 Array = jax.Array
-BLOCKS = r"layers\.(q|k|v|o|gate|up|down)"  # every matrix of the decoder's blocks
+BLOCKS = r"(.*\.)?layers\.((cross_)?[qkvo]|gate|up|down)"  # every matrix of the blocks, but experts and their router
 
 
 class LoRAWeight(NamedTuple):

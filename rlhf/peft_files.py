@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf.adapters import LoRAWeight, dotted, is_adapter, split
-from rlhf.models.families import FAMILIES, Tensor
+from rlhf.lm import LM
+from rlhf.models.families import Tensor
+from rlhf.models.huggingface_config import config_of, decoder_of, family_of
+from rlhf.models.mapping import joined, parts_of, places
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every name of transformers
@@ -26,7 +29,7 @@ ONLY: Mapping[str, tuple] = {  # fields that change what is computed without a t
 }
 
 
-def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
+def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -> None:
     """Writes a folder that `load`, PEFT and vLLM read; adapter_config.json comes last, so that a folder with it is whole.
 
     Adapters of matrices that a family keeps as one (GPT-2's queries, keys and values) go there side by side: PEFT's A is ours
@@ -34,6 +37,7 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
 
     Args:
       folder: a new folder, or one without an adapter_config.json.
+      lm: the model, of `transformer`, `encoder_decoder` or `load`.
       params: with adapters, what `adapters.join` returns.
       family: a model type of `FAMILIES`: it knows the names.
       base: path or Hub name of the base model, which PEFT loads when it is given the folder alone.
@@ -43,11 +47,13 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
 
     >>> import tempfile
     >>> from rlhf import adapters
-    >>> params = {"layers": {"q": jnp.ones((2, 4, 4))}}
-    >>> trainable, frozen = adapters.add(params, jax.random.key(0), rank=1, targets="layers.q")
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> params = lm.init(jax.random.key(0))
+    >>> trainable, frozen = adapters.add(params, jax.random.key(1), rank=1)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, adapters.join(trainable, frozen), "llama")
-    ...     same, _ = load(folder, params, "llama")
+    ...     save(folder, lm, adapters.join(trainable, frozen), "llama")
+    ...     same, _ = load(folder, lm, params, "llama")
     >>> bool((same["layers"]["q"]["a"] == trainable["layers"]["q"]["a"]).all())
     True
     """
@@ -56,9 +62,9 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
     folder = Path(folder)
     if (folder / CONFIG).exists():
         raise FileExistsError(f"{folder} holds an adapter already ({CONFIG}); give a new folder")
-    leaves = _leaves(params)
-    named = {leaf for row in _family(family) for leaf in row.leaves.split()}
-    adapted = {leaf for leaf, w in leaves.items() if is_adapter(w)}
+    leaves, heads = _leaves(params), decoder_of(config_of(lm)).kv_heads
+    rows = list(_matrices(lm, family, leaves))
+    adapted, named = {leaf for leaf, w in leaves.items() if is_adapter(w)}, {leaf for _, names, _ in rows for leaf in names}
     if not adapted or adapted - named:
         raise ValueError(
             f"params have adapters at {sorted(adapted) or 'no leaf'}, but a {family} file can name {sorted(named)}"
@@ -66,12 +72,12 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
 
     tensors: dict[str, np.ndarray] = {}
     modules, transposed = {}, True
-    for row, names, of_row in _matrices(family, leaves):
+    for row, names, of_row in rows:
         if not adapted.intersection(names):
             continue
         transposed &= row.transpose
         for i, module in enumerate(of_row):
-            w = _side_by_side([_layer(leaves[name], i if "{}" in row.name else None) for name in names])
+            w = _side_by_side([_layer(leaves[name], i if "{}" in row.name else None) for name in names], row, heads)
             ends = {"lora_A.weight": w.a.T, "lora_B.weight": w.b.T, "lora_magnitude_vector": w.magnitude}
             tensors |= {f"{PREFIX}{module}.{end}": np.ascontiguousarray(x) for end, x in ends.items() if x is not None}
             rank = w.a.shape[-1]
@@ -80,7 +86,7 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
     rank, alpha = Counter(modules.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if lm.encode is None else "SEQ_2_SEQ_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -99,7 +105,7 @@ def save(folder, params: Any, family: str, *, base: str | None = None) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def load(folder, params: Any, family: str) -> tuple[Any, Any]:
+def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
     """An adapter that PEFT or `save` wrote, on the parameters of its base model.
 
     Where a family keeps several matrices as one, each of ours gets B's columns for it and an A of its own: the same function,
@@ -107,7 +113,7 @@ def load(folder, params: Any, family: str) -> tuple[Any, Any]:
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
-      params: of the base model, plain arrays.
+      lm, params: the base model; plain arrays.
       family: a model type of `FAMILIES`.
 
     Returns: `(trainable, frozen)`, as `adapters.add` does; what is trained is in at least float32.
@@ -124,10 +130,10 @@ def load(folder, params: Any, family: str) -> tuple[Any, Any]:
     for field, allowed in ONLY.items():
         if config.get(field, allowed[0]) not in allowed:
             raise ValueError(f"{folder}: {field} = {config[field]!r} is not supported; known: {allowed}")
-    tensors, leaves = load_file(folder / WEIGHTS), _leaves(params)
+    tensors, leaves, heads = load_file(folder / WEIGHTS), _leaves(params), decoder_of(config_of(lm)).kv_heads
     wanted: dict[str, tuple] = {}
     rows = []
-    for row, names, modules in _matrices(family, leaves):
+    for row, names, modules in _matrices(lm, family, leaves):
         if not any(f"{PREFIX}{module}.lora_A.weight" in tensors for module in modules):
             continue
         ranks = [_of(config, "rank_pattern", "r", module) for module in modules]
@@ -139,39 +145,33 @@ def load(folder, params: Any, family: str) -> tuple[Any, Any]:
             shapes["lora_magnitude_vector"] = (sum(sizes),)
         wanted |= {f"{PREFIX}{module}.{end}": shape for module in modules for end, shape in shapes.items()}
         scale = [alpha / (r**0.5 if config.get("use_rslora") else r) for alpha, r in zip(alphas, ranks, strict=True)]
-        rows.append(("{}" in row.name, names, sizes, modules, list(shapes), np.array(scale, np.float32)))
+        rows.append((row, names, sizes, modules, list(shapes), np.array(scale, np.float32)))
     _check(wanted, tensors, folder)
 
     found = {}
-    for stacked, names, sizes, modules, ends, scales in rows:
+    for row, names, sizes, modules, ends, scales in rows:
         read = lambda end, modules=modules: np.stack([tensors[f"{PREFIX}{module}.{end}"].T for module in modules])
         arrays = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (*map(read, ends), scales)]
-        first, *rest, share = arrays if stacked else [x[0] for x in arrays]
-        split_up = [np.split(x, np.cumsum(sizes)[:-1], axis=-1) for x in rest]
+        first, *rest, share = arrays if "{}" in row.name else [x[0] for x in arrays]
+        split_up = [parts_of(x, row._replace(transpose=False), sizes, heads) for x in rest]
         for name, *columns in zip(names, *split_up, strict=True):
             b, *magnitude = map(jnp.array, columns)
             found[name] = LoRAWeight(leaves[name], jnp.array(first), b, jnp.array(share), *magnitude)
     return split(jax.tree_util.tree_map_with_path(lambda path, w: found.get(dotted(path), w), params))
 
 
-def _family(family: str) -> tuple[Tensor, ...]:
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
-    return FAMILIES[family].tensors
-
-
 def _leaves(params: Any) -> dict[str, Any]:
     return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)}
 
 
-def _matrices(family: str, leaves: Mapping[str, Any]) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """The family's rows that `leaves` has: the row, the names of our leaves, PEFT's names of the modules by layer."""
-    for row in _family(family):
-        names = row.leaves.split()
-        if row.name.endswith(".weight") and names[0] in leaves:
-            one = leaves[names[0]]
-            layers = len(one.base if is_adapter(one) else one) if "{}" in row.name else 1
-            yield row, names, [row.name.removesuffix(".weight").format(layer) for layer in range(layers)]
+def _matrices(lm: LM, family: str, leaves: Mapping[str, Any]) -> Iterator[tuple[Tensor, list[str], list[str]]]:
+    """The family's rows of matrices that `leaves` has: the row, our leaves' names, PEFT's names of the modules by layer."""
+    config = config_of(lm)
+    shapes = {tuple(name.split(".")): (w.base if is_adapter(w) else w).shape for name, w in leaves.items()}
+    rows = [row for row in family_of(family).rows(config) if row.name.endswith(".weight") and row.name.count("{}") < 2]
+    for row in rows:
+        if modules := [name.removesuffix(".weight") for name in places([row], shapes, config)]:
+            yield row, row.leaves.split(), modules
 
 
 def _layer(w: Any, layer: int | None) -> Any:
@@ -180,23 +180,25 @@ def _layer(w: Any, layer: int | None) -> Any:
     return w if layer is None else jax.tree.map(lambda x: x[layer], w)
 
 
-def _side_by_side(parts: list) -> LoRAWeight:
+def _side_by_side(parts: list, row: Tensor, heads: int) -> LoRAWeight:
     """One adapter of several matrices that are one in the file, of which some may have none."""
     if len(parts) == 1:
         return parts[0]
     adapted = [w for w in parts if is_adapter(w)]
-    sizes = [(w.b if is_adapter(w) else w).shape[-1] for w in parts]
+    together = lambda columns: joined(columns, row._replace(transpose=False), heads)
     a = np.concatenate([w.a for w in adapted], axis=-1)
-    b = np.zeros((a.shape[-1], sum(sizes)), a.dtype)
-    row = 0
-    for w, column, size in zip(parts, np.cumsum(sizes) - sizes, sizes, strict=True):
+    columns, start = [], 0
+    for w in parts:
+        own = np.zeros((a.shape[-1], (w.b if is_adapter(w) else w).shape[-1]), a.dtype)
         if is_adapter(w):
-            b[row : row + len(w.b), column : column + size] = w.b * (w.scale / adapted[0].scale)
-            row += len(w.b)
-    if adapted[0].magnitude is None:
-        return adapted[0]._replace(a=a, b=b)
+            own[start : start + len(w.b)] = w.b * (w.scale / adapted[0].scale)
+            start += len(w.b)
+        columns.append(own)
+    whole = adapted[0]._replace(a=a, b=together(columns))
+    if whole.magnitude is None:
+        return whole
     norms = [w.magnitude if is_adapter(w) else np.linalg.norm(np.asarray(w, np.float32), axis=0) for w in parts]
-    return adapted[0]._replace(a=a, b=b, magnitude=np.concatenate(norms))
+    return whole._replace(magnitude=together(norms))
 
 
 def _of(config: Mapping[str, Any], patterns: str, default: str, module: str):

@@ -14,11 +14,13 @@ from safetensors.numpy import load_file, save_file
 import rlhf
 from rlhf import adapters, peft_files, sharding
 from rlhf.adapters import LoRAWeight
-from rlhf.models import DecoderConfig, decoder, huggingface
+from rlhf.models import TransformerConfig, huggingface, transformer
 from rlhf.models.linear import linear
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-LM = decoder(DecoderConfig(vocab_size=14, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=16, qkv_bias=True))
+LM = transformer(
+    TransformerConfig(vocab_size=14, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=16, qkv_bias=True)
+)
 TOKENS = np.random.default_rng(0).integers(0, 13, (4, 6), np.int32)
 WHERE = dict(positions=np.tile(np.arange(6, dtype=np.int32), (4, 1)), segment_ids=np.ones_like(TOKENS))
 
@@ -121,7 +123,7 @@ def test_an_output_without_weights_stays_zero_under_dora():
 def test_nothing_changes_at_the_start_and_merged_equals_unmerged(dora):
     """Through the scan that trains and, of DoRA, the loop that decodes."""
     trainable, frozen = adapters.add(base(), jax.random.key(1), rank=2, alpha=2, dora=dora)
-    close(logits(adapters.join(trainable, frozen)), logits(base()), atol=2e-6)
+    close(logits(adapters.join(trainable, frozen)), logits(base()), atol=5e-6)
     trained = adapters.join(randomised(trainable), frozen)
     merged = adapters.merge(trained)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base())
@@ -302,7 +304,7 @@ def in_bytes(tree):
 
 def test_a_step_holds_activations_and_adapters_alone():
     """Wide matrices, few tokens: neither a merged matrix nor a gradient of the base would fit."""
-    lm = decoder(DecoderConfig(vocab_size=13, hidden_size=32, num_layers=4, num_heads=2, mlp_size=1024))
+    lm = transformer(TransformerConfig(vocab_size=13, hidden_size=32, num_layers=4, num_heads=2, mlp_size=1024))
     params = jax.eval_shape(lm.init, jax.random.key(0))
     trainable, frozen = jax.eval_shape(lambda p: adapters.add(p, jax.random.key(0), rank=2), params)
     loss = lambda params, tokens: (logits(params, tokens, lm) ** 2).sum()
@@ -360,11 +362,11 @@ def checkpoint(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_is_the_same_bit_for_bit(kind, tmp_path):
-    _, params = checkpoint("llama")
+    lm, params = checkpoint("llama")
     start = adapters.add(params, jax.random.key(0), rank=3, targets=(adapters.BLOCKS, "unembedding"), **KINDS[kind])
     trainable, frozen = randomised(start[0]), start[1]
-    peft_files.save(tmp_path, adapters.join(trainable, frozen), "llama", base="a/model")
-    again = peft_files.load(tmp_path, params, "llama")
+    peft_files.save(tmp_path, lm, adapters.join(trainable, frozen), "llama", base="a/model")
+    again = peft_files.load(tmp_path, lm, params, "llama")
     assert jax.tree.structure(again) == jax.tree.structure((trainable, frozen))
     jax.tree.map(np.testing.assert_array_equal, again, (trainable, frozen))
 
@@ -382,35 +384,36 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(kind, tmp_path):
 
 @pytest.mark.parametrize("targets", [adapters.BLOCKS, r"layers\.(k|up)"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_queries_keys_and_values_of_gpt2_are_one_module(targets, dora, tmp_path):
-    """All three with adapters, or the keys alone: B has blocks on its diagonal, and nothing elsewhere."""
-    _, params = checkpoint("gpt2")
+@pytest.mark.parametrize("name", ["gpt2", "falcon_new"])  # side by side; by groups of heads
+def test_fused_queries_keys_and_values_are_one_module(name, targets, dora, tmp_path):
+    """All three with adapters, or the keys alone: each has its own columns of B, and nothing in the others'."""
+    lm, params = checkpoint(name)
     trainable, frozen = adapters.add(params, jax.random.key(0), rank=2, targets=targets, dora=dora)
     joined = adapters.join(randomised(trainable), frozen)
-    peft_files.save(tmp_path, joined, "gpt2")
-    again = adapters.join(*peft_files.load(tmp_path, params, "gpt2"))
+    peft_files.save(tmp_path, lm, joined, name.removesuffix("_new"))
+    again = adapters.join(*peft_files.load(tmp_path, lm, params, name.removesuffix("_new")))
     assert again["layers"]["q"].a.shape[-1] == (6 if targets == adapters.BLOCKS else 2)
     merged, expected = (adapters.merge(tree) for tree in (again, joined))
     jax.tree.map(lambda x, y: close(x, y, atol=2e-6), merged, expected)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["fan_in_fan_out"]
+    assert config["fan_in_fan_out"] == (name == "gpt2")
     assert set(config["rank_pattern"].values()) == ({6} if targets == adapters.BLOCKS else set())
 
 
 def test_files_that_do_not_fit(tmp_path):
-    _, params = checkpoint("llama")
+    lm, params = checkpoint("llama")
     joined = adapters.join(*adapters.add(params, jax.random.key(0), rank=2, targets=r"layers\.[qk]"))
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
-        peft_files.load(tmp_path, params, "llama")
+        peft_files.load(tmp_path, lm, params, "llama")
     with pytest.raises(ValueError, match="params have adapters at no leaf"):
-        peft_files.save(tmp_path, params, "llama")
+        peft_files.save(tmp_path, lm, params, "llama")
     with pytest.raises(ValueError, match=r"params have adapters at \['w'\], but a llama file can name \['embedding'"):
-        peft_files.save(tmp_path, {"w": joined["layers"]["q"]}, "llama")
-    with pytest.raises(ValueError, match="family 'bert' is not known; known: llama"):
-        peft_files.save(tmp_path, joined, "bert")
-    peft_files.save(tmp_path, joined, "llama")
+        peft_files.save(tmp_path, lm, {**params, "w": joined["layers"]["q"]}, "llama")
+    with pytest.raises(ValueError, match="model_type 'mamba' is not known; known: llama"):
+        peft_files.save(tmp_path, lm, joined, "mamba")
+    peft_files.save(tmp_path, lm, joined, "llama")
     with pytest.raises(FileExistsError, match="holds an adapter already"):
-        peft_files.save(tmp_path, joined, "llama")
+        peft_files.save(tmp_path, lm, joined, "llama")
 
     good = load_file(tmp_path / "adapter_model.safetensors")
     q, k = (f"base_model.model.model.layers.0.self_attn.{x}_proj.lora_" for x in "qk")
@@ -418,7 +421,7 @@ def test_files_that_do_not_fit(tmp_path):
     bad |= {f"{k}B.weight": np.ones((3, 2), np.float32), "base_model.model.classifier.weight": np.ones(2, np.float32)}
     save_file(bad, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="does not fit the model") as error:
-        peft_files.load(tmp_path, params, "llama")
+        peft_files.load(tmp_path, lm, params, "llama")
     for part in (f"missing: {q}A.weight", "left over: base_model.model.classifier", f"{k}B.weight [3, 2] but [16, 2]"):
         assert part in str(error.value)
 
@@ -426,7 +429,7 @@ def test_files_that_do_not_fit(tmp_path):
     for field, value in dict(peft_type="IA3", init_lora_weights="pissa", alora_invocation_tokens=[1]).items():
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
         with pytest.raises(ValueError, match=f"{field} = .* is not supported; known"):
-            peft_files.load(tmp_path, params, "llama")
+            peft_files.load(tmp_path, lm, params, "llama")
 
 
 # --- PEFT itself, where it is installed --------------------------------------------------------------------------------
@@ -440,7 +443,7 @@ def peft_logits(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon_new"])
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
     """Ours after a step of training; PEFT's with random numbers in every place."""
@@ -454,19 +457,21 @@ def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
     state = rlhf.init_state(randomised(trainable), optax.sgd(0.1), jax.random.key(0), frozen)
     state, _ = jax.jit(rlhf.train_step(loss, optax.sgd(0.1)))(state, TOKENS)
     ours = adapters.join(state.params, frozen)
-    peft_files.save(tmp_path / "ours", ours, name)
+    peft_files.save(tmp_path / "ours", lm, ours, name.removesuffix("_new"))
     model = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
     close(peft_logits(model), logits(ours, TOKENS, lm), atol=2e-4)
 
     torch.manual_seed(0)
-    targets = dict(llama=["q_proj", "v_proj", "down_proj"], gpt2=["c_attn", "mlp.c_proj"])[name]
+    targets = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "falcon_new": ["query_key_value"]}[
+        name
+    ]
     knobs = dict(dora=dict(use_dora=True), rslora=dict(use_rslora=True), lora=dict(rank_pattern={targets[0]: 2}))[kind]
     model = peft.get_peft_model(plain(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **knobs))
     with torch.no_grad():
         for own in (p for p in model.parameters() if p.requires_grad):
             own += 0.3 * torch.randn_like(own)
     model.save_pretrained(tmp_path / "theirs")
-    loaded = adapters.join(*peft_files.load(tmp_path / "theirs", params, name))
+    loaded = adapters.join(*peft_files.load(tmp_path / "theirs", lm, params, name.removesuffix("_new")))
     expected = peft_logits(model)
     assert np.abs(expected - logits(params, TOKENS, lm)).max() > 0.1
     close(logits(loaded, TOKENS, lm), expected, atol=2e-4)

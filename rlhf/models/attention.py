@@ -35,7 +35,7 @@ def attention(
       softcap: c in `c tanh(score / c)`, before the mask  (Gemma 2).
       bias: `[B, N, T, S]`, added to the scores; a leading axis of 1 serves every row.
       scale: on the scores, usually `H ** -0.5`.
-      kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the fused one of the device where it can serve, else "xla".
+      kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the device's fused one where it can serve, else "xla".
         A fused kernel wants positions that grow along the columns of a segment.
 
     Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.

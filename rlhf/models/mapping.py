@@ -124,20 +124,20 @@ def read(
 
 def _part(stored: Stored, place: Place, path: Path, leaves: Mapping[Path, jax.ShapeDtypeStruct], heads: int) -> np.ndarray:
     sizes = [leaves[leaf].shape[-1] for leaf in place.leaves]
-    return _split(stored.read(), place.row, sizes, heads)[place.leaves.index(path)]
+    return parts_of(stored.read(), place.row, sizes, heads)[place.leaves.index(path)]
 
 
 def write(where: Mapping[str, Place], flat: Mapping[Path, Any], heads: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """A file's tensors, each made when it is called for."""
 
     def make(place):
-        return _join([np.asarray(flat[leaf][place.at]) for leaf in place.leaves], place.row, heads)
+        return joined([np.asarray(flat[leaf][place.at]) for leaf in place.leaves], place.row, heads)
 
     for name, place in where.items():
         yield name, partial(make, place)
 
 
-def _split(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[np.ndarray]:
+def parts_of(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[np.ndarray]:
     """A tensor's parts, each `[..., out]`."""
     x = x[0] if row.lead else x
     x = x.T if row.transpose else x
@@ -148,7 +148,7 @@ def _split(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[np.
     return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
 
-def _join(parts: list[np.ndarray], row: Tensor, heads: int) -> np.ndarray:
+def joined(parts: list[np.ndarray], row: Tensor, heads: int) -> np.ndarray:
     if row.grouped:
         parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
     x = np.concatenate(parts, axis=-1)

@@ -1,5 +1,7 @@
 """Splash attention: the fused kernel of TPUs.  Imported where it is used only."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -43,15 +45,15 @@ def splash(q: Array, k: Array, v: Array, segment_ids: Array, *, window=None, sof
 
 def _kernel(heads: int, length: int, window, softcap, interpret):
     shape = (length, length)
-    if window is None:
-        mask = splash_attention_mask.CausalMask(shape)
-    else:
+    mask: Any = splash_attention_mask.CausalMask(shape)
+    if window is not None:
         mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
     block = max(size for size in range(LANES, min(BLOCK, length) + 1, LANES) if length % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    blocks: Any = dict.fromkeys(names, block)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=splash_attention_kernel.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,

@@ -1,7 +1,6 @@
 """One transformer for every decoder and encoder: a config says which."""
 
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -108,28 +107,31 @@ class Stack(Weights):
         return x, cache, {"routing": routing} if routing else {}
 
     def _scan(self, x, layers, positions, segment_ids, cache, cross):
-        """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow."""
-        c, kinds, policy = self.config, self.config.kinds, REMAT[self.config.remat]
+        """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow.
+
+        A layer's weights are cut from the stack where they are used, and cut again in the backward pass: kept, they would be a
+        second copy of the model.
+        """
+        c, kinds = self.config, self.config.kinds
         seen, rotary = self._where(positions, segment_ids, None)
 
-        def apply(carry, layer, kind):
+        def apply(carry, layers, repeat, place):
             x, routing = carry
+            layer, kind = _layer(layers, kinds, repeat, place), kinds[place]
             x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross)
             return constrain(x, "batch", "sequence", None), _add(routing, more)
 
-        apply = jax.checkpoint(apply, static_argnums=2, prevent_cse=False, policy=policy) if policy else apply
+        apply = jax.checkpoint(apply, static_argnums=3, prevent_cse=False, policy=REMAT[c.remat])
 
-        def pattern(carry, layers):
-            for i, kind in enumerate(kinds):
-                carry = apply(carry, _layer(layers, kinds, i), kind)
+        def pattern(carry, repeat):
+            for place in range(len(kinds)):
+                carry = apply(carry, layers, repeat, place)
             return carry, None
 
-        repeats = c.num_layers // len(kinds)
-        fold = lambda n: lambda p: p[: repeats * n].reshape(repeats, n, *p.shape[1:])
-        whole = {name: jax.tree.map(fold(_rank(name, kinds, len(kinds))), leaf) for name, leaf in layers.items()}
-        carry, _ = jax.lax.scan(pattern, (x, self._no_routing(x)), whole)
-        for i in range(repeats * len(kinds), c.num_layers):
-            carry = apply(carry, _layer(layers, kinds, i), c.kind(i))
+        repeats, rest = divmod(c.num_layers, len(kinds))
+        carry, _ = jax.lax.scan(pattern, (x, self._no_routing(x)), jnp.arange(repeats))
+        for place in range(rest):
+            carry = apply(carry, layers, repeats, place)
         return carry[0], None, carry[1]
 
     def _unroll(self, x, layers, positions, segment_ids, cache, cross):
@@ -142,7 +144,7 @@ class Stack(Weights):
         seen, rotary = self._where(positions, segment_ids, (cache_positions, cache_segments))
         kept = []
         for i, (keys, values) in enumerate(cache.layers):
-            layer = _layer(layers, c.kinds, i)
+            layer = _layer(layers, c.kinds, *divmod(i, len(c.kinds)))
             x, kv, more = _block(c, layer, x, c.kind(i), rotary, (keys, values, write), seen, cross)
             kept.append(kv)
             routing = _add(routing, more)
@@ -246,11 +248,12 @@ def _block(c, layer, x, kind, rotary, cached, seen, cross):
     return Block(c, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
 
 
-def _layer(layers: dict[str, Any], kinds: tuple[LayerKind, ...], i: int) -> dict[str, Any]:
-    """Layer i's parameters, of leaves stacked over the layers that have them."""
-    absent = DENSE if kinds[i % len(kinds)].sparse else SPARSE
-    present = {name: leaf for name, leaf in layers.items() if name not in absent}
-    return {name: jax.tree.map(itemgetter(_rank(name, kinds, i)), leaf) for name, leaf in present.items()}
+def _layer(layers: dict[str, Any], kinds: tuple[LayerKind, ...], repeat, place: int) -> dict[str, Any]:
+    """The parameters of the layer at a place in a repeat of the kinds, of leaves stacked over the layers that have them."""
+    absent = DENSE if kinds[place].sparse else SPARSE
+    at = lambda name: repeat * _rank(name, kinds, len(kinds)) + _rank(name, kinds, place)
+    cut = lambda i: lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False)
+    return {name: jax.tree.map(cut(at(name)), leaf) for name, leaf in layers.items() if name not in absent}
 
 
 def _rank(name: str, kinds: tuple[LayerKind, ...], i: int) -> int:

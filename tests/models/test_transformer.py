@@ -356,6 +356,44 @@ def test_a_window_is_a_mask_in_value_and_gradient():
     jax.tree.map(lambda a, b: close(a, b, atol=1e-5), windowed, pushed)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 5.0)])
+def test_splash_attention_is_ours(window, softcap):
+    """TPU's kernel, interpreted: two sequences and padding in a row, a length that is no multiple of its tiles."""
+    from rlhf.models.splash import splash
+
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.normal(size=(1, heads, 150, 16)).astype(np.float32) for heads in (2, 1, 1))
+    segment_ids = np.array([[1] * 60 + [2] * 80 + [0] * 10], np.int32)
+    positions = np.concatenate([np.arange(60), np.arange(80), np.zeros(10)]).astype(np.int32)[None]
+    knobs = dict(window=window, softcap=softcap)
+    ours = lambda q, k, v: attention(q, k, v, positions=positions, segment_ids=segment_ids, scale=0.25, kernel="xla", **knobs)
+    theirs = lambda q, k, v: splash(q * 0.25, k, v, jnp.asarray(segment_ids), interpret=True, **knobs)
+    real = (segment_ids != 0)[:, None, :, None]
+    loss = lambda f: lambda qkv: jnp.sum(jnp.where(real, jnp.sin(f(*qkv)), 0.0))
+    a, b = (jax.value_and_grad(loss(f))((q, k, v)) for f in (ours, theirs))
+    jax.tree.map(lambda a, b: close(a, b, atol=2e-5), a, b)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "message"),
+    [
+        (
+            "cudnn",
+            dict(softcap=1.0),
+            r"cudnn attention cannot serve this: float32, where it wants bfloat16 or float16; heads 4 wide, .*",
+        ),
+        ("cudnn", dict(bias=np.zeros((1, 2, 5, 5), np.float32)), r"a bias on the scores; .*; give kernel='xla' or None"),
+        ("splash", dict(causal=False), "splash attention cannot serve this: attention that is not causal"),
+        ("splash", dict(kv_positions=np.zeros((1, 5), np.int32)), "keys of a cache, beside the queries' own"),
+        ("flash", {}, "it is not known; known are 'xla', 'cudnn' and 'splash', but not 'flash'"),
+    ],
+)
+def test_a_kernel_that_cannot_serve_says_why(kernel, change, message):
+    x, ids = jnp.ones((1, 2, 5, 4)), jnp.ones((1, 5), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        attention(x, x, x, positions=ids, segment_ids=ids, scale=1.0, kernel=kernel, **change)
+
+
 def test_attention_has_finite_gradients_at_padding():
     x = np.random.default_rng(2).normal(size=(1, 1, 3, 2)).astype(np.float32)
     where = dict(positions=np.array([[0, 1, 0]]), segment_ids=np.array([[1, 1, 0]]))
