@@ -47,6 +47,7 @@ def attention(
     _check(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids)
     whole = kv_positions is positions and kv_segment_ids is segment_ids
     here = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    kernel = "xla" if q.shape[2] == 1 else kernel  # a single query has nothing to fuse
     refused = _refused(kernel or here, q, causal, window, softcap, bias, whole)
     if kernel and refused:
         raise ValueError(f"{kernel} attention cannot serve this: {'; '.join(refused)}; give kernel='xla' or None")
@@ -103,7 +104,7 @@ def _refused(kernel, q, causal, window, softcap, bias, whole) -> list[str]:
         return []
     if kernel not in ("cudnn", "splash"):
         return [f"it is not known; known are 'xla', 'cudnn' and 'splash', but not {kernel!r}"]
-    why = {"a bias on the scores": bias is not None, "a single query": q.shape[2] == 1}
+    why = {"a bias on the scores": bias is not None}
     if kernel == "cudnn":
         why |= {
             f"{q.dtype}, where it wants bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),

@@ -114,9 +114,9 @@ class Block(Weights):
             k, v = write(keys, k), write(values, v)
         kv = k, v
         k = turned(k, later)
-        out = attention(
-            q, k, v, causal=c.causal, window=kind.window, softcap=c.attention_softcap, scale=c.scale, kernel=c.kernel, **seen
-        )
+        kernel = c.kernel if cached is None or c.kernel == "xla" else None  # a fused one is asked of training, not of a cache
+        where = dict(causal=c.causal, window=kind.window, softcap=c.attention_softcap, scale=c.scale, kernel=kernel)
+        out = attention(q, k, v, **where, **seen)
         return checkpoint_name(self.out("o", out), "attention"), kv
 
     def attend_cross(self, x, cross):
