@@ -128,7 +128,8 @@ def step(folder: Path) -> dict:
     state, metrics = compiled(state, batch)
     loss = float(metrics["loss"])
     seconds = time.perf_counter() - begin
-    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    memory = compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes / 2**20 if memory else float("nan")
     return {"what": "LoRA GRPO step, 8 × 128", "seconds": seconds, "peak MiB": peak(), "temporary MiB": temporary, "loss": loss}
 
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.models.linear import linear
+from rlhf.models.quantized import BLOCKS as BLOCKS
+from rlhf.models.quantized import QuantizedWeight
 
 Array = jax.Array
-BLOCKS = r"(.*\.)?layers\.((cross_)?[qkvo]|gate|up|down)"  # every matrix of the blocks, but experts and their router
 
 
 class LoRAWeight(NamedTuple):
@@ -114,7 +115,8 @@ def add(
         a = jax.random.uniform(one, (*lead, inputs, rank), dtype, -bound, bound)
         part = LoRAWeight(w, a, jnp.zeros((*lead, rank, outputs), dtype), jnp.full(lead, scale, jnp.float32))
         parts[name] = part._replace(magnitude=column_norm(part)) if dora else part
-    return split(jax.tree_util.tree_map_with_path(lambda path, w: parts.get(dotted(path), w), params))
+    replace = lambda path, w: parts.get(dotted(path), w)
+    return split(jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_matrix))
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -228,13 +230,18 @@ def is_adapter(x: Any) -> bool:
     return isinstance(x, LoRAWeight)
 
 
+def is_matrix(x: Any) -> bool:
+    """Whether something stands for an array: a base in few bits."""
+    return isinstance(x, QuantizedWeight)
+
+
 def dotted(path) -> str:
     """A leaf's path as `targets` name it, `layers.q`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
-    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_matrix)}
     matched = {pattern: [name for name in leaves if re.fullmatch(pattern, name)] for pattern in patterns}
     wrong = {name: _no_target(name, leaves[name]) for names in matched.values() for name in names}
     there = ", ".join(name for name, leaf in leaves.items() if not _no_target(name, leaf)) or "nothing"
@@ -248,7 +255,7 @@ def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
 def _no_target(name: str, leaf: Array) -> str:
     """Why a leaf cannot have an adapter, or nothing."""
     *above, last = name.split(".")
-    if jnp.ndim(leaf) - ("layers" in above) < 2:
+    if leaf.ndim - ("layers" in above) < 2:
         return "which is no matrix"
     return "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", last) else ""
 
