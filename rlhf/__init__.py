@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rlhf.lm import from_nnx as from_nnx
     from rlhf.models.huggingface import load as load
     from rlhf.models.huggingface import load_classifier as load_classifier
+    from rlhf.models.huggingface import load_with_value as load_with_value
     from rlhf.models.huggingface import save as save
     from rlhf.train import TrainState as TrainState
     from rlhf.train import coupled_train_step as coupled_train_step
@@ -25,6 +26,7 @@ _EXPORTS = {
     "from_nnx": "rlhf.lm",
     "load": "rlhf.models.huggingface",
     "load_classifier": "rlhf.models.huggingface",
+    "load_with_value": "rlhf.models.huggingface",
     "save": "rlhf.models.huggingface",
     "TrainState": "rlhf.train",
     "init_state": "rlhf.train",

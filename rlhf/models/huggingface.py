@@ -16,13 +16,14 @@ from rlhf.lm import LM, Head, Params
 from rlhf.models import huggingface_config as configs
 from rlhf.models import mapping
 from rlhf.models.config import Config, TransformerConfig
-from rlhf.models.families import Family
-from rlhf.models.heads import classifier_head
+from rlhf.models.families import Family, Tensor
+from rlhf.models.heads import classifier_head, scalar_head
 from rlhf.models.safetensors_files import INDEX, WEIGHTS, find
 from rlhf.sharding import shardings
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+VALUE_HEAD = (Tensor("v_head.summary.weight", "weight", lead=True), Tensor("v_head.summary.bias", "bias", lead=True))  # TRL's
 SHARD = 5_000_000_000  # bytes of a file when a model is written
 READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # what a name of the Hub is downloaded for
 
@@ -57,8 +58,6 @@ def load(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **
     (True, True, None)
     """
     folder, _, family, config, tensors = _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields})
-    if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
-        config = configs.replaced(config, tied=False)  # as transformers has it
     lm = configs.lm_of(config)
     params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config))}, mesh)
     return lm, params["lm"], _tokenizer(folder)
@@ -87,6 +86,25 @@ def load_classifier(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None
     return lm, head, _read(folder, family, config, tensors, parts, mesh), _tokenizer(folder)
 
 
+def load_with_value(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields):
+    """A language model with a value head: TRL's `AutoModelForCausalLMWithValueHead` and its Seq2Seq twin, as `load`.
+
+    The head is the files' `v_head.summary`; where they have none it is new, and zero.
+
+    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`; `head` is a `scalar_head`.
+
+    Raises: as `load`.
+    """
+    folder, _, family, config, tensors = _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields})
+    lm, last = configs.lm_of(config), configs.decoder_of(config)
+    head = scalar_head(last.embed_size or last.hidden_size, dtype=last.param_dtype)
+    parts: dict[str, tuple[Any, Any]] = {"lm": (lm, family.rows(config))}
+    if any(name.startswith("v_head.") for name in tensors):
+        parts["head"] = head, VALUE_HEAD
+    params = _read(folder, family, config, tensors, parts, mesh)
+    return lm, head, {"head": head.init(jax.random.key(0)), **params}, _tokenizer(folder)
+
+
 def read_config(path_or_name, **fields) -> Config:
     """What config.json says, in today's keys or those of transformers 4, with `fields` of `TransformerConfig` put in place.
 
@@ -109,6 +127,7 @@ def save(
     params: Params,
     *,
     head: Params | None = None,
+    value_head: Params | None = None,
     like=None,
     tokenizer=None,
     family: str | None = None,
@@ -122,6 +141,7 @@ def save(
       lm, params: of `transformer`, `encoder_decoder` or `load`; the parameters are stored in the dtype they have.
       head: parameters of a `classifier_head`, or of a `scalar_head` with bias 0: a reward model or classifier is written, and
         no output matrix.
+      value_head: parameters of a `scalar_head`, written beside the language model as TRL has it.
       like: the folder or name that the model was loaded from: its config.json, generation_config.json and tokenizer are
         written again, so that nothing of them is lost.
       tokenizer: saved beside the model; without `like`, its ids of begin, end and padding go into the config.
@@ -162,6 +182,10 @@ def save(
         tensors += mapping.write(mapping.places(known.head, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
         hf.update(_of_classifier(hf, known, leaves))
 
+    if value_head is not None:
+        leaves = mapping.flat(value_head)
+        tensors += mapping.write(mapping.places(VALUE_HEAD, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
+
     folder.mkdir(parents=True, exist_ok=True)
     _write_files(folder, tensors, sum(leaf.size * leaf.dtype.itemsize for leaf in flat.values()), shard_bytes)
     _write_companions(folder, hf, tokenizer, original)
@@ -190,7 +214,10 @@ def _found(path_or_name, fields: Mapping[str, Any]):
     folder = _folder(path_or_name)
     hf = configs.transformers_config(folder)
     family, config = configs.family_of(hf.model_type), configs.replaced(configs.ours(hf), **fields)
-    return folder, hf, family, config, {_full_name(name, family, config): stored for name, stored in find(folder).items()}
+    tensors = {_full_name(name, family, config): stored for name, stored in find(folder).items()}
+    if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
+        config = configs.replaced(config, tied=False)  # as transformers has it
+    return folder, hf, family, config, tensors
 
 
 def _with_labels(head: Params) -> Params:
@@ -227,7 +254,11 @@ def _read(
     places = {name: mapping.places(rows, shapes[name], config) for name, (_, rows) in parts.items()}
     unused = lambda name: re.search(family.ignored, name) or (last.tied and name in _outputs(family.rows(config)))
     if found := mapping.problems([(places[name], shapes[name]) for name in parts], tensors, unused):
-        hint = "; load_classifier reads models with a head" if "head" not in parts and "score." in found else ""
+        hints = {
+            "score.": "load_classifier reads models with a head",
+            "v_head.": "load_with_value reads models with a value head",
+        }
+        hint = next((f"; {cure}" for name, cure in hints.items() if "head" not in parts and name in found), "")
         raise ValueError(f"the tensors of {folder} do not fit its config: {found}{hint}")
     out = {}
     for name, (part, _) in parts.items():

@@ -59,7 +59,7 @@ def _stack_of(config: Config, leaf: Path) -> TransformerConfig:
 
 def file_shape(place: Place, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
     parts = [shapes[leaf][len(place.at) :] for leaf in place.leaves]
-    shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+    shape = (*parts[0][:-1], sum(part[-1] for part in parts)) if parts[0] else ()
     shape = shape[::-1] if place.row.transpose else shape
     return (1, *shape) if place.row.lead else shape
 
@@ -123,7 +123,7 @@ def read(
 
 
 def _part(stored: Stored, place: Place, path: Path, leaves: Mapping[Path, jax.ShapeDtypeStruct], heads: int) -> np.ndarray:
-    sizes = [leaves[leaf].shape[-1] for leaf in place.leaves]
+    sizes = [(leaves[leaf].shape or (1,))[-1] for leaf in place.leaves]
     return parts_of(stored.read(), place.row, sizes, heads)[place.leaves.index(path)]
 
 
@@ -141,6 +141,8 @@ def parts_of(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[n
     """A tensor's parts, each `[..., out]`."""
     x = x[0] if row.lead else x
     x = x.T if row.transpose else x
+    if len(sizes) == 1:
+        return [x]
     if not row.grouped:
         return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
     groups = x.reshape(*x.shape[:-1], heads, -1)  # [..., groups, (queries a group + 2) H]
@@ -151,9 +153,9 @@ def parts_of(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[n
 def joined(parts: list[np.ndarray], row: Tensor, heads: int) -> np.ndarray:
     if row.grouped:
         parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
-    x = np.concatenate(parts, axis=-1)
+    x = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     x = x.reshape(*x.shape[:-2], -1) if row.grouped else x
-    x = np.ascontiguousarray(x.T if row.transpose else x)
+    x = np.asarray(x.T if row.transpose else x, order="C")
     return x[None] if row.lead else x
 
 

@@ -276,6 +276,23 @@ def test_configs_that_we_do_not_compute_are_refused(name, fields, message, tmp_p
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_value_head_beside_the_language_model(name, tmp_path):
+    """As TRL's value-head models are stored; a model without one gets a new one."""
+    lm, head, params, _ = huggingface.load_with_value(CHECKPOINTS / name)
+    assert not any(np.asarray(x).any() for x in params["head"].values())
+    trained = {"weight": jnp.arange(32.0), "bias": jnp.float32(0.5)}
+    huggingface.save(tmp_path / "a", lm, params["lm"], value_head=trained, like=CHECKPOINTS / name)
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    assert tensors["v_head.summary.weight"].shape == (1, 32)
+    assert tensors["v_head.summary.bias"].tolist() == [0.5]
+    again = huggingface.load_with_value(tmp_path / "a")
+    assert again[:2] == (lm, head)
+    jax.tree.map(np.testing.assert_array_equal, again[2], {"lm": params["lm"], "head": trained})
+    with pytest.raises(ValueError, match=r"left over: v_head\.summary\.bias, .*; load_with_value reads"):
+        huggingface.load(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("parameters", "scaling"),
     [
