@@ -81,7 +81,7 @@ class Stack(Weights):
                 Block(c).init, x=x, kind=LayerKind(rope=None, sparse=sparse), turns={}, cached=None, seen=seen, cross=seen
             )
             for name, leaf in jax.vmap(lambda key, init=init: init(key)["params"])(jax.random.split(key, c.num_layers)).items():
-                own = leaf.value[: _rank(name, c.kinds, c.num_layers)]
+                own = leaf.value[: rank(name, c.kinds, c.num_layers)]
                 out.setdefault(name, leaf.replace(value=own, names=("layers", *leaf.names)))
         return out
 
@@ -112,26 +112,30 @@ class Stack(Weights):
         A layer's weights are cut from the stack where they are used, and cut again in the backward pass: kept, they would be a
         second copy of the model.
         """
-        c, kinds = self.config, self.config.kinds
+        c = self.config
         seen, rotary = self._where(positions, segment_ids, None)
 
-        def apply(carry, layers, repeat, place):
+        def apply(carry, layers, repeat, place, kinds):
             x, routing = carry
             layer, kind = _layer(layers, kinds, repeat, place), kinds[place]
             x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross)
             return constrain(x, "batch", "sequence", None), _add(routing, more)
 
-        apply = jax.checkpoint(apply, static_argnums=3, prevent_cse=False, policy=REMAT[c.remat])
+        apply = jax.checkpoint(apply, static_argnums=(3, 4), prevent_cse=False, policy=REMAT[c.remat])
+        carry = x, self._no_routing(x)
+        for first, number, stack in _stacks(layers, c):
+            kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
 
-        def pattern(carry, repeat):
-            for place in range(len(kinds)):
-                carry = apply(carry, layers, repeat, place)
-            return carry, None
+            def pattern(carry, repeat, stack=stack, kinds=kinds):
+                for place in range(len(kinds)):
+                    carry = apply(carry, stack, repeat, place, kinds)
+                return carry, None
 
-        repeats, rest = divmod(c.num_layers, len(kinds))
-        carry, _ = jax.lax.scan(pattern, (x, self._no_routing(x)), jnp.arange(repeats))
-        for place in range(rest):
-            carry = apply(carry, layers, repeats, place)
+            repeats, rest = divmod(number, len(kinds))
+            if repeats:
+                carry, _ = jax.lax.scan(pattern, carry, jnp.arange(repeats))
+            for place in range(rest):
+                carry = apply(carry, stack, repeats, place, kinds)
         return carry[0], None, carry[1]
 
     def _unroll(self, x, layers, positions, segment_ids, cache, cross):
@@ -142,12 +146,14 @@ class Stack(Weights):
         cache_positions = update(0)(cache.positions, positions, cache.written)
         cache_segments = update(0)(cache.segment_ids, segment_ids, cache.written)
         seen, rotary = self._where(positions, segment_ids, (cache_positions, cache_segments))
-        kept = []
-        for i, (keys, values) in enumerate(cache.layers):
-            layer = _layer(layers, c.kinds, *divmod(i, len(c.kinds)))
-            x, kv, more = _block(c, layer, x, c.kind(i), rotary, (keys, values, write), seen, cross)
-            kept.append(kv)
-            routing = _add(routing, more)
+        kept: list[tuple[Array, Array]] = []
+        for first, number, stack in _stacks(layers, c):
+            kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
+            for i in range(number):
+                layer, kind = _layer(stack, kinds, *divmod(i, len(kinds))), c.kind(first + i)
+                x, kv, more = _block(c, layer, x, kind, rotary, (*cache.layers[first + i], write), seen, cross)
+                kept.append(kv)
+                routing = _add(routing, more)
         return x, Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(kept)), routing
 
     def _where(self, positions, segment_ids, cached):
@@ -248,15 +254,24 @@ def _block(c, layer, x, kind, rotary, cached, seen, cross):
     return Block(c, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
 
 
+def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int, dict[str, Any]]]:
+    """`(first layer, number, parameters)`: one stack of all layers, or the two of `parted`."""
+    if not hasattr(layers["q"], "bottom"):
+        return [(0, c.num_layers, layers)]
+    bottom, top = ({name: getattr(leaf, half) for name, leaf in layers.items()} for half in ("bottom", "top"))
+    below = jax.tree.leaves(bottom["q"])[0].shape[0]
+    return [(0, below, bottom), (below, c.num_layers - below, top)]
+
+
 def _layer(layers: dict[str, Any], kinds: tuple[LayerKind, ...], repeat, place: int) -> dict[str, Any]:
     """The parameters of the layer at a place in a repeat of the kinds, of leaves stacked over the layers that have them."""
     absent = DENSE if kinds[place].sparse else SPARSE
-    at = lambda name: repeat * _rank(name, kinds, len(kinds)) + _rank(name, kinds, place)
+    at = lambda name: repeat * rank(name, kinds, len(kinds)) + rank(name, kinds, place)
     cut = lambda i: lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False)
     return {name: jax.tree.map(cut(at(name)), leaf) for name, leaf in layers.items() if name not in absent}
 
 
-def _rank(name: str, kinds: tuple[LayerKind, ...], i: int) -> int:
+def rank(name: str, kinds: tuple[LayerKind, ...], i: int) -> int:
     """How many of the first i layers have this leaf."""
     sparse = sum(kinds[j % len(kinds)].sparse for j in range(i))
     return sparse if name in SPARSE else i - sparse if name in DENSE else i
