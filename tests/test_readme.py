@@ -1,5 +1,6 @@
 """The README's programs run as they stand, and its figures are those of the results that are committed."""
 
+import dataclasses
 import json
 import pkgutil
 import re
@@ -10,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import objectives_table
 
+import rlhf
 from rlhf import losses, rollouts
+from rlhf.models import transformer
+from rlhf.models.families import FAMILIES
+from rlhf.models.huggingface_config import config_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,6 +45,34 @@ def test_the_mesh_program_runs():
     exec(PROGRAMS[1], names)
     assert int(names["state"].step) == 3
     assert np.isfinite(float(names["metrics"]["loss"]))
+
+
+def test_the_program_from_a_checkpoint_to_a_checkpoint_runs(tmp_path, monkeypatch):
+    """In a folder of its own, with the checkouts' checkpoints in their place."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(PROGRAMS[2], names)
+    assert float(names["metrics"]["loss"]) > 0
+    lm, merged, _ = rlhf.load(tmp_path / "runs" / "merged")
+    assert lm == transformer(dataclasses.replace(config_of(names["lm"]), remat="none"))
+    jax.tree.map(np.testing.assert_array_equal, merged, names["adapters"].merge(names["trained"]))
+    again, _ = names["peft_files"].load(tmp_path / "runs" / "adapter", lm, names["params"], "qwen2")
+    jax.tree.map(np.testing.assert_array_equal, again, names["state"].params)
+
+
+def test_every_family_is_named():
+    families = set(re.findall(r"\b[a-z]+[0-9]*(?:_[a-z]+)*\b", README))
+    assert {name.removesuffix("_text") for name in FAMILIES} <= families
+    assert f"spans {len(FAMILIES)} families" in README
+
+
+def test_quoted_figures_of_the_big_model_are_the_committed_results():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "big_model.json").read_text())["rows"]
+    load, _, step, peer = rows
+    assert f"{load['of the files']:.2f} times the files' size" in README
+    assert f"peaks at {step['peak MiB'] * 2**20 / 1e9:.1f} GB" in README
+    assert f"agrees with transformers' to {peer['largest difference']:.0e}".replace("e-0", "e-") in README
 
 
 def test_the_objective_stands_on_the_first_screen():
