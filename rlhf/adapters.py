@@ -108,13 +108,19 @@ def add(
         raise ValueError(f"rank must be at least 1, but is {rank}")
     chosen = _targets(params, (targets,) if isinstance(targets, str) else tuple(targets))
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
-    parts = {}
-    for (name, w), one in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
-        *lead, inputs, outputs = w.shape
-        dtype, bound = jnp.promote_types(w.dtype, jnp.float32), inputs**-0.5
-        a = jax.random.uniform(one, (*lead, inputs, rank), dtype, -bound, bound)
-        part = LoRAWeight(w, a, jnp.zeros((*lead, rank, outputs), dtype), jnp.full(lead, scale, jnp.float32))
-        parts[name] = part._replace(magnitude=column_norm(part)) if dora else part
+
+    @jax.jit  # one program instead of many small ones
+    def start(key, chosen):
+        parts = {}
+        for (name, w), one in zip(sorted(chosen.items()), jax.random.split(key, len(chosen)), strict=True):
+            *lead, inputs, outputs = w.shape
+            dtype, bound = jnp.promote_types(w.dtype, jnp.float32), inputs**-0.5
+            a = jax.random.uniform(one, (*lead, inputs, rank), dtype, -bound, bound)
+            part = LoRAWeight(w, a, jnp.zeros((*lead, rank, outputs), dtype), jnp.full(lead, scale, jnp.float32))
+            parts[name] = part._replace(base=None, magnitude=column_norm(part) if dora else None)
+        return parts
+
+    parts = {name: part._replace(base=chosen[name]) for name, part in start(key, chosen).items()}
     replace = lambda path, w: parts.get(dotted(path), w)
     return split(jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_matrix))
 

@@ -109,7 +109,7 @@ def _generate(lm, max_new_tokens, num_samples, eos_ids, pad_id, early_end, param
             params,
             state.last[:, None],
             positions=(first_new + state.column - start - 1)[:, None],
-            segment_ids=jnp.where(state.done, 0, 1)[:, None],
+            segment_ids=(~state.done).astype(jnp.int32)[:, None],
             cache=state.cache,
             inputs=inputs,
         )

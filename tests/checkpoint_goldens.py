@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import rollouts
+from rlhf import losses, rollouts
 from rlhf.models import huggingface
 
 HOME = Path(__file__).parent / "checkpoints"
 CHECKPOINTS = Path(os.environ.get("RLHF_CHECKPOINTS", HOME))
 LATER = ("deepseek_v3", "gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "smolvlm")  # no families yet
 NEW = 8
+WAYS = ("gpt2", "llama", "bloom", "falcon_new", "gemma3_text", "gptj", "opt", "phi3_longrope", "qwen3_moe", "t5", "bart")
+GENERATING = WAYS if CHECKPOINTS == HOME else [file.parent.name for file in CHECKPOINTS.glob("*/meta.json")]
+"""Who generates: with our own checkpoints those that decode in a way of their own, which takes a minute; otherwise all."""
 
 
 def names(*kinds):
@@ -80,16 +83,18 @@ def rollout(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(lm, params, tokens, positions, segment_ids, inputs=None):
-    where = dict(positions=positions, segment_ids=segment_ids, inputs=inputs)
-    hidden, _, _ = lm.hidden(params, tokens, **where)
-    return hidden, lm.unembed(params, hidden), rollouts.token_logprobs(lm, params, tokens, **where)
+    """Hidden states, logits, and the log-probs that `score` makes of such logits."""
+    hidden, _, _ = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    logits = lm.unembed(params, hidden)
+    of_next = losses.logits.token_logprob(logits[:, :-1], tokens[:, 1:])
+    follows = (segment_ids[:, 1:] != 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])
+    return hidden, logits, jnp.pad(jnp.where(follows, of_next, 0.0), ((0, 0), (1, 0)))
 
 
 @functools.cache
 def forward(name):
     """Hidden states, logits and log-probs of the golden rows, the packed row, and the rows that were generated: one program."""
     g, (lm, _, params, _), seq2seq = golden(name), load(name), meta(name)["kind"] == "seq2seq"
-    r = rollout(name)
     if seq2seq:
         mask = g.decoder_attention_mask
         blocks = {"rows": (g.decoder_input_ids, np.maximum(np.cumsum(mask, axis=1) - 1, 0), mask)}
@@ -97,14 +102,15 @@ def forward(name):
         blocks = {"rows": (g.input_ids, g.position_ids, g.attention_mask)}
     if hasattr(g, "packed_input_ids"):
         blocks["packed"] = (g.packed_input_ids, g.packed_position_ids, np.cumsum(g.packed_position_ids == 0, axis=1))
-    blocks["generated"] = (r.tokens, r.positions, r.segment_ids)
+    if name in GENERATING:
+        blocks["generated"] = (rollout(name).tokens, rollout(name).positions, rollout(name).segment_ids)
     stacked = lambda columns: [np.concatenate(column) for column in zip(*columns, strict=True)]
     length = max(tokens.shape[1] for tokens, _, _ in blocks.values())
     widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1]))).astype(np.int32)
     inputs = None
     if seq2seq:
-        read = [source(g.input_ids, g.attention_mask), r.inputs]
-        inputs = {key: np.concatenate([each[key] for each in read]) for key in r.inputs}
+        read = [source(g.input_ids, g.attention_mask), *([rollout(name).inputs] if name in GENERATING else [])]
+        inputs = {key: np.concatenate([each[key] for each in read]) for key in read[0]}
     whole = outputs(lm, params, *stacked([[widen(x) for x in block] for block in blocks.values()]), inputs)
     results, start = {}, 0
     for block, (tokens, _, _) in blocks.items():

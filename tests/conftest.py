@@ -13,3 +13,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+BY_NAME = ({"test_contract.py", "test_properties.py"}, {"test_families.py"})
+
+
+def pytest_collection_modifyitems(items):
+    """Checks that share compilations stand side by side: function by function, model by model, instead of check by check."""
+    for files in BY_NAME:
+        places = [i for i, item in enumerate(items) if item.path.name in files and "name" in callspec(item)]
+        ordered = sorted((items[i] for i in places), key=lambda item: str(callspec(item)["name"]))
+        for i, item in zip(places, ordered, strict=True):
+            items[i] = item
+
+
+def callspec(item):
+    return getattr(getattr(item, "callspec", None), "params", {})

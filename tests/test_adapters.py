@@ -428,9 +428,10 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(kind, tmp_path):
     assert config["target_modules"][:2] == ["lm_head", "mlp.down_proj"]
 
 
-@pytest.mark.parametrize("targets", [adapters.BLOCKS, r"layers\.(k|up)"])
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "falcon_new"])  # side by side; by groups of heads
+@pytest.mark.parametrize(
+    ("name", "dora", "targets"),  # side by side; by groups of heads
+    [("gpt2", False, adapters.BLOCKS), ("gpt2", True, r"layers\.(k|up)"), ("falcon_new", True, adapters.BLOCKS)],
+)
 def test_fused_queries_keys_and_values_are_one_module(name, targets, dora, tmp_path):
     """All three with adapters, or the keys alone: each has its own columns of B, and nothing in the others'."""
     lm, params = checkpoint(name)

@@ -38,8 +38,12 @@ PARAMS = random_params(LM)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(lm, params, tokens, positions, segment_ids, cache=None):
-    hidden, cache, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+def run_all(lm, params, tokens, positions, segment_ids, cache=None):
+    return lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+
+
+def run(*args):
+    hidden, cache, aux = run_all(*args)
     assert set(aux) <= {"routing"}
     return hidden, cache
 
@@ -135,10 +139,8 @@ def test_routing_is_counted_over_sparse_layers_and_real_tokens():
     """By the scan as by the cached path; the dense layers of the same model route nothing."""
     lm, params, _ = variant("experts")
     real = ONES * (np.arange(LENGTH) < np.array([[LENGTH], [3]]))
-    both = [
-        lm.hidden(params, TOKENS, positions=POSITIONS, segment_ids=real, cache=cache)[2]["routing"]
-        for cache in (None, lm.init_cache(2, LENGTH))
-    ]
+    caches = None, lm.init_cache(2, LENGTH + 2)
+    both = [run_all(lm, params, TOKENS, POSITIONS, real, cache)[2]["routing"] for cache in caches]
     jax.tree.map(close, *both)
     np.testing.assert_array_equal(both[0].tokens, [LENGTH, 3])  # one sparse layer of three
     close(both[0].choices.sum(1), 2 * both[0].tokens)
@@ -183,7 +185,7 @@ def assert_same_gradients(a, b):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(a))
 
 
-@pytest.mark.parametrize("remat", ["dots", "names", "full"])
+@pytest.mark.parametrize("remat", ["names", "full"])
 def test_remat_gives_the_same_gradients(remat):
     assert_same_gradients(gradients()[0], gradients(remat=remat)[0])
 
@@ -238,9 +240,9 @@ def test_equal_configs_are_one_compilation():
     assert hash(again) == hash(LM)
     assert transformer(dataclasses.replace(CONFIG, norm_eps=1e-5)) != LM
     whole()
-    before = run._cache_size()
+    before = run_all._cache_size()
     run(again, PARAMS, TOKENS, POSITIONS, ONES)
-    assert run._cache_size() == before
+    assert run_all._cache_size() == before
 
 
 def test_scalar_head():
@@ -356,8 +358,7 @@ def test_a_window_is_a_mask_in_value_and_gradient():
     jax.tree.map(lambda a, b: close(a, b, atol=1e-5), windowed, pushed)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 5.0)])
-def test_splash_attention_is_ours(window, softcap):
+def test_splash_attention_is_ours():
     """TPU's kernel, interpreted: two sequences and padding in a row, a length that is no multiple of its tiles."""
     from rlhf.models.splash import splash
 
@@ -365,7 +366,7 @@ def test_splash_attention_is_ours(window, softcap):
     q, k, v = (rng.normal(size=(1, heads, 150, 16)).astype(np.float32) for heads in (2, 1, 1))
     segment_ids = np.array([[1] * 60 + [2] * 80 + [0] * 10], np.int32)
     positions = np.concatenate([np.arange(60), np.arange(80), np.zeros(10)]).astype(np.int32)[None]
-    knobs = dict(window=window, softcap=softcap)
+    knobs = dict(window=17, softcap=5.0)
     ours = lambda q, k, v: attention(q, k, v, positions=positions, segment_ids=segment_ids, scale=0.25, kernel="xla", **knobs)
     theirs = lambda q, k, v: splash(q * 0.25, k, v, jnp.asarray(segment_ids), interpret=True, **knobs)
     real = (segment_ids != 0)[:, None, :, None]
