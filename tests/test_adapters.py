@@ -353,14 +353,13 @@ def test_arrays_are_placed_and_a_sharded_step_is_the_same():
 # --- a base in few bits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("qtype", "error"), [("nf4", 0.16), ("int8", 0.01)])
-def test_a_quantised_base_computes_as_its_plain_matrices(qtype, error):
+def test_a_quantised_base_computes_as_its_plain_matrices():
     """With adapters on it: values, the adapters' gradients, merged weights; and nothing else has a gradient."""
     params = base()
-    held = quantized.quantize(params, qtype, block=4)
+    held = quantized.quantize(params, "nf4", block=4)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), held, is_leaf=adapters.is_matrix)
     q = params["layers"]["q"]
-    assert 0 < np.abs(wide["layers"]["q"] - q).max() < error * np.abs(q).max()
+    assert 0 < np.abs(wide["layers"]["q"] - q).max() < 0.16 * np.abs(q).max()
     trees = [adapters.add(tree, jax.random.key(1), rank=2, alpha=2) for tree in (held, wide)]
     assert jax.tree.structure(trees[0][0]) != jax.tree.structure(held)
     assert in_bytes(trees[0][0]) == in_bytes(trees[1][0])
@@ -508,6 +507,9 @@ def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
     peft_files.save(tmp_path / "ours", lm, ours, name.removesuffix("_new"))
     model = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
     close(peft_logits(model), logits(ours, TOKENS, lm), atol=2e-4)
+    huggingface.save(tmp_path / "merged", lm, adapters.merge(ours), like=CHECKPOINTS / name)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    close(peft_logits(merged), logits(ours, TOKENS, lm), atol=2e-4)
 
     torch.manual_seed(0)
     targets = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "falcon_new": ["query_key_value"]}[

@@ -55,7 +55,7 @@ def three(step, state, inputs):
     return jax.device_get((state.params, metrics))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", ["dpo", "grpo", "ppo"])
 def test_steps_on_every_mesh_equal_one_device(name, task, models):
     init, axes, step, inputs = steps(task, models)[name]
     expected, metrics = three(jax.jit(step), init(jax.random.key(0)), inputs)

@@ -26,20 +26,19 @@ def loss(params):
     return jnp.sum(rollouts.token_logprobs(LM, params, TOKENS, **WHERE))
 
 
-@pytest.mark.parametrize("top", [1, 2])
-def test_values_and_gradients_are_the_whole_model_s(top):
-    """The kinds alternate, and the top may begin with either; dense and sparse leaves are cut at their own layers."""
-    trained, frozen = parted.part(LM, PARAMS, top=top)
+def test_values_and_gradients_are_the_whole_model_s():
+    """The kinds alternate, and the top begins with the second; dense and sparse leaves are cut at their own layers."""
+    trained, frozen = parted.part(LM, PARAMS, top=2)
     value, gradient = jax.jit(jax.value_and_grad(lambda t: loss(parted.join(t, frozen))))(trained)
     expected, whole = jax.jit(jax.value_and_grad(loss))(PARAMS)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    of_top, _ = parted.part(LM, whole, top=top)
+    of_top, _ = parted.part(LM, whole, top=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient, of_top)
     jax.tree.map(np.testing.assert_array_equal, parted.whole(parted.join(trained, frozen)), PARAMS)
 
 
 def test_the_same_tokens_are_sampled():
-    trained, frozen = parted.part(LM, PARAMS, top=2)
+    trained, frozen = parted.part(LM, PARAMS, top=1)
     prompts = rollouts.Prompts(TOKENS, jnp.ones_like(TOKENS, bool))
     sample = lambda params: rollouts.generate(LM, params, prompts, jax.random.key(1), max_new_tokens=4)
     a, b = sample(parted.join(trained, frozen)), sample(PARAMS)
