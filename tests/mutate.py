@@ -105,7 +105,12 @@ def suites(folder: Path, module: str, function: str) -> Iterator[tuple[str, ...]
 
 def green(folder: Path, *tests: str) -> bool:
     command = [sys.executable, "-m", "pytest", "-n0", "-qx", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),  # what a mutant does not touch compiles once
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=1800).returncode in (0, 5)
 
 

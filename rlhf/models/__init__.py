@@ -5,6 +5,7 @@ from rlhf.models.config import LayerKind as LayerKind
 from rlhf.models.config import TransformerConfig as TransformerConfig
 from rlhf.models.encoder_decoder import encoder_decoder as encoder_decoder
 from rlhf.models.heads import classifier_head as classifier_head
+from rlhf.models.heads import q_head as q_head
 from rlhf.models.heads import scalar_head as scalar_head
 from rlhf.models.rotary import Rope as Rope
 from rlhf.models.transformer import Transformer as Transformer

@@ -49,6 +49,7 @@ def classifier_head(
     *,
     bias: bool = False,
     inner: str | None = None,
+    inner_size: int | None = None,
     reads: str = "last",
     scale: float = 0.02,
     dtype=jnp.float32,
@@ -59,7 +60,8 @@ def classifier_head(
       hidden_size: D.
       labels: K.
       bias: whether there is a b; sequence classifiers on decoders have none, token classifiers do.
-      inner: the activation f of a layer `[D, D]` before the labels (encoders); a name of `ACTIVATIONS`.
+      inner: the activation f of a layer `[D, I]` before the labels (encoders); a name of `ACTIVATIONS`.
+      inner_size: I; None: D.
       reads: the token by which `rollouts.classify` judges a text: "last", "first" or "every".
       scale: standard deviation of the initial weights.
       dtype: of the parameters.
@@ -70,19 +72,37 @@ def classifier_head(
     >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 5, 4))).shape
     (2, 5, 3)
     """
-    shape = (hidden_size, labels, bias, inner)
-    init = Bound(_init_labels, (*shape, scale, jnp.dtype(dtype)))
-    return Head(init, Bound(_axes_labels, (bias, inner)), Bound(_apply_labels, shape[1:]), reads)
+    inner_size = (inner_size or hidden_size) if inner else None
+    init = Bound(_init_labels, (hidden_size, inner_size, labels, bias, scale, jnp.dtype(dtype)))
+    return Head(init, Bound(_axes_labels, (bias, inner)), Bound(_apply_labels, (labels, bias, inner)), reads)
 
 
-def _init_labels(hidden_size, labels, bias, inner, scale, dtype, key):
+def q_head(hidden_size: int, actions: int, *, dtype=jnp.float32) -> Head:
+    """`relu(h W_i + b_i) W + b`, the inner layer `[D, 2 D]`: Q of every token, or V  (ILQL, arXiv:2206.11871, as in trlX).
+
+    Args:
+      hidden_size: D.
+      actions: the vocabulary for Q; 1 for V.
+      dtype: of the parameters.
+
+    Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[..., actions]`, or `[...]` for V, in at least float32.
+
+    >>> head = q_head(4, 96)
+    >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 5, 4))).shape
+    (2, 5, 96)
+    """
+    size = 2 * hidden_size
+    return classifier_head(hidden_size, actions, bias=True, inner="relu", inner_size=size, reads="every", dtype=dtype)
+
+
+def _init_labels(hidden_size, inner_size, labels, bias, scale, dtype, key):
     weights, more = jax.random.split(key)
-    out = {"weight": scale * jax.random.normal(weights, (hidden_size, labels), dtype)}
+    out = {"weight": scale * jax.random.normal(weights, (inner_size or hidden_size, labels), dtype)}
     if bias:
         out["bias"] = jnp.zeros(labels, dtype)
-    if inner:
-        size = (hidden_size, hidden_size)
-        out |= {"inner": scale * jax.random.normal(more, size, dtype), "inner_bias": jnp.zeros(hidden_size, dtype)}
+    if inner_size:
+        out["inner"] = scale * jax.random.normal(more, (hidden_size, inner_size), dtype)
+        out["inner_bias"] = jnp.zeros(inner_size, dtype)
     return out
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf.models import LayerKind, Rope, TransformerConfig, scalar_head, transformer
+from rlhf.models import LayerKind, Rope, TransformerConfig, q_head, scalar_head, transformer
 from rlhf.models.attention import attention
 from rlhf.models.rotary import Dynamic, LongRope
 
@@ -254,6 +254,20 @@ def test_scalar_head():
     out = head.apply({**params, "bias": jnp.float32(2)}, hidden)
     assert out.dtype == jnp.float32
     close(out, np.asarray(hidden, np.float32) @ np.asarray(params["weight"]) + 2)
+
+
+def test_q_head():
+    head, state = q_head(4, 6), q_head(4, 1)
+    assert head == q_head(4, 6) != state
+    params = jax.tree.map(lambda x: x + 0.1, head.init(jax.random.key(1)))
+    assert jax.tree.structure(head.axes(), is_leaf=lambda x: x is None or isinstance(x, tuple)) == jax.tree.structure(params)
+    hidden = np.linspace(-1, 1, 12).reshape(3, 4)
+    weights = {name: np.asarray(x, np.float64) for name, x in params.items()}
+    inner = np.maximum(hidden @ weights["inner"] + weights["inner_bias"], 0)
+    assert inner.shape == (3, 8)
+    assert (inner == 0).any()
+    close(head.apply(params, jnp.asarray(hidden)), inner @ weights["weight"] + weights["bias"])
+    assert state.apply(state.init(jax.random.key(1)), jnp.asarray(hidden)).shape == (3,)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------
