@@ -184,7 +184,7 @@ def opo(rewards, lengths) -> Array:
     _check_grouped(rewards)
     check_shapes(lengths=lengths, rewards=rewards)
     weights = jnp.where(jnp.isnan(rewards), 0.0, lengths)
-    baseline = _sum(clean(rewards, ~jnp.isnan(rewards)) * weights) / jnp.maximum(_sum(weights), 1)
+    baseline = _sum(rewards * weights) / jnp.maximum(_sum(weights), 1)
     return group_relative(rewards, mean=lambda rewards: _alike(baseline, rewards), std=no_std)
 
 
@@ -214,7 +214,7 @@ def pass_at_k(rewards, *, std: Callable = no_std, eps=1e-4) -> Array:
     [[1.0, 0.0, 0.0]]
     """
     _check_grouped(rewards)
-    ordered = jnp.sort(jnp.where(jnp.isnan(rewards), -jnp.inf, constant(rewards, ~jnp.isnan(rewards))), axis=-1)
+    ordered = jnp.sort(jnp.where(jnp.isnan(rewards), -jnp.inf, rewards), axis=-1)
     second = ordered[:, -2:-1] if jnp.shape(rewards)[1] > 1 else ordered
     best = rewards >= ordered[:, -1:]
     gap = group_relative(rewards, mean=lambda rewards: _alike(clean(second, second > -jnp.inf), rewards), std=std, eps=eps)

@@ -3,6 +3,7 @@
 from rlhf.rollouts import samplers as samplers
 from rlhf.rollouts import text as text
 from rlhf.rollouts.generate import generate as generate
+from rlhf.rollouts.generate import generate_many as generate_many
 from rlhf.rollouts.samplers import greedy as greedy
 from rlhf.rollouts.samplers import min_p as min_p
 from rlhf.rollouts.samplers import sampler as sampler
@@ -12,6 +13,7 @@ from rlhf.rollouts.score import Scored as Scored
 from rlhf.rollouts.score import classify as classify
 from rlhf.rollouts.score import score as score
 from rlhf.rollouts.score import token_logprobs as token_logprobs
+from rlhf.rollouts.stopping import stop_strings as stop_strings
 from rlhf.rollouts.types import Batch as Batch
 from rlhf.rollouts.types import Pairs as Pairs
 from rlhf.rollouts.types import Prompts as Prompts

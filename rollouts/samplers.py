@@ -1,17 +1,21 @@
 """Samplers: a temperature and a composition of logit transforms.
 
-A transform is a function `logits [..., V] -> logits [..., V]`, minus infinity where a token may not be sampled.  The ones here
-are `jax.tree_util.Partial`s of module functions, so that their settings are arrays: changing one compiles nothing.
+A transform is a function `(logits [B, V], step) -> logits [B, V]`, minus infinity where a token may not be sampled; `step` says
+what has been sampled so far, and from which hidden states the logits were made.  The ones here are `jax.tree_util.Partial`s of
+module functions, so that their settings are arrays: changing one compiles nothing.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 Array = jax.Array
+BLOCK = 64  # tokens whose probabilities are summed at a time when one is drawn
 
 
 class Sampler(NamedTuple):
@@ -21,10 +25,26 @@ class Sampler(NamedTuple):
     transforms: tuple[Callable, ...] = ()  # applied in order, after the temperature
 
 
+class Step(NamedTuple):
+    """What a transform may look at beside the logits of the next token."""
+
+    tokens: Array  # [B, T] int32, prompts and what was sampled so far
+    here: Array  # [B, T] bool, which of them are there yet, and no padding
+    sampled: Array  # [B, T] bool, which of those were sampled
+    column: Array  # [B] int32, where the next token will stand
+    new: Array  # [B] int32, tokens sampled so far
+    hidden: Array  # [B, D], what the logits were made from
+    temperature: Array  # [], that the logits were divided by
+
+
 def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
     """`transforms` in order, of logits divided by `temperature`.
 
-    Raises: ValueError where the temperature is not above 0 (for the likeliest token use `greedy()`).
+    A transform of your own is any function `(logits [B, V], step) -> logits [B, V]`: ILQL's shift by β (Q - V) is
+    `lambda logits, step: logits + beta * (q.apply(q_params, step.hidden) - v.apply(v_params, step.hidden)[:, None])`.
+
+    Raises: ValueError where the temperature is not above 0 (for the likeliest token use `greedy()`); TypeError where a
+      transform does not take logits and step.
 
     >>> s = sampler(top_k(2), temperature=0.5)
     >>> apply(s, jnp.array([0., 1., 2.]))[1].tolist()
@@ -32,6 +52,11 @@ def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
     """
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be above 0, but is {temperature}; for the likeliest token use greedy()")
+    for transform in transforms:
+        try:
+            inspect.signature(transform).bind(None, None)
+        except TypeError as error:
+            raise TypeError(f"a transform takes (logits, step), but {transform} does not: {error}") from None
     return Sampler(temperature, tuple(t if isinstance(t, Partial) else Partial(t) for t in transforms))
 
 
@@ -44,12 +69,12 @@ def greedy() -> Sampler:
     return Sampler(1.0, (Partial(_only_first_best),))
 
 
-def apply(sampler: Sampler, logits: Array) -> tuple[Array, Array]:
-    """Logits after the temperature, and after the transforms too.  `[..., V]` -> two of `[..., V]`."""
+def apply(sampler: Sampler, logits: Array, step: Step | None = None) -> tuple[Array, Array]:
+    """Logits after the temperature, and after the transforms too.  `[B, V]` -> two of `[B, V]`."""
     tempered = logits / jnp.asarray(sampler.temperature, logits.dtype)
     filtered = tempered
     for transform in sampler.transforms:
-        filtered = transform(filtered)
+        filtered = transform(filtered, step)
         if filtered.shape != logits.shape:
             raise ValueError(f"a logit transform must keep the shape {list(logits.shape)}, but returned {list(filtered.shape)}")
     return tempered, filtered
@@ -63,9 +88,24 @@ def draw(keys: Array, logits: Array) -> Array:
 
     Returns: `[B]` int32; never a token of probability 0.
     """
-    u = jax.vmap(lambda key: jax.random.uniform(key, (), logits.dtype))(keys)[:, None]
-    cumulative = jnp.cumsum(jnp.exp(logits - logits.max(-1, keepdims=True)), axis=-1)
-    return jnp.sum(cumulative <= u * cumulative[:, -1:], axis=-1, dtype=jnp.int32)
+    batch, vocabulary = logits.shape
+    u = jax.vmap(lambda key: jax.random.uniform(key, (), logits.dtype))(keys)
+    size = BLOCK if vocabulary > BLOCK else vocabulary
+    padded = jnp.pad(logits, ((0, 0), (0, -vocabulary % size)), constant_values=-jnp.inf)
+    blocks = jnp.exp(padded - logits.max(-1, keepdims=True)).reshape(batch, -1, size)
+    sums = blocks.sum(-1)  # first a block of tokens is drawn, then a token of it: a running sum of all would cost more
+    block, rest = _invert(sums, u * sums.sum(-1))
+    token, _ = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], rest)
+    return block * size + token
+
+
+def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
+    """The first index at which the running sum of weights `[B, N]` passes the target `[B]`, and what is left of the target."""
+    upto = jnp.cumsum(weights, axis=-1)
+    last = jnp.sum(upto < upto[:, -1:], axis=-1, dtype=jnp.int32)  # the last weight above 0, where rounding leads beyond it
+    index = jnp.minimum(jnp.sum(upto <= target[:, None], axis=-1, dtype=jnp.int32), last)
+    before = jnp.take_along_axis(upto - weights, index[:, None], axis=-1)[:, 0]
+    return index, jnp.maximum(target - before, 0)  # below 0 it would choose a first weight of 0
 
 
 def top_k(k) -> Partial:
@@ -122,13 +162,85 @@ def min_p(p) -> Partial:
     return Partial(_min_p, p=p)
 
 
-def _top_k(logits, *, k):
+def repetition_penalty(penalty) -> Partial:
+    """`l / penalty` where l > 0, else `l penalty`, for tokens of the prompt and the completion  (CTRL, arXiv:1909.05858).
+
+    Args:
+      penalty: above 1 to discourage; 1 changes nothing.
+
+    Returns: a transform of logits `[B, V]`.
+
+    Raises: ValueError where the penalty is not above 0.
+    """
+    if isinstance(penalty, int | float) and not penalty > 0:
+        raise ValueError(f"the repetition penalty divides logits and must be above 0, but is {penalty}; 1 changes nothing")
+    return Partial(_repetition_penalty, penalty=penalty)
+
+
+def presence_penalty(penalty) -> Partial:
+    """`l - penalty / temperature` for tokens that were sampled before, once each: the logits lose `penalty`, as vLLM has it.
+
+    Args:
+      penalty: in units of logits; below 0 to encourage.
+
+    Returns: a transform of logits `[B, V]`.
+    """
+    return Partial(_count_penalty, penalty=penalty, most=1)
+
+
+def frequency_penalty(penalty) -> Partial:
+    """`l - n penalty / temperature` for tokens that were sampled n times before: as `presence_penalty`, for each time."""
+    return Partial(_count_penalty, penalty=penalty, most=jnp.iinfo(jnp.int32).max)
+
+
+def banned(words: Sequence[Sequence[int]]) -> Partial:
+    """No word is completed: its last token gets minus infinity where the tokens before it stand there already.
+
+    Args:
+      words: token sequences; `[[7]]` bans token 7.
+
+    Returns: a transform of logits `[B, V]`.
+
+    Raises: ValueError where a word is empty, or there is none.
+    """
+    if not words or not all(len(word) for word in words):
+        raise ValueError(f"banned words have at least one token, for example [[7], [3, 4]], but got {list(map(list, words))}")
+    longest = max(map(len, words))
+    padded = np.full((len(words), longest), -1, np.int32)  # on the left: anything may stand there
+    for row, word in zip(padded, words, strict=True):
+        row[longest - len(word) :] = word
+    return Partial(_banned, words=jnp.asarray(padded))
+
+
+def allowed(tokens) -> Partial:
+    """Only these tokens.
+
+    Args:
+      tokens: `[N]` int32 ids, or a mask `[V]` or `[B, V]` bool.
+
+    Returns: a transform of logits `[B, V]`.
+    """
+    return Partial(_allowed, tokens=jnp.asarray(tokens))
+
+
+def min_new_tokens(n, eos_ids: Sequence[int]) -> Partial:
+    """No end token before `n` tokens were sampled.
+
+    Args:
+      n: tokens, a number or a `[]` int32 array.  eos_ids: as `generate` has them.
+
+    Returns: a transform of logits `[B, V]`.
+    """
+    return Partial(_min_new_tokens, n=n, eos_ids=jnp.asarray(eos_ids, jnp.int32))
+
+
+def _top_k(logits, step=None, *, k):
     ascending = jnp.sort(logits, axis=-1)
     index = jnp.maximum(logits.shape[-1] - k, 0)
     return _keep(logits, logits >= jax.lax.dynamic_index_in_dim(ascending, index, axis=-1))
 
 
-def _top_p(logits, *, p):
+def _top_p(logits, step=None, *, p):
     descending = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # the mass of likelier tokens; the likeliest always stays
@@ -136,12 +248,50 @@ def _top_p(logits, *, p):
     return _keep(logits, logits >= least)
 
 
-def _min_p(logits, *, p):
+def _min_p(logits, step=None, *, p):
     return _keep(logits, logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p, logits.dtype)))
 
 
-def _only_first_best(logits):
+def _only_first_best(logits, step=None):
     return _keep(logits, jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool))
+
+
+def _repetition_penalty(logits, step, *, penalty):
+    there = _times(logits, step.tokens, step.here) > 0
+    return jnp.where(there, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _count_penalty(logits, step, *, penalty, most):
+    times = jnp.minimum(_times(logits, step.tokens, step.sampled), most)
+    return logits - (times * penalty / step.temperature).astype(logits.dtype)
+
+
+def _times(logits, tokens, where):
+    """How often each token of the vocabulary stands in a row, `[B, V]` int32."""
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros(logits.shape, jnp.int32).at[rows, tokens].add(where.astype(jnp.int32))
+
+
+def _banned(logits, step, *, words):
+    before = step.column[:, None] - jnp.arange(words.shape[1] - 1, 0, -1)[None, :]  # [B, n - 1] columns
+    at = jnp.maximum(before, 0)
+    last = jnp.take_along_axis(step.tokens, at, axis=1)
+    here = jnp.take_along_axis(step.here, at, axis=1) & (before >= 0)
+    same = here[:, None] & (last[:, None] == words[None, :, :-1])
+    completes = (same | (words[None, :, :-1] < 0)).all(-1)  # [B, W]
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, words[None, :, -1]].min(jnp.where(completes, -jnp.inf, jnp.inf).astype(logits.dtype))
+
+
+def _allowed(logits, step=None, *, tokens):
+    if tokens.dtype == jnp.bool_:
+        return _keep(logits, jnp.broadcast_to(tokens, logits.shape))
+    return _keep(logits, jnp.zeros(logits.shape, bool).at[:, tokens].set(True))
+
+
+def _min_new_tokens(logits, step, *, n, eos_ids):
+    early = logits.at[:, eos_ids].set(-jnp.inf)
+    return jnp.where((step.new < n)[:, None], early, logits)
 
 
 def _keep(logits, where):

@@ -206,7 +206,15 @@ def test_refusals_name_both_sides(sample, lm, params):
         with pytest.raises(ValueError, match=f"{wrong}"):
             make(wrong)
     with pytest.raises(ValueError, match=r"keep the shape \[3, 16\], but returned \[3\]"):
-        sample(num_samples=1, sampler=rollouts.sampler(lambda logits: logits.max(-1)))
+        sample(num_samples=1, sampler=rollouts.sampler(lambda logits, step: logits.max(-1)))
+    with pytest.raises(TypeError, match=r"a transform takes \(logits, step\), but .* does not: too many"):
+        rollouts.sampler(lambda logits: logits)
+    with pytest.raises(ValueError, match=r"eos_ids \[16\] but the model's vocabulary has 16 tokens"):
+        sample(eos_ids=(2, 16))
+    with pytest.raises(ValueError, match=r"prompts \[1\] have no tokens"):
+        sample(prompts=rollouts.Prompts(np.ones((2, 1), np.int32), np.array([[True], [False]])))
+    with pytest.raises(ValueError, match=r"key \[2\] but prompts.tokens \[3, 3\]; one key, or one a prompt"):
+        sample(key=jax.random.split(KEY, 2))
     with pytest.raises(ValueError, match="prompt 1 has 5 tokens but length is 3"):
         rollouts.text.encode(tokenizer, ["the film", "honestly , the plot"], length=3)
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):

@@ -106,6 +106,14 @@ def test_group_relative():
     assert not run(losses.group_relative, rewards[:, :1]).any()
 
 
+def test_siblings_that_are_alike_have_no_spread_at_all():
+    """Not even the rounding of a difference, by which a reward would be divided."""
+    rewards = np.full((2, 6), 3.9120001792907715, np.float32)
+    rewards[0, 5], rewards[1] = 28.412429809570312, [0.3147003650665283] * 5 + [-16.07008171081543]
+    spread = np.asarray(jax.jit(losses.groups.leave_one_out_std)(rewards))
+    assert (spread == 0).tolist() == [[False] * 5 + [True]] * 2
+
+
 def test_group_relative_of_two_is_leave_one_out_in_standard_deviations():
     rewards = RNG.normal(size=(5, 2))
     leave_one_out = rewards - rewards[:, ::-1]

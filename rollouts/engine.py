@@ -1,0 +1,340 @@
+"""Engines outside: completions of a server that speaks OpenAI's protocol (vLLM, SGLang, `rollouts.server`), as a `Rollout`.
+
+    engine = openai_engine("http://localhost:8000", "Qwen/Qwen2.5-0.5B")
+    rollout = generate_remote(engine, prompts, key, max_new_tokens=256, num_samples=8, eos_ids=(tokenizer.eos_token_id,))
+    rollout = rescored(lm, params, rollout)
+    ratio = losses.importance.weights(rollout.logprobs, rollout.sampling_logprobs, rollout.mask)
+
+Tokens travel as ids in both directions and text is never tokenised again: what was sampled is what is trained on.
+"""
+
+import contextlib
+import json
+import math
+import random
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf.lm import LM, Params
+from rlhf.rollouts.score import token_logprobs
+from rlhf.rollouts.types import Array, Prompts, Rollout
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, which double, and before any
+
+
+class Engine(NamedTuple):
+    """A server, and how it is asked."""
+
+    url: str
+    model: str  # who answers: the name of a base model or of an adapter
+    send: Callable[[str, dict], str]  # (path, JSON) -> the answer's text; RuntimeError when it has failed for good
+    concurrency: int  # requests under way at a time
+
+
+class Failure(NamedTuple):
+    """A row that no attempt has filled."""
+
+    row: int
+    error: str
+
+
+class _Completion(NamedTuple):
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def openai_engine(
+    url: str, model: str, *, api_key: str | None = None, timeout: float = 600.0, retries: int = 3, concurrency: int = 64
+) -> Engine:
+    """A server that speaks OpenAI's protocol.  Nothing is sent yet.
+
+    A lost connection, a timeout, 429 and 5xx are tried again after 0.5 s, 1 s, 2 s, … up to 30 s, each times a random number in
+    [0.5, 1.5], so that a thousand rows do not come back at once.  Other refusals are final.
+
+    Args:
+      url: of the server, with or without `/v1`.
+      model: as the server names it.
+      api_key: sent as a bearer token.
+      timeout: seconds that a request waits for its answer, which comes when the last token is sampled.
+      retries: attempts after the first.
+      concurrency: requests under way at a time.
+
+    Raises: ValueError where the url is none of HTTP, or a number is out of range.
+
+    >>> openai_engine("http://localhost:8000/v1/", "policy").url
+    'http://localhost:8000'
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url must start with http:// or https://, but is {url!r}")
+    if timeout <= 0 or retries < 0 or concurrency < 1:
+        raise ValueError(f"timeout > 0, retries >= 0, concurrency >= 1, but they are {timeout}, {retries}, {concurrency}")
+    url = url.rstrip("/").removesuffix("/v1")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+
+    def send(path: str, body: dict) -> str:
+        request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
+        for attempt in range(1, retries + 2):
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as answer:
+                    return answer.read().decode(errors="replace")
+            except urllib.error.HTTPError as error:
+                problem, final = f"{error.code} {_message(error)}", error.code != 429 and error.code < 500
+            except (OSError, HTTPException) as error:
+                problem, final = f"{type(error).__name__} {error}", False
+            if final or attempt > retries:
+                break
+            time.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+        raise RuntimeError(f"{url}{path} failed after {attempt} attempt{'s' * (attempt > 1)}: {problem}")
+
+    return Engine(url, model, send, concurrency)
+
+
+def warn(failures: list[Failure]) -> None:
+    """One RuntimeWarning for all rows that failed."""
+    rows = ", ".join(str(failure.row) for failure in failures)
+    first = f"row {failures[0].row}: {failures[0].error}"
+    warnings.warn(f"rows {rows} failed and come back empty; {first}", RuntimeWarning, stacklevel=3)
+
+
+def generate_remote(
+    engine: Engine,
+    prompts: Prompts,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    eos_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+    report: Callable[[list[Failure]], Any] = warn,
+) -> Rollout:
+    """`rollouts.generate` by a server: samples `num_samples` completions of every prompt, a request for each.
+
+    `sampling_logprobs` are the engine's, as it returns them.  vLLM's are of softmax(logits), without temperature and filters
+    (`raw_logprobs`); started with `--logprobs-mode processed_logprobs` they are of the distribution that was sampled from, as
+    importance weights need them.  SGLang's have the temperature and not the filters; those of `rollouts.server` have both.
+
+    `logprobs` copy them: what a `Rollout` promises, of softmax(logits / temperature), at temperature 1 without filters.
+    Otherwise, and because an engine rounds in its own way, `rescored` puts the trainer's in their place.
+
+    Every setting is sent, so that a server's own defaults (vLLM takes them from generation_config.json) change nothing.
+
+    Args:
+      engine: from `openai_engine`.
+      prompts: `[P, L]`, padded anywhere; without `inputs`.
+      key: consumed.  A row's seed comes from it and the row's number: a rerun asks for the same.
+      max_new_tokens: the most tokens sampled a row; the end token counts.
+      temperature: 0 takes the likeliest token; the rollout's temperature is then 1, as `greedy()` has it.
+      top_p, top_k, min_p: as the transforms of these names; the defaults filter nothing.
+      eos_ids: tokens that end a row, beside those that the server ends it by; empty: none, not even the server's.
+      pad_id: what stands in `tokens` outside prompt and completion.
+      report: called once with the rows that failed for good, if there are any.  They come back without a sampled token, `mask`
+        and `finished` False.  `failures.extend` keeps them in a list.
+
+    Returns: a `Rollout` of `B = P * num_samples` rows and `T = L + max_new_tokens` columns, as `generate` does.
+
+    Raises: ValueError on wrong shapes or settings, TypeError on a mask that is not bool; RuntimeError where all rows failed, as
+      they do when the server returns no token ids.
+
+    >>> answer = '{"choices": [{"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}]}'
+    >>> engine = openai_engine("http://localhost:8000", "policy")._replace(send=lambda path, body: answer)
+    >>> prompts = Prompts(jnp.array([[5, 6]]), jnp.array([[True, True]]))
+    >>> rollout = generate_remote(engine, prompts, jax.random.key(0), max_new_tokens=3, eos_ids=(2,))
+    >>> rollout.tokens.tolist(), rollout.logprobs.tolist()
+    ([[5, 6, 7, 2, 0]], [[0.0, 0.0, -0.5, -0.25, 0.0]])
+    """
+    _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, eos_ids)
+    rows = [row for row in _rows(prompts) for _ in range(num_samples)]
+    seeds = jax.random.randint(key, (len(rows),), 0, 2**31 - 1).tolist()
+    settings = {
+        "model": engine.model,
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": -1 if top_k is None else top_k,
+        "min_p": min_p,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": [int(token) for token in eos_ids],
+        "ignore_eos": not eos_ids,  # SGLang ignores stop_token_ids too when it is True
+        "logprobs": 1,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # the same by another way, for servers that lack the first
+    }
+
+    def complete(row: int) -> _Completion | Failure:
+        try:
+            answer = engine.send("/v1/completions", {**settings, "prompt": [rows[row]], "seed": seeds[row]})
+            return _completion(answer, rows[row], max_new_tokens)
+        except RuntimeError as error:
+            return Failure(row, str(error))
+
+    pool = ThreadPoolExecutor(engine.concurrency)
+    try:
+        outcomes = list(pool.map(complete, range(len(rows))))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for nobody
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if len(failures) == len(rows):
+        raise RuntimeError(f"all {len(rows)} rows failed; row 0: {failures[0].error}")
+    if failures:
+        report(failures)
+    return _rollout(rows, outcomes, prompts.tokens.shape[1], max_new_tokens, temperature or 1.0, pad_id)
+
+
+def rescored(lm: LM, params: Params, rollout: Rollout, *, chunk_size: int = 128) -> Rollout:
+    """The rollout with `logprobs` by this model: `importance.weights(logprobs, sampling_logprobs, mask)` then corrects for what
+    the engine does otherwise.
+
+    Args:
+      lm, params: the policy as the trainer has it.
+      rollout: `[B, T]`.
+      chunk_size: columns whose logits exist at a time.
+
+    Returns: a `Rollout`; `logprobs` are of softmax(logits / temperature), 0 outside the mask.
+    """
+    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, inputs=rollout.inputs, chunk_size=chunk_size)
+    scored = token_logprobs(lm, params, rollout.tokens, temperature=rollout.temperature, **where)
+    return rollout._replace(logprobs=jnp.where(rollout.mask, scored, 0.0))
+
+
+def load_lora_adapter(engine: Engine, folder, *, name: str | None = None) -> Engine:
+    """Hands an adapter to vLLM, and waits until it is there: `POST /v1/load_lora_adapter`.
+
+    vLLM must have been started with `--enable-lora`, a large enough `--max-lora-rank`, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
+
+    Args:
+      engine: from `openai_engine`.
+      folder: that `rlhf.peft_files.save` wrote, where the server sees it too.
+      name: of the adapter on the server, whose weights are replaced if it has one of that name.  vLLM's prefix cache goes by
+        names and would serve old weights' keys and values (its issue 42125): start it with `--no-enable-prefix-caching`.  None:
+        the folder's path, a new name for new weights.
+
+    Returns: the engine that asks for the adapter; the one given still asks for what it did.
+
+    Raises: RuntimeError with the server's message.
+
+    >>> engine = openai_engine("http://localhost:8000", "base")._replace(send=lambda path, body: "")
+    >>> load_lora_adapter(engine, "/runs/step-40").model
+    '/runs/step-40'
+    """
+    path = str(Path(folder).absolute())
+    body = {"lora_name": name or path, "lora_path": path, "load_inplace": name is not None}
+    engine.send("/v1/load_lora_adapter", body)
+    return engine._replace(model=name or path)
+
+
+def update_weights_from_disk(engine: Engine, folder) -> None:
+    """Hands a whole model to SGLang, and waits until it is there: `POST /update_weights_from_disk`.
+
+    Args:
+      engine: from `openai_engine`; it asks for the new weights from now on.
+      folder: that `rlhf.save` wrote, where the server sees it too.
+
+    Raises: RuntimeError with the server's message.
+    """
+    engine.send("/update_weights_from_disk", {"model_path": str(Path(folder).absolute())})
+
+
+def _message(refusal: urllib.error.HTTPError) -> str:
+    """What a refusal says, in OpenAI's form, SGLang's, or none."""
+    text = str(refusal.reason)
+    with refusal, contextlib.suppress(OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError):
+        text = refusal.read().decode(errors="replace")[:2000]
+        content = json.loads(text)
+        text = content.get("error", content)["message"]
+    return text
+
+
+def _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, eos_ids) -> None:
+    if max_new_tokens < 1 or num_samples < 1:
+        raise ValueError(f"max_new_tokens and num_samples must be at least 1, but are {max_new_tokens} and {num_samples}")
+    if not (temperature >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1 and (top_k is None or top_k >= 1)):
+        raise ValueError(
+            "temperature >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, and top_k >= 1 or None, "
+            f"but they are {temperature}, {top_p}, {min_p} and {top_k}"
+        )
+    if isinstance(eos_ids, int):
+        raise TypeError(f"eos_ids must be a tuple of tokens, but is {eos_ids}; write ({eos_ids},)")
+
+
+def _rows(prompts: Prompts) -> list[list[int]]:
+    """The ids of each prompt, without padding."""
+    if prompts.inputs is not None:
+        raise ValueError("prompts.inputs cannot be sent to a server; generate_remote takes prompts of tokens alone")
+    tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
+    if tokens.ndim != 2 or tokens.shape != mask.shape:
+        raise ValueError(f"prompts.tokens {list(tokens.shape)} but prompts.mask {list(mask.shape)}; both [P, L]")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"prompts.mask must be bool, True on real tokens, but is {mask.dtype}")
+    empty = np.flatnonzero(~mask.any(1))
+    if not len(mask) or len(empty):
+        raise ValueError(f"prompt {empty[0] if len(empty) else 0} has no tokens; a model needs at least one to start from")
+    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+
+def _completion(answer: str, prompt: list[int], max_new_tokens: int) -> _Completion:
+    """Reads and checks the one choice of an answer."""
+    try:
+        choice = json.loads(answer)["choices"][0]
+        tokens, reason = _token_ids(choice), choice["finish_reason"]
+        logprobs = [float(x) for x in choice["logprobs"]["token_logprobs"]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise RuntimeError(f"the answer is no completion with log-probs: {answer[:500]}") from None
+    if (read := choice.get("prompt_token_ids")) not in (None, prompt):
+        raise RuntimeError(f"the server read the prompt as {read}, but {prompt} was sent")
+    if len(tokens) != len(logprobs) or len(tokens) > max_new_tokens or not all(map(math.isfinite, logprobs)):
+        raise RuntimeError(
+            f"{len(tokens)} tokens but {len(logprobs)} log-probs, of at most {max_new_tokens} and all finite: {answer[:500]}"
+        )
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"the server ended the row with {reason!r}, neither 'stop' nor 'length'")
+    return _Completion(tokens, logprobs, reason == "stop")
+
+
+def _token_ids(choice: dict) -> list[int]:
+    if choice.get("token_ids") is not None:
+        return choice["token_ids"]
+    names = choice["logprobs"]["tokens"]
+    if not all(name.startswith("token_id:") for name in names):
+        raise RuntimeError(
+            "the server returns text without token ids, which cannot be trained on: the same text may be other tokens; "
+            "vLLM since 0.10 and a recent SGLang return them (return_token_ids)"
+        )
+    return [int(name.removeprefix("token_id:")) for name in names]
+
+
+def _rollout(rows, outcomes, start: int, max_new_tokens: int, temperature: float, pad_id: int) -> Rollout:
+    """Prompts that end in column `start`, and what was sampled after them."""
+    shape = len(rows), start + max_new_tokens
+    tokens, mask, real = np.full(shape, pad_id, np.int32), np.zeros(shape, bool), np.zeros(shape, np.int32)
+    logprobs, finished = np.zeros(shape, np.float32), np.zeros(len(rows), bool)
+    for i, (prompt, outcome) in enumerate(zip(rows, outcomes, strict=True)):
+        done = _Completion([], [], False) if isinstance(outcome, Failure) else outcome
+        whole, sampled = slice(start - len(prompt), start + len(done.tokens)), slice(start, start + len(done.tokens))
+        tokens[i, whole], real[i, whole], mask[i, sampled] = prompt + done.tokens, 1, True
+        logprobs[i, sampled], finished[i] = done.logprobs, done.finished
+    return Rollout(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(mask),
+        positions=jnp.asarray(np.where(real, real.cumsum(1) - 1, 0).astype(np.int32)),
+        segment_ids=jnp.asarray(real),
+        logprobs=jnp.asarray(logprobs),
+        sampling_logprobs=jnp.asarray(logprobs),
+        finished=jnp.asarray(finished),
+        temperature=jnp.float32(temperature),
+    )

@@ -1,0 +1,368 @@
+"""Environments on the host: conversations of several turns between a policy and Python code, as one rollout.
+
+An environment is two functions, `reset(row) -> state` and `step(state, completion_ids, completion_text) -> Turn`; either may be
+`async def`.  Conversations are token ids from end to end: what was sampled is never decoded and encoded again.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf.lm import LM, Params
+from rlhf.rollouts.generate import generate as _generate
+from rlhf.rollouts.samplers import Sampler
+from rlhf.rollouts.types import Array, Prompts, Rollout
+
+GRACE = 1.0  # seconds that the event loop has to report what ran out of time
+
+Outcome = tuple[Any, str | None]  # a result and None, or None and what went wrong
+
+
+class Turn(NamedTuple):
+    """What an environment answers to a completion."""
+
+    state: Any  # of this conversation, for its next step; a step that fails leaves the old one in place
+    observation: str | Sequence[int] | None = None  # text or token ids that the policy reads before its next turn
+    reward: float | None = 0.0  # of this turn; None: it could not be scored
+    done: bool = False  # the conversation is over; its observation is not read
+    error: str | None = None  # what went wrong, for `Played.errors`
+
+
+class Environment(NamedTuple):
+    """What a policy talks to.  Rows run side by side: a plain function in a thread, an async one on one event loop."""
+
+    reset: Callable  # (row) -> state, for every sample of a prompt
+    step: Callable  # (state, completion_ids: list[int], completion_text: str) -> Turn
+
+
+class Played(NamedTuple):
+    """Conversations as a `Rollout`, and what the environment made of them."""
+
+    rollout: Rollout  # [B, T], observations are outside the mask; finished: the environment was done, and no limit had cut
+    rewards: Array  # [B, T] float32, each turn's on its last sampled token; NaN: could not be scored, and so is the row's sum
+    turns: Array  # [B] int32, turns that were sampled
+    states: list  # B states, the last of each conversation
+    errors: list[list[str]]  # B lists of what went wrong, and in which turn
+
+
+def play(
+    lm: LM,
+    params: Params,
+    tokenizer,
+    environment: Environment,
+    prompts: Prompts | Sequence[Sequence[int]],
+    key: Array,
+    *,
+    max_turns: int,
+    max_new_tokens: int,
+    max_tokens: int,
+    rows: Sequence | None = None,
+    num_samples: int = 1,
+    sampler: Sampler = Sampler(),
+    eos_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+    render: Callable[[str], str | Sequence[int]] = str,
+    turn_timeout: float = 60.0,
+    max_characters: int = 8_000,
+    buckets: Sequence[int] | None = None,
+    generate: Callable = _generate,
+) -> Played:
+    """Samples a turn of every conversation that goes on, asks the environment, appends its observation; and again.
+
+    One failed row never stops the others.  A step that raises, takes too long or returns no `Turn` is answered by an
+    observation that says so, and the conversation goes on from its old state; a row whose reset fails has no turn and no score.
+    A thread that hangs is left behind and does not keep the process alive; an async function must not block.
+
+    Every turn has as many rows as the first and a length out of `buckets`, so that few programs are compiled.  A row's random
+    numbers depend on its own key, the turn and the position alone.  `key` is consumed.
+
+    Args:
+      lm, params: the policy.
+      tokenizer: of `transformers`; it encodes text observations once, without special tokens of its own.
+      environment: what answers.
+      prompts: `[P, L]`, padded anywhere, or P lists of token ids (L: the longest).
+      max_turns: the most turns of a conversation.
+      max_new_tokens: the most tokens sampled a turn.  A turn that is cut there goes to the environment as it is.
+      max_tokens: columns T of the result: the prompts' L, then turns and observations.  An observation that does not fit is not
+        appended, and ends the conversation.
+      rows: P objects for `environment.reset`, such as rows of a data set; None: the prompts' texts.
+      num_samples: conversations a prompt.
+      sampler, eos_ids, pad_id: as in `generate`; a turn's end token stays in the conversation.
+      render: puts a text observation into the words of a chat template, `(text) -> text or token ids`; for ChatML
+        `lambda text: f"\\n<|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n"`.  One that returns ids can encode
+        the text itself with `split_special_tokens=True`, so that no tool can write the template's own tokens.
+      turn_timeout: seconds that a reset, or a step, has.
+      max_characters: of a text observation, before `render`; the rest is left out, and the text says so.
+      buckets: lengths that conversations are padded to on their way to `generate`, max_tokens beyond the largest; None: powers
+        of two.
+      generate: `rollouts.generate`, or an engine with its signature; what its mask holds was sampled.
+
+    Returns: `Played` of `B = P * num_samples` rows, NumPy arrays; row `p * num_samples + g` is sample g of prompt p.
+
+    Raises: ValueError on limits that are not above 0, a prompt without tokens, prompts that leave no room in `max_tokens`, and
+      unequal numbers of prompts and rows; RuntimeError where `reset` failed on every row.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> from rlhf.tasks import reviews
+    >>> step = lambda n, ids, text: Turn(n + 1, observation="the film", reward=n, done=n == 2)
+    >>> lm = transformer(TransformerConfig(200, 4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> played = play(
+    ...     lm, lm.init(jax.random.key(0)), reviews.tokenizer(), Environment(lambda row: 1, step), [[1, 5]], jax.random.key(1),
+    ...     max_turns=9, max_new_tokens=2, max_tokens=9, buckets=[8],
+    ... )
+    >>> played.rollout.mask[0].astype(int).tolist(), played.rewards[0].astype(int).tolist()
+    ([0, 0, 1, 1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 2, 0])
+    """
+    starts, inputs = _starts(prompts)
+    width = prompts.tokens.shape[1] if isinstance(prompts, Prompts) else max(map(len, starts), default=0)
+    rows = [tokenizer.decode(ids, skip_special_tokens=True) for ids in starts] if rows is None else rows
+    limits = dict(max_turns=max_turns, max_new_tokens=max_new_tokens, num_samples=num_samples, turn_timeout=turn_timeout)
+    _check(starts, rows, width, max_tokens, eos_ids, **limits)
+    each = lambda items: [item for item in items for _ in range(num_samples)]
+    inputs = inputs and {name: np.repeat(x, num_samples, axis=0) for name, x in inputs.items()}
+    played = _empty(each(starts), width, max_tokens, pad_id, sampler, inputs)
+    settings = dict(max_new_tokens=max_new_tokens, num_samples=1, sampler=sampler, eos_ids=tuple(eos_ids), pad_id=pad_id)
+    encode = partial(_encode, tokenizer, render, max_characters)
+
+    with _event_loop() as loop:
+        alive = _begin(played, _together(loop, environment.reset, [(row,) for row in each(rows)], turn_timeout))
+        for turn in range(1, max_turns + 1):
+            if not alive.any():
+                break
+            batch = _batch(played.rollout, alive, pad_id, buckets)
+            sampled = jax.device_get(generate(lm, params, batch, jax.random.fold_in(key, turn), **settings))
+            said = {b: ids for b in np.flatnonzero(alive).tolist() if (ids := _write_turn(played, b, sampled, eos_ids))}
+            steps = [(played.states[b], ids, tokenizer.decode(ids, skip_special_tokens=True)) for b, ids in said.items()]
+            alive[:] = False
+            for b, outcome in zip(said, _together(loop, environment.step, steps, turn_timeout), strict=True):
+                alive[b] = _write_reply(played, b, outcome, encode, turn, max_turns)
+    return played
+
+
+def shorten(text: str, most: int) -> str:
+    """The first `most` characters of a text, which then says how many are left out.
+
+    >>> shorten("a long story", 6)
+    'a long\\n[6 of 12 characters left out]'
+    """
+    text = text.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
+    return text if len(text) <= most else f"{text[:most]}\n[{len(text) - most} of {len(text)} characters left out]"
+
+
+async def attempt(fn: Callable, *args, timeout: float) -> Outcome:
+    """What `fn(*args)` returns, and None; or None, and what went wrong.
+
+    A plain function runs in a daemon thread of its own, an async one on the running event loop.
+
+    Args:
+      timeout: seconds; what still runs then is left behind.
+
+    >>> asyncio.run(attempt(divmod, 7, 2, timeout=1.0)), asyncio.run(attempt(divmod, 7, 0, timeout=1.0))
+    (((3, 1), None), (None, 'ZeroDivisionError: integer division or modulo by zero'))
+    """
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            value, error = await asyncio.wrap_future(_in_thread(fn, args))
+            if error is not None:
+                raise error
+            return (await value if inspect.isawaitable(value) else value), None
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a tool that calls exit() must not end the loop
+        return None, f"no answer within {timeout:g} seconds" if limit.expired() else f"{type(error).__name__}: {error}"
+
+
+def _in_thread(fn: Callable, args: tuple) -> Future:
+    """The value, or the exception, of a call in a thread that keeps no process alive."""
+    future: Future = Future()
+    future.set_running_or_notify_cancel()  # so that an answer after the time-out is no error
+
+    def work():
+        try:
+            outcome = fn(*args), None
+        except BaseException as error:
+            outcome = None, error
+        future.set_result(outcome)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One event loop for all turns, in a thread: what an environment opens in one serves it in the next."""
+    started: Future = Future()
+
+    async def serve():
+        stop = asyncio.Event()
+        started.set_result((asyncio.get_running_loop(), stop))
+        await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    loop, stop = started.result()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(GRACE)
+
+
+def _together(loop: asyncio.AbstractEventLoop, fn: Callable, calls: list[tuple], timeout: float) -> list[Outcome]:
+    """`attempt` of all calls at the same time."""
+    outcomes: list[Outcome] = [(None, f"no answer within {timeout:g} seconds")] * len(calls)
+
+    async def one(i, args):
+        outcomes[i] = await attempt(fn, *args, timeout=timeout)
+
+    async def every():
+        await asyncio.gather(*(one(i, args) for i, args in enumerate(calls)), return_exceptions=True)
+
+    with contextlib.suppress(TimeoutError):  # an async function blocks the loop: take what is there
+        asyncio.run_coroutine_threadsafe(every(), loop).result(timeout + GRACE)
+    return list(outcomes)
+
+
+def _starts(prompts: Prompts | Sequence[Sequence[int]]) -> tuple[list[list[int]], dict | None]:
+    if not isinstance(prompts, Prompts):
+        return [list(ids) for ids in prompts], None
+    tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
+    if mask.shape != tokens.shape or mask.dtype != bool:
+        raise ValueError(f"prompts.mask {mask.dtype} {list(mask.shape)} but prompts.tokens {list(tokens.shape)}; bool, [P, L]")
+    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)], prompts.inputs
+
+
+def _check(starts, rows, width, max_tokens, eos_ids, **limits) -> None:
+    for name, value in limits.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, but is {value}")
+    if isinstance(eos_ids, int):
+        raise TypeError(f"eos_ids must be a tuple of tokens, but is {eos_ids}; write ({eos_ids},)")
+    if not all(starts) or not starts:
+        raise ValueError(f"prompt {starts.index([]) if starts else 0} has no tokens; a model needs at least one to start from")
+    if len(rows) != len(starts):
+        raise ValueError(f"{len(rows)} rows but {len(starts)} prompts; environment.reset takes one row a prompt")
+    if max_tokens <= width:
+        raise ValueError(f"max_tokens {max_tokens} but prompts of {width} columns, which count too; raise it")
+
+
+def _empty(starts, width, length, pad_id, sampler, inputs) -> Played:
+    """Prompts without turns; everything else here writes into these arrays."""
+    number = len(starts)
+    zeros = lambda dtype: np.zeros((number, length), dtype)
+    rollout = Rollout(
+        zeros(np.int32) + np.int32(pad_id), zeros(bool), zeros(np.int32), zeros(np.int32), zeros(np.float32), zeros(np.float32),
+        np.zeros(number, bool), np.asarray(sampler.temperature, np.float32), inputs,
+    )  # fmt: skip
+    for b, ids in enumerate(starts):
+        _write(rollout, b, ids, width - len(ids))
+    return Played(rollout, zeros(np.float32), np.zeros(number, np.int32), [None] * number, [[] for _ in starts])
+
+
+def _write(rollout: Rollout, b: int, ids: Sequence[int], start: int) -> slice:
+    """Tokens from column `start` on, as the next ones of row b."""
+    columns, held = slice(start, start + len(ids)), (rollout.segment_ids[b] != 0).sum()
+    rollout.tokens[b, columns] = ids
+    rollout.positions[b, columns] = held + np.arange(len(ids))
+    rollout.segment_ids[b, columns] = 1
+    return columns
+
+
+def _end(rollout: Rollout, b: int) -> int:
+    """The first free column of a row."""
+    return int(np.flatnonzero(rollout.segment_ids[b])[-1]) + 1
+
+
+def _begin(played: Played, outcomes: list[Outcome]) -> np.ndarray:
+    """Takes the states of `reset`, and tells which rows have one: `[B]` bool."""
+    for b, (state, error) in enumerate(outcomes):
+        played.states[b] = state
+        if error is not None:
+            _no_score(played, b, f"reset: {error}")
+    if all(played.errors):
+        raise RuntimeError(f"environment.reset failed on all {len(outcomes)} rows; row 0: {outcomes[0][1]}")
+    return np.array([error is None for _, error in outcomes])
+
+
+def _no_score(played: Played, b: int, error: str) -> None:
+    played.errors[b].append(error)
+    played.rewards[b, _end(played.rollout, b) - 1] = np.nan  # under no mask, but in the row's sum
+
+
+def _batch(rollout: Rollout, alive: np.ndarray, pad_id: int, buckets: Sequence[int] | None) -> Prompts:
+    """The conversations so far, padded on the left; rows that are over stand in for others, so that none delays the end."""
+    rows = np.where(alive, np.arange(len(alive)), np.resize(np.flatnonzero(alive), len(alive)))
+    used = rollout.segment_ids[rows] != 0
+    longest = int(used.sum(1).max())
+    fitting = [1 << (longest - 1).bit_length()] if buckets is None else [n for n in sorted(buckets) if n >= longest]
+    length = fitting[0] if fitting else rollout.tokens.shape[1]
+    mask = np.arange(length)[None, :] >= length - used.sum(1, keepdims=True)
+    tokens = np.full(mask.shape, pad_id, np.int32)
+    tokens[mask] = rollout.tokens[rows][used]  # both row by row, as many in one as in the other
+    return Prompts(tokens, mask, rollout.inputs and {name: x[rows] for name, x in rollout.inputs.items()})
+
+
+def _write_turn(played: Played, b: int, sampled: Rollout, eos_ids: Sequence[int]) -> list[int]:
+    """Appends what was sampled, as far as it fits."""
+    rollout, start = played.rollout, _end(played.rollout, b)
+    every = np.flatnonzero(sampled.mask[b])
+    keep = every[: rollout.tokens.shape[1] - start]
+    if not keep.size:
+        _no_score(played, b, f"turn {played.turns[b] + 1}: generate returned no sampled token")
+        return []
+    columns = _write(rollout, b, sampled.tokens[b, keep], start)
+    rollout.mask[b, columns] = True
+    rollout.logprobs[b, columns] = sampled.logprobs[b, keep]
+    rollout.sampling_logprobs[b, columns] = sampled.sampling_logprobs[b, keep]
+    rollout.finished[b] = keep.size == every.size and (not eos_ids or sampled.finished[b])  # the turn was not cut
+    played.turns[b] += 1
+    return rollout.tokens[b, columns].tolist()
+
+
+def _write_reply(played: Played, b: int, outcome: Outcome, encode: Callable, turn: int, max_turns: int) -> bool:
+    """Takes what a step returned, and tells whether the conversation goes on."""
+    rollout, end = played.rollout, _end(played.rollout, b)
+    reply, observed = _reply(outcome, played.states[b], encode)
+    played.states[b] = reply.state
+    played.rewards[b, end - 1] = reply.reward
+    if reply.error is not None:
+        played.errors[b].append(f"turn {turn}: {reply.error}")
+    rollout.finished[b] &= reply.done
+    goes_on = not reply.done and turn < max_turns and end + len(observed) < rollout.tokens.shape[1]
+    if goes_on:
+        _write(rollout, b, observed, end)
+    return goes_on
+
+
+def _reply(outcome: Outcome, state: Any, encode: Callable) -> tuple[Turn, list[int]]:
+    """The turn of a step with its observation's tokens; where anything failed, with an observation that says so."""
+    turn, error = outcome
+    if error is None:
+        try:
+            if not isinstance(turn, Turn):
+                raise TypeError(f"environment.step must return a Turn, but returned {type(turn).__name__}")
+            turn = turn._replace(reward=np.nan if turn.reward is None else float(turn.reward), done=bool(turn.done))
+            return turn, [] if turn.done else encode(turn.observation)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+    return Turn(state, error=error), encode(f"error: {error}")
+
+
+def _encode(tokenizer, render: Callable, most: int, observation: str | Sequence[int] | None) -> list[int]:
+    if isinstance(observation, str):
+        observation = render(shorten(observation, most))
+    if isinstance(observation, str):
+        return tokenizer.encode(observation, add_special_tokens=False)
+    ids = [operator.index(token) for token in observation or ()]
+    wrong = [token for token in ids if not 0 <= token < len(tokenizer)]
+    if wrong:
+        raise ValueError(f"observation has token {wrong[0]}, but the tokenizer has {len(tokenizer)} tokens")
+    return ids

@@ -1,0 +1,282 @@
+"""A catalogue of reward functions, for `rewards.score_texts` and `rewards.combine`; the last ones ask a reward model.
+
+`solution` is a column of texts, whose final answer counts (`answers.final`); a row without one is not scorable.
+`completion_ids` (the sampled tokens of each row) and `finished` are those of `rewards.token_columns`.
+"""
+
+import inspect
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from rlhf.lm import LM, Bound, Head
+from rlhf.rollouts import answers
+from rlhf.rollouts.rewards import RewardFunction
+from rlhf.rollouts.score import classify
+from rlhf.rollouts.types import Array, Rollout, whole_rows
+
+
+def exact_accuracy(prompts, completions, *, solution, **columns) -> list[float | None]:
+    """`1[answer = solution]`, as texts, but for case, spacing, quotes and a full stop.
+
+    >>> exact_accuracy(["Capital of France?"] * 2, ["#### paris.", "Lyon"], solution=["Paris", "Paris"])
+    [1.0, 0.0]
+    """
+    pairs = zip(map(answers.normalised, completions), (answers.normalised(s or "") for s in solution), strict=True)
+    return [float(answer == true) if true else None for answer, true in pairs]
+
+
+def numeric_accuracy(prompts, completions, *, solution, tolerance: float = 0.0, **columns) -> list[float | None]:
+    """`1[|answer - solution| ≤ tolerance · max(|answer|, |solution|)]` of exact numbers, as `answers.number` reads them.
+
+    A completion without a number gets 0.  For another tolerance: `functools.partial(numeric_accuracy, tolerance=1e-3)`.
+
+    >>> numeric_accuracy([""] * 3, ["so $18.00", "about 17", "?"], solution=["9 * 2 = 18 #### 18"] * 2 + ["none"])
+    [1.0, 0.0, None]
+    """
+
+    def one(completion, true):
+        answer, true = answers.number(completion), answers.number(true or "")
+        return None if true is None else float(answer is not None and answers.same(answer, true, tolerance=tolerance))
+
+    return [one(*row) for row in zip(completions, solution, strict=True)]
+
+
+def math_accuracy() -> RewardFunction:
+    """`1[answer ≡ solution]` of mathematical expressions, parsed and compared by `math-verify`.
+
+    Returns: a reward function; None where the solution cannot be parsed.
+
+    Raises: ImportError where `math-verify` is not installed.
+    """
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ImportError("math_accuracy needs `pip install math-verify`; numeric_accuracy compares numbers without") from error
+    parse = partial(math_verify.parse, parsing_timeout=None)  # its time limits rest on signals, which threads do not get
+
+    def accuracy(prompts, completions, *, solution, **columns):
+        def one(completion, true):
+            gold = parse(f"\\boxed{{{answers.final(true or '')}}}")
+            return float(math_verify.verify(gold, parse(completion), timeout_seconds=None)) if gold else None
+
+        return [one(*row) for row in zip(completions, solution, strict=True)]
+
+    return accuracy
+
+
+def reasoning_accuracy(accuracy: RewardFunction = numeric_accuracy, *, delimiter: str = "</think>") -> RewardFunction:
+    """`accuracy` of what follows the last `delimiter` alone; 0 where the reasoning does not end.
+
+    Args:
+      accuracy: the reward function of the answer.
+      delimiter: what ends the reasoning.
+
+    >>> completions = ["<think>9 * 2</think>18", "<think>it is 18"]
+    >>> reasoning_accuracy()([""] * 2, completions, solution=["18", "18"])
+    [1.0, 0.0]
+    """
+
+    def after_reasoning(prompts, completions, **columns):
+        ended = [delimiter in c for c in completions]
+        scores = accuracy(
+            prompts, [c.rpartition(delimiter)[2] if e else "" for c, e in zip(completions, ended, strict=True)], **columns
+        )
+        return _then(scores, lambda scores: [s if e or s is None else 0.0 for s, e in zip(scores, ended, strict=True)])
+
+    return after_reasoning
+
+
+def think_format(prompts, completions, **columns) -> list[float]:
+    """1 where a completion starts with `<think>…</think>` and holds no other such tag, else 0.
+
+    >>> think_format([""] * 3, ["<think>so</think>18", "18", "<think>a</think><think>b</think>18"])
+    [1.0, 0.0, 0.0]
+    """
+    once = lambda c: c.startswith("<think>") and c.count("<think>") == c.count("</think>") == 1
+    return [float(once(c)) for c in completions]
+
+
+def regex_format(pattern: str) -> RewardFunction:
+    """1 where a whole completion matches a regular expression, in which a dot matches line ends too, else 0.
+
+    Raises: re.error on a malformed pattern.
+
+    >>> regex_format(r".*#### -?\\d+")([""] * 2, ["6 * 3\\n#### 18", "18"])
+    [1.0, 0.0]
+    """
+    compiled = re.compile(pattern, re.DOTALL)
+    return lambda prompts, completions, **columns: [float(compiled.fullmatch(c) is not None) for c in completions]
+
+
+def cosine_scaled(
+    correctness: RewardFunction,
+    max_length: int,
+    *,
+    correct: tuple[float, float] = (1.0, 0.5),
+    wrong: tuple[float, float] = (-1.0, -0.5),
+) -> RewardFunction:
+    """`end + (start - end) (1 + cos(π · min(length / max_length, 1))) / 2`: correct ones the better the shorter, wrong ones
+    the better the longer  (arXiv:2502.03373).
+
+    Args:
+      correctness: a reward function; at least 0.5 is correct, None stays None.
+      max_length: tokens.
+      correct, wrong: `(start, end)`, the rewards at lengths 0 and `max_length`.
+
+    Returns: a reward function, which reads `completion_ids`.
+
+    Raises: ValueError where `max_length` is below 1.
+
+    >>> reward = cosine_scaled(numeric_accuracy, 4)
+    >>> reward([""] * 3, ["7", "7", "8"], solution=["7"] * 3, completion_ids=[[], [1] * 4, [1] * 2])
+    [1.0, 0.5, -0.75]
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1 token, but is {max_length}")
+
+    def one(score, ids):
+        if score is None:
+            return None
+        start, end = correct if score >= 0.5 else wrong
+        return end + (start - end) * (1 + math.cos(math.pi * min(len(ids) / max_length, 1))) / 2
+
+    def scaled(prompts, completions, *, completion_ids, **columns):
+        scores = correctness(prompts, completions, completion_ids=completion_ids, **columns)
+        return _then(scores, lambda scores: [one(*row) for row in zip(scores, completion_ids, strict=True)])
+
+    return scaled
+
+
+def soft_overlong(max_length: int, cache: int) -> RewardFunction:
+    """0 up to `max_length - cache` tokens, from there down to -1 at `max_length`, -1 beyond  (DAPO, arXiv:2503.14476).
+
+    Returns: a reward function, which reads `completion_ids`.
+
+    Raises: ValueError where `cache` is outside [1, max_length].
+
+    >>> soft_overlong(10, 4)([""] * 4, [""] * 4, completion_ids=[[0] * n for n in (6, 7, 10, 11)])
+    [0.0, -0.25, -1.0, -1.0]
+    """
+    if not 1 <= cache <= max_length:
+        raise ValueError(f"cache must be at least 1 and at most max_length = {max_length} tokens, but is {cache}")
+    penalty = lambda length: max(min((max_length - cache - length) / cache, 0.0), -1.0)
+    return lambda prompts, completions, *, completion_ids, **columns: [penalty(len(ids)) for ids in completion_ids]
+
+
+def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> RewardFunction:
+    """`max_penalty · (1 - distinct n-grams / n-grams)` of the sampled tokens  (arXiv:2502.03373).
+
+    Args:
+      ngram: tokens.
+      max_penalty: the reward of endless repetition, at most 0.
+
+    Returns: a reward function, which reads `completion_ids`; 0 where a completion is shorter than an n-gram.
+
+    Raises: ValueError where `ngram` is below 1 or `max_penalty` above 0.
+
+    >>> repetition_penalty(ngram=2)([""] * 2, [""] * 2, completion_ids=[[1, 2, 1, 2, 1], [7]])
+    [-0.5, 0.0]
+    """
+    if ngram < 1 or max_penalty > 0:
+        raise ValueError(f"ngram must be at least 1 and max_penalty at most 0, but they are {ngram} and {max_penalty}")
+
+    def one(ids):
+        grams = list(zip(*(ids[i:] for i in range(ngram)), strict=False))
+        return max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
+
+    return lambda prompts, completions, *, completion_ids, **columns: [one(ids) for ids in completion_ids]
+
+
+def length(prompts, completions, *, completion_ids, **columns) -> list[float]:
+    """The number of sampled tokens.
+
+    >>> length([""], [""], completion_ids=[[5, 6]])
+    [2.0]
+    """
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def missing_end(penalty: float = -1.0) -> RewardFunction:
+    """`penalty` where a completion was cut before its end token, else 0  (arXiv:2403.17031).
+
+    Returns: a reward function, which reads `finished`.
+
+    >>> missing_end(-2.0)([""] * 2, [""] * 2, finished=[True, False])
+    [0.0, -2.0]
+    """
+    return lambda prompts, completions, *, finished, **columns: [0.0 if done else penalty for done in finished]
+
+
+def model_reward(lm: LM, head: Head, params) -> Partial:
+    """What a reward model says of a rollout: `Rollout -> [B]` float32, on the device; the model must share its tokens.
+
+    Args:
+      lm, head: a trunk and a head of one number.
+      params: `{"lm": …, "head": …}`.
+
+    Returns: a `jax.tree_util.Partial`, whose leaves are `params`: it can be an argument of a jitted function.  No gradient.
+
+    Raises: ValueError where the head gives more than one number a row; where called.
+    """
+    return Partial(Bound(_of_rollout, (lm, head)), params)
+
+
+def model_text_reward(lm: LM, head: Head, params, tokenizer, *, max_length: int) -> RewardFunction:
+    """What a reward model with a tokenizer of its own says of `prompt + completion`, for rollouts in other tokens.
+
+    Args:
+      lm, head: a trunk and a head of one number.
+      params: `{"lm": …, "head": …}`.
+      tokenizer: the reward model's, of `transformers`.
+      max_length: columns of the batch, in its tokens; a longer text is not scorable.
+
+    Returns: a reward function.
+
+    Raises: ValueError where the head gives more than one number a row; where called.
+    """
+
+    def reward(prompts, completions, **columns):
+        texts = [tokenizer.encode(p + c) for p, c in zip(prompts, completions, strict=True)]
+        fits = [0 < len(text) <= max_length for text in texts]
+        tokens, real = np.zeros((2, len(texts), max_length), np.int32)
+        real[:, 0] = 1  # a row that is left out is one token of padding
+        for row, text in enumerate(texts):
+            if fits[row]:
+                tokens[row, : len(text)], real[row, : len(text)] = text, 1
+        batch = whole_rows(tokens, real.astype(bool))
+        scores = np.asarray(_classify(lm, head, params, batch.tokens, batch.positions, batch.segment_ids, None))
+        return [float(s) if fit else None for s, fit in zip(scores, fits, strict=True)]
+
+    return reward
+
+
+def _of_rollout(lm, head, params, rollout: Rollout) -> Array:
+    return _classify(lm, head, params, rollout.tokens, rollout.positions, rollout.segment_ids, rollout.inputs)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _classify(lm, head, params, tokens, positions, segment_ids, inputs):
+    scores = classify(lm, head, params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    if scores.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"the head gives {list(scores.shape)} for {tokens.shape[0]} rows; a reward is one number a row, [B]: "
+            "read labels or steps with rollouts.classify"
+        )
+    return jax.lax.stop_gradient(scores.astype(jnp.float32))
+
+
+def _then(scores, change):
+    """`change(scores)`, also where an async function has yet to give them."""
+    if not inspect.isawaitable(scores):
+        return change(scores)
+
+    async def later():
+        return change(await scores)
+
+    return later()
