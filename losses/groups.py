@@ -111,7 +111,7 @@ def group_relative(rewards, *, mean: Callable = group_mean, std: Callable = grou
     center, spread = mean(rewards), std(rewards)
     check_shapes(mean=center, std=spread, rewards=rewards)
     divisor = jnp.where(spread > 0, spread + eps, 1.0)
-    return constant((clean(rewards, scored) - center) / divisor, scored & (_number(scored) > 1))
+    return constant((rewards - center) / divisor, scored & (_number(scored) > 1))
 
 
 def dr_grpo(rewards) -> Array:
@@ -197,7 +197,7 @@ def gpg(rewards) -> Array:
     [[1.0, -1.0]]
     """
     scored = ~jnp.isnan(rewards)
-    alpha = scored.sum() / jnp.maximum((constant(rewards, scored) != 0).sum(), 1)
+    alpha = scored.sum() / jnp.maximum((scored & (rewards != 0)).sum(), 1)
     return alpha * dr_grpo(rewards)
 
 
@@ -217,7 +217,7 @@ def pass_at_k(rewards, *, std: Callable = no_std, eps=1e-4) -> Array:
     ordered = jnp.sort(jnp.where(jnp.isnan(rewards), -jnp.inf, rewards), axis=-1)
     second = ordered[:, -2:-1] if jnp.shape(rewards)[1] > 1 else ordered
     best = rewards >= ordered[:, -1:]
-    gap = group_relative(rewards, mean=lambda rewards: _alike(clean(second, second > -jnp.inf), rewards), std=std, eps=eps)
+    gap = group_relative(rewards, mean=lambda rewards: _alike(second, rewards), std=std, eps=eps)
     return clean(gap, best)
 
 

@@ -33,7 +33,7 @@ def weights(old_logprobs, sampling_logprobs, mask, *, log_ratio: Callable = toke
     """
     check_shapes(old_logprobs=old_logprobs, sampling_logprobs=sampling_logprobs, mask=mask)
     old = constant(old_logprobs, mask)
-    sampled = jnp.where(jnp.isnan(sampling_logprobs), old, constant(sampling_logprobs, mask))
+    sampled = jnp.where(jnp.isnan(sampling_logprobs), old, sampling_logprobs)
     return clean(jnp.exp(log_ratio(old, sampled, mask)), mask)
 
 
@@ -111,7 +111,7 @@ def effective_sample_size(weights, mask) -> Array:
     0.5
     """
     squares = jnp.sum(batch_normalized(weights, mask) ** 2)
-    return jnp.where(squares > 0, mask.sum() / jnp.where(squares > 0, squares, 1.0), 0.0)
+    return jnp.where(squares > 0, mask.sum() / squares, 0.0)
 
 
 def mismatch(old_logprobs, sampling_logprobs, mask, *, segment_ids=None) -> dict[str, Array]:

@@ -121,7 +121,7 @@ def score_function(logprobs, ref_logprobs, mask, *, estimator: Callable = k3) ->
     >>> score_function(jnp.array([-1.]), jnp.array([-2.]), jnp.array([True])).tolist()
     [0.368]
     """
-    return bias_corrected(logprobs, ref_logprobs, jax.lax.stop_gradient(logprobs), mask, estimator=estimator)
+    return bias_corrected(logprobs, ref_logprobs, logprobs, mask, estimator=estimator)  # a ratio's old side is constant
 
 
 def bias_corrected(

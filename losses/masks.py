@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from rlhf.losses import kl, segments
-from rlhf.losses._common import Array, check_positive, check_shapes, constant, quantile
+from rlhf.losses._common import Array, check_positive, check_shapes, quantile, widen
 
 
 def finished_only(mask, finished, segment_ids=None) -> Array:
@@ -51,8 +51,8 @@ def on_policy_enough(logprobs, sampling_logprobs, advantages, mask, *, threshold
     [[True], [False]]
     """
     check_shapes(logprobs=logprobs, sampling_logprobs=sampling_logprobs, advantages=advantages, mask=mask)
-    drift = segments.mean(kl.k1(constant(sampling_logprobs, mask), constant(logprobs, mask), mask), mask, segment_ids)
-    return mask & ((constant(advantages, mask) >= 0) | (drift <= threshold))
+    drift = segments.mean(kl.k1(sampling_logprobs, logprobs, mask), mask, segment_ids)
+    return mask & ((advantages >= 0) | (drift <= threshold))
 
 
 def top_entropy(entropy, mask, *, share=0.2) -> Array:
@@ -73,7 +73,7 @@ def top_entropy(entropy, mask, *, share=0.2) -> Array:
     check_shapes(entropy=entropy, mask=mask)
     if isinstance(share, int | float) and not 0 < share <= 1:
         raise ValueError(f"share of the tokens must be in (0, 1], but is {share}")
-    entropy = constant(entropy, mask)
+    entropy = widen(entropy)
     return mask & (entropy >= quantile(entropy.reshape(-1), mask.reshape(-1), 1 - share)[0])
 
 
@@ -96,7 +96,7 @@ def second_moment(logprobs, old_logprobs, mask, *, threshold=0.04) -> Array:
     """
     check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     check_positive(threshold=threshold)
-    moment = jnp.where(mask, kl.k1(constant(logprobs, mask), constant(old_logprobs, mask), mask) ** 2, jnp.inf)
+    moment = jnp.where(mask, kl.k1(logprobs, old_logprobs, mask) ** 2, jnp.inf)
     ordered = jnp.sort(moment.reshape(-1))
     means = jnp.cumsum(jnp.where(jnp.isinf(ordered), 0.0, ordered)) / (1 + jnp.arange(ordered.size))
     kept = jnp.sum((means <= threshold) & jnp.isfinite(ordered))  # the means of the smallest only grow
@@ -118,11 +118,11 @@ def within(values, mask, *, low=-jnp.inf, high=jnp.inf, pool: Callable | None = 
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
-    >>> within(jnp.array([[0.5, 3.0]]), jnp.array([[True, True]]), low=0.5, high=2.0).tolist()
+    >>> within(jnp.array([[0.5, 3.0]]), jnp.array([[True, True]]), high=2.0).tolist()
     [[True, False]]
     """
     check_shapes(values=values, segment_ids=segment_ids, mask=mask)
-    statistic = constant(values, mask) if pool is None else pool(constant(values, mask), mask, segment_ids)
+    statistic = values if pool is None else pool(values, mask, segment_ids)
     return mask & (statistic >= low) & (statistic <= high)
 
 
@@ -141,5 +141,5 @@ def top(values, mask, *, number) -> Array:
     [False, True, True, False]
     """
     check_shapes(values=values, mask=mask)
-    ranked = jnp.where(mask, -constant(values, mask), jnp.inf).reshape(-1)
+    ranked = jnp.where(mask, -widen(values), jnp.inf).reshape(-1)
     return mask & (jnp.argsort(jnp.argsort(ranked)).reshape(jnp.shape(mask)) < number)

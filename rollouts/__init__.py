@@ -1,9 +1,41 @@
-"""Rollouts: a language model in, batches of tokens out; and what models say of tokens."""
+"""Rollouts: a language model in, batches of tokens out; and what models, programs and tools say of tokens."""
 
+from rlhf.rollouts import answers as answers
+from rlhf.rollouts import filtering as filtering
+from rlhf.rollouts import replay as replay
+from rlhf.rollouts import reward_functions as reward_functions
+from rlhf.rollouts import reward_server as reward_server
+from rlhf.rollouts import rewards as rewards
 from rlhf.rollouts import samplers as samplers
 from rlhf.rollouts import text as text
+from rlhf.rollouts import tools as tools
+from rlhf.rollouts.classic import best_of_n as best_of_n
+from rlhf.rollouts.classic import by_length as by_length
+from rlhf.rollouts.classic import in_order as in_order
+from rlhf.rollouts.classic import pass_at_k as pass_at_k
+from rlhf.rollouts.classic import respond as respond
+from rlhf.rollouts.classic import sample_length as sample_length
+from rlhf.rollouts.engine import generate_remote as generate_remote
+from rlhf.rollouts.engine import load_lora_adapter as load_lora_adapter
+from rlhf.rollouts.engine import openai_engine as openai_engine
+from rlhf.rollouts.engine import rescored as rescored
+from rlhf.rollouts.engine import update_weights_from_disk as update_weights_from_disk
+from rlhf.rollouts.environment import Environment as Environment
+from rlhf.rollouts.environment import Played as Played
+from rlhf.rollouts.environment import Turn as Turn
+from rlhf.rollouts.environment import play as play
+from rlhf.rollouts.filtering import down_sample as down_sample
+from rlhf.rollouts.filtering import dynamic_sampling as dynamic_sampling
+from rlhf.rollouts.filtering import informative as informative
+from rlhf.rollouts.filtering import take_groups as take_groups
 from rlhf.rollouts.generate import generate as generate
 from rlhf.rollouts.generate import generate_many as generate_many
+from rlhf.rollouts.replay import curriculum as curriculum
+from rlhf.rollouts.rewards import combine as combine
+from rlhf.rollouts.rewards import place as place
+from rlhf.rollouts.rewards import score_texts as score_texts
+from rlhf.rollouts.samplers import Sampler as Sampler
+from rlhf.rollouts.samplers import Step as Step
 from rlhf.rollouts.samplers import greedy as greedy
 from rlhf.rollouts.samplers import min_p as min_p
 from rlhf.rollouts.samplers import sampler as sampler

@@ -92,6 +92,20 @@ def call(name, arrays, *, knobs=None, weights=None, dtype=np.float32, **static):
     return jax.tree.map(np.asarray, differentiated(name, **static)[0](arrays, knobs, weights))
 
 
+def narrowing(jaxpr):
+    """The steps of a program, and of the programs in it, that turn arrays of double precision into less."""
+    small = lambda x: jnp.issubdtype(x.aval.dtype, jnp.floating) and x.aval.dtype != np.float64
+    for eqn in jaxpr.eqns:
+        inner = [
+            getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        ]
+        inner = [x for x in inner if hasattr(x, "eqns")]
+        if inner:
+            yield from (step for program in inner for step in narrowing(program))
+        elif any(x.aval.dtype == np.float64 and x.aval.shape for x in eqn.invars) and any(map(small, eqn.outvars)):
+            yield eqn
+
+
 def eager(name, arrays):
     return jax.tree.map(np.asarray, differentiated(name)[1](**arrays, **CASES[name].knobs))
 

@@ -106,6 +106,15 @@ def test_group_relative():
     assert not run(losses.group_relative, rewards[:, :1]).any()
 
 
+def test_full_kl_leaves_out_what_policy_and_reference_ban():
+    logits, ref_logits = np.array([[0.3, -np.inf, 1.2], [0.1, 0.5, -np.inf]]), np.array([[0.9, -np.inf, 0.2], [0.4, 0.3, 0.1]])
+    probs, ref_probs = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, ref_logits))
+    expected = np.where(probs > 0, probs * np.log(np.where(probs > 0, probs / np.maximum(ref_probs, 1e-9), 1)), 0).sum(-1)
+    assert_close(run(losses.kl.full, logits, ref_logits), expected)
+    for gradient in jax.grad(lambda *x: losses.kl.full(*x).sum(), argnums=(0, 1))(jnp.array(logits), jnp.array(ref_logits)):
+        assert np.isfinite(gradient).all()
+
+
 def test_siblings_that_are_alike_have_no_spread_at_all():
     """Not even the rounding of a difference, by which a reward would be divided."""
     rewards = np.full((2, 6), 3.9120001792907715, np.float32)

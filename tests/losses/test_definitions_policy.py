@@ -338,6 +338,7 @@ def test_importance_weights():
     kept = rho[MASK]
     assert_close(run(importance.batch_normalized, rho, MASK), np.where(MASK, rho / kept.mean(), 0))
     assert_close(run(importance.effective_sample_size, rho, MASK), kept.sum() ** 2 / (len(kept) * (kept**2).sum()))
+    assert float(run(importance.effective_sample_size, jnp.zeros_like(rho), MASK)) == 0
 
 
 def test_mismatch():
