@@ -22,6 +22,7 @@ class LM(NamedTuple):
     unembed: Callable  # (params, hidden [..., D]) -> logits [..., V], at least float32
     init_cache: Callable  # (batch, length) -> cache; every leaf has the batch on axis 0
     encode: Callable | None = None  # encoder-decoders: (params, inputs) -> the encoded form of inputs
+    unstack: Callable | None = None  # (params) -> params in the form that `hidden` with a cache reads fastest, again and again
 
 
 class Head(NamedTuple):
@@ -49,8 +50,8 @@ class Bound:
 
 
 def from_linen(module) -> LM:
-    """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, and `encode` if it has one, as in `LM`
-    but without `params`.
+    """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, `encode` and `unstack`, as in `LM` but, all
+    but the last, without `params`.  It may lack the last two.
 
     `hidden` must create every parameter.  Parameters boxed by `nn.with_partitioning` give `axes`; others get None.
 
@@ -69,6 +70,7 @@ def from_linen(module) -> LM:
         unembed=Bound(_linen_apply, (module, "unembed")),
         init_cache=Bound(_init_cache, (module,)),
         encode=Bound(_linen_apply, (module, "encode")) if hasattr(module, "encode") else None,
+        unstack=Bound(_unstack, (module,)) if hasattr(module, "unstack") else None,
     )
 
 
@@ -103,6 +105,10 @@ def _linen_apply(module, method, params, *args, **kwargs):
 
 def _init_cache(module, batch, length):
     return module.init_cache(batch, length)
+
+
+def _unstack(module, params):
+    return module.unstack(params)
 
 
 def from_nnx(make: Callable) -> LM:

@@ -33,7 +33,7 @@ class _Rows(NamedTuple):
     segment_ids: Array  # [B, T] int32
     logprobs: Array  # [B, N] float32, of new tokens, of softmax(logits / temperature)
     sampling_logprobs: Array  # [B, N] float32
-    keys: Array  # [B] keys
+    chances: Array  # [B, N] float32 in [0, 1), what decides each new token
     first: Array  # [B] int32, position of the first new token: the prompt's length
     new: Array  # [B] int32, new tokens so far
     last: Array  # [B] int32, the token sampled last
@@ -167,10 +167,8 @@ def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, s
 
     shapes, _ = jax.eval_shape(start, jnp.int32(0))
     empty = lambda rows: lambda x: jnp.broadcast_to(jnp.zeros((), x.dtype), (rows, *x.shape[1:]))
-    nothing = shapes._replace(keys=None, cache=None, inputs=None)
-    rows = jax.tree.map(empty(slots), shapes._replace(keys=None))
-    rows = rows._replace(keys=jnp.broadcast_to(keys[:1], (slots,)), finished=jnp.ones(slots, bool))
-    done = jax.tree.map(empty(total), nothing)
+    rows = jax.tree.map(empty(slots), shapes)._replace(finished=jnp.ones(slots, bool))
+    done = jax.tree.map(empty(total), shapes._replace(cache=None, inputs=None))
     state = rows, jnp.full(slots, total, jnp.int32), done, jnp.int32(0)
     rows, of_row, done, _ = jax.lax.while_loop(lambda state: state[-1] < number, fill, state)
     return _rollout(_flush(done, rows, of_row), prompts, prefix, settings, sampler)
@@ -178,7 +176,7 @@ def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, s
 
 def _flush(done: _Rows, rows: _Rows, of_row: Array) -> _Rows:
     """Slots copied to the rows of the result that they hold; those that hold none are dropped."""
-    rows = rows._replace(keys=None, cache=None, inputs=None)
+    rows = rows._replace(cache=None, inputs=None)
     return jax.tree.map(lambda all_rows, some: all_rows.at[of_row].set(some, mode="drop"), done, rows)
 
 
@@ -186,6 +184,7 @@ def _decoder(lm, settings, params, sampler, stop, prefix, length) -> tuple[Calla
     """`(read, emit, decode)`: prompts to rows, a token from hidden states, the next token of rows."""
     ahead = 0 if prefix is None else prefix.shape[0]
     width = length + settings.max_new_tokens
+    encode, params = partial(lm.encode, params) if lm.encode else None, lm.unstack(params) if lm.unstack else params
     if prefix is not None:
         ones = jnp.ones((1, ahead), jnp.int32)
         where = dict(positions=jnp.arange(ahead, dtype=jnp.int32)[None], segment_ids=ones)
@@ -195,7 +194,7 @@ def _decoder(lm, settings, params, sampler, stop, prefix, length) -> tuple[Calla
         """The rows of prompts, and the hidden states of their last tokens."""
         samples, number = settings.num_samples, prompts.tokens.shape[0]
         tokens, segment_ids, positions = _align_right(prompts)
-        inputs = prompts.inputs if lm.encode is None else lm.encode(params, prompts.inputs)  # once, not at every token
+        inputs = encode(prompts.inputs) if encode else prompts.inputs  # once, not at every token
         cache = lm.init_cache(number, width) if prefix is None else _repeat(common, number)
         where = dict(positions=positions + ahead, segment_ids=segment_ids)
         hidden, cache, _ = lm.hidden(params, tokens, **where, cache=cache, inputs=inputs)
@@ -207,9 +206,19 @@ def _decoder(lm, settings, params, sampler, stop, prefix, length) -> tuple[Calla
         zeros = jnp.zeros((number * samples, settings.max_new_tokens), jnp.float32)
         none = jnp.zeros(number * samples, jnp.int32)
         rows = _Rows(
-            tokens=extend(tokens, settings.pad_id), segment_ids=extend(segment_ids, 0), logprobs=zeros, sampling_logprobs=zeros,
-            keys=keys, first=first, new=none, last=none, stop=none, finished=none.astype(bool), cache=cache, inputs=inputs,
-        )  # fmt: skip
+            tokens=extend(tokens, settings.pad_id),
+            segment_ids=extend(segment_ids, 0),
+            logprobs=zeros,
+            sampling_logprobs=zeros,
+            chances=_chances(keys, first, settings),
+            first=first,
+            new=none,
+            last=none,
+            stop=none,
+            finished=none.astype(bool),
+            cache=cache,
+            inputs=inputs,
+        )
         return rows, hidden
 
     def emit(rows: _Rows, hidden: Array) -> _Rows:
@@ -226,7 +235,8 @@ def _decoder(lm, settings, params, sampler, stop, prefix, length) -> tuple[Calla
         if stop is not None and stop.shape[0] > logits.shape[-1]:
             raise ValueError(f"stop [V, S] = {list(stop.shape)} but the model's vocabulary has {logits.shape[-1]} tokens")
         tempered, filtered = samplers.apply(sampler, logits, step)
-        sampled = samplers.draw(jax.vmap(jax.random.fold_in)(rows.keys, rows.first + rows.new), filtered)
+        chance = jnp.take_along_axis(rows.chances, rows.new[:, None], axis=1, mode="clip")[:, 0]
+        sampled = samplers.draw(chance, filtered)
         of_token = lambda x: jnp.take_along_axis(x, sampled[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(x, axis=-1)
         each = jnp.arange(alive.shape[0])
         put = lambda x, at, value: x.at[each, jnp.where(alive, at, x.shape[1])].set(value.astype(x.dtype), mode="drop")
@@ -297,6 +307,13 @@ def _row_keys(key: Array, prompts: Prompts, settings: _Settings) -> Array:
     if key.ndim == 0:
         return jax.random.split(key, prompts.tokens.shape[0] * settings.num_samples)
     return jax.vmap(lambda key: jax.random.split(key, settings.num_samples))(key).reshape(-1)
+
+
+def _chances(keys: Array, first: Array, settings: _Settings) -> Array:
+    """A uniform number for every new token, of the row's key and the token's position; all at once, which costs less."""
+    positions = first[:, None] + jnp.arange(settings.max_new_tokens)[None, :]
+    of_token = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
+    return jax.vmap(jax.vmap(of_token, in_axes=(None, 0)))(keys, positions)
 
 
 def _repeat(tree, times: int):

@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 Array = jax.Array
-BLOCK = 64  # tokens whose probabilities are summed at a time when one is drawn
+BLOCK = 32  # probabilities that are summed at a time when a token is drawn
 
 
 class Sampler(NamedTuple):
@@ -80,23 +80,31 @@ def apply(sampler: Sampler, logits: Array, step: Step | None = None) -> tuple[Ar
     return tempered, filtered
 
 
-def draw(keys: Array, logits: Array) -> Array:
+def draw(u: Array, logits: Array) -> Array:
     """One token a row, from softmax(logits), by inverting the cumulative distribution: one random number a row.
 
     Args:
-      keys: `[B]` keys, consumed.  logits: `[B, V]`.
+      u: `[B]`, uniform in [0, 1).  logits: `[B, V]`.
 
     Returns: `[B]` int32; never a token of probability 0.
+
+    >>> draw(jnp.array([0.2, 0.3]), jnp.log(jnp.array([[0.25, 0.75], [0.25, 0.75]]))).tolist()
+    [0, 1]
     """
-    batch, vocabulary = logits.shape
-    u = jax.vmap(lambda key: jax.random.uniform(key, (), logits.dtype))(keys)
-    size = BLOCK if vocabulary > BLOCK else vocabulary
-    padded = jnp.pad(logits, ((0, 0), (0, -vocabulary % size)), constant_values=-jnp.inf)
-    blocks = jnp.exp(padded - logits.max(-1, keepdims=True)).reshape(batch, -1, size)
-    sums = blocks.sum(-1)  # first a block of tokens is drawn, then a token of it: a running sum of all would cost more
-    block, rest = _invert(sums, u * sums.sum(-1))
-    token, _ = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], rest)
-    return block * size + token
+    levels = [jnp.exp(logits - logits.max(-1, keepdims=True))]
+    while levels[-1].shape[1] > BLOCK:  # a running sum of all tokens would cost more than sums of sums
+        levels.append(_blocks(levels[-1]).sum(-1))
+    index, target = jnp.zeros_like(u, jnp.int32), u.astype(logits.dtype) * levels[-1].sum(-1)
+    for level in reversed(levels):
+        block = jnp.take_along_axis(_blocks(level), index[:, None, None], axis=1)[:, 0]
+        place, target = _invert(block, target)
+        index = index * BLOCK + place
+    return index
+
+
+def _blocks(weights: Array) -> Array:
+    """`[B, N]` -> `[B, N / BLOCK, BLOCK]`, zeros at the end."""
+    return jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % BLOCK))).reshape(weights.shape[0], -1, BLOCK)
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:

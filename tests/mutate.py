@@ -104,14 +104,14 @@ def suites(folder: Path, module: str, function: str) -> Iterator[tuple[str, ...]
         yield (f"rlhf/losses/{module}.py",)
     if not private and not function.startswith("_"):
         yield contract, "-k", f"{module}.{function}"
-    seen = set()
+    seen: set[Path] = set()
     for word in (function, module):  # tests that name the function, then those that name its module
         named = re.compile(rf"\b{word}\b")
         files = [file for pattern in QUICK for file in sorted((folder / "tests/losses").glob(pattern))]
-        files = [str(file) for file in files if file not in seen and (private or named.search(file.read_text()))]
-        seen |= set(map(Path, files))
+        files = [file for file in files if file not in seen and (private or named.search(file.read_text()))]
+        seen |= set(files)
         if files:
-            yield tuple(files)
+            yield tuple(map(str, files))
     yield (contract, properties) if private else (contract, properties, "-k", f"{module}.")
 
 

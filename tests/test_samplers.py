@@ -59,7 +59,7 @@ def test_a_frequency_penalty_counts():
 def test_sampled_frequencies_match_the_probabilities(name):
     number, sampler = 20_000, rollouts.sampler(CASES[name][0], temperature=0.5)
     _, filtered = samplers.apply(sampler, LOGITS * 0.5, STEP)
-    drawn = samplers.draw(jax.random.split(KEY, number), jnp.broadcast_to(filtered, (number, 6)))
+    drawn = samplers.draw(jax.random.uniform(KEY, (number,)), jnp.broadcast_to(filtered, (number, 6)))
     expected = number * np.exp(CASES[name][1] - np.logaddexp.reduce(CASES[name][1]))
     counts, possible = np.bincount(drawn, minlength=6), expected > 0
     assert counts[~possible].sum() == 0
@@ -71,7 +71,7 @@ def test_a_large_vocabulary_is_drawn_from_as_a_whole():
     """Inverse of the cumulative distribution over blocks of tokens: its pieces fit together."""
     logits = jnp.sin(jnp.arange(1000.0)) * 3
     number = 100_000
-    drawn = samplers.draw(jax.random.split(KEY, number), jnp.broadcast_to(logits, (number, 1000)))
+    drawn = samplers.draw(jax.random.uniform(KEY, (number,)), jnp.broadcast_to(logits, (number, 1000)))
     expected = number * np.asarray(jax.nn.softmax(logits), np.float64)
     counts = np.bincount(drawn, minlength=1000)
     assert ((counts - expected) ** 2 / expected).sum() < 1143  # 999 degrees of freedom, p = 0.001

@@ -79,7 +79,7 @@ def _xla(q, k, v, mask, softcap, bias, scale):
     batch, heads, length, width = q.shape
     groups = heads // k.shape[1]
     q = (q * scale).reshape(batch, k.shape[1], groups * length, width)
-    scores = jnp.matmul(q, jnp.swapaxes(k, 2, 3))
+    scores = jnp.einsum("bkth,bksh->bkts", q, k)  # a matmul with keys transposed would have XLA on CPU transpose them
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = scores.reshape(batch, k.shape[1], groups, length, -1)
     if softcap is not None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rlhf.lm import LM, from_linen
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import EncoderDecoderConfig
-from rlhf.models.transformer import Stack, embed, empty_cache, ends, logits
+from rlhf.models.transformer import Stack, embed, empty_cache, ends, logits, unstacked
 
 Array = jax.Array
 INPUTS = ("tokens", "positions", "segment_ids")
@@ -54,6 +54,9 @@ class EncoderDecoder(Weights):
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""
         return logits(self.config.decoder, hidden, self.embedding, self.unembedding, self.unembedding_bias)
+
+    def unstack(self, params):
+        return {**params, "decoder": unstacked(params["decoder"], self.config.decoder)}
 
     def init_cache(self, batch, length):
         return empty_cache(self.config.decoder, batch, length)

@@ -98,7 +98,11 @@ class Stack(Weights):
         x = constrain(x, "batch", "sequence", None)
         layers, cross = self.layers, None
         if encoded is not None:
-            layers = {**layers, "cross": {name: jnp.moveaxis(encoded[name], 1, 0) for name in ("k", "v")}}
+            of_layers = {name: jnp.moveaxis(encoded[name], 1, 0) for name in ("k", "v")}
+            if isinstance(layers, tuple):
+                layers = tuple({**x, "cross": {k: y[i] for k, y in of_layers.items()}} for i, x in enumerate(layers))
+            else:
+                layers = {**layers, "cross": of_layers}
             where = dict(kv_positions=encoded["positions"], kv_segment_ids=encoded["segment_ids"])
             cross = dict(positions=positions, segment_ids=segment_ids, **where)
         run = self._scan if cache is None else self._unroll
@@ -147,13 +151,10 @@ class Stack(Weights):
         cache_segments = update(0)(cache.segment_ids, segment_ids, cache.written)
         seen, rotary = self._where(positions, segment_ids, (cache_positions, cache_segments))
         kept: list[tuple[Array, Array]] = []
-        for first, number, stack in _stacks(layers, c):
-            kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
-            for i in range(number):
-                layer, kind = _layer(stack, kinds, *divmod(i, len(kinds))), c.kind(first + i)
-                x, kv, more = _block(c, layer, x, kind, rotary, (*cache.layers[first + i], write), seen, cross)
-                kept.append(kv)
-                routing = _add(routing, more)
+        for i, layer in enumerate(cut(layers, c)):
+            x, kv, more = _block(c, layer, x, c.kind(i), rotary, (*cache.layers[i], write), seen, cross)
+            kept.append(kv)
+            routing = _add(routing, more)
         return x, Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(kept)), routing
 
     def _where(self, positions, segment_ids, cached):
@@ -214,6 +215,9 @@ class Transformer(Stack):
             raise ValueError("this model has no output matrix (unembeds=False): its hidden states are for heads")
         return logits(c, hidden, self.embedding, self.unembedding, self.unembedding_bias)
 
+    def unstack(self, params):
+        return unstacked(params, self.config)
+
     def init_cache(self, batch, length):
         if not self.config.causal:
             raise ValueError("an encoder sees whole texts and has no cache; it does not generate")
@@ -252,6 +256,23 @@ def _block(c, layer, x, kind, rotary, cached, seen, cross):
     params = {name: leaf for name, leaf in layer.items() if name != "cross"}
     cross = None if cross is None else {**cross, **layer["cross"]}
     return Block(c, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
+
+
+def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str, Any], ...]:
+    """The parameters of each layer by themselves."""
+    if isinstance(layers, tuple):
+        return layers
+    out: list[dict[str, Any]] = []
+    for first, number, stack in _stacks(layers, c):
+        kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
+        out += [_layer(stack, kinds, *divmod(i, len(kinds))) for i in range(number)]
+    return tuple(out)
+
+
+def unstacked(params: dict[str, Any], c: TransformerConfig) -> dict[str, Any]:
+    """Parameters for a loop of decoding steps: with layers cut already on CPU, where XLA would copy each out of the stack at
+    every step; as they are elsewhere, where it need not."""
+    return {**params, "layers": cut(params["layers"], c)} if jax.default_backend() == "cpu" else params
 
 
 def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int, dict[str, Any]]]:
