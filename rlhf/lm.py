@@ -50,8 +50,8 @@ class Bound:
 
 
 def from_linen(module) -> LM:
-    """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, `encode` and `unstack`, as in `LM` but, all
-    but the last, without `params`.  It may lack the last two.
+    """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, and `encode` if it has one, as in `LM`
+    but without `params`; and `unstack(params)` if it has one.
 
     `hidden` must create every parameter.  Parameters boxed by `nn.with_partitioning` give `axes`; others get None.
 

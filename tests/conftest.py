@@ -6,6 +6,7 @@ FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # compilation is most of a test's time; this halves it
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",  # the older ones halve it again
     "--xla_cpu_parallel_codegen_split_count=1",  # one piece a program: they are small, and both cores are busy
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
