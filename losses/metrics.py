@@ -23,8 +23,8 @@ def clipped_low(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, log_r
     [1.0]
     """
     check_clip(clip_low, None)
-    ratio, advantages = _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, log_ratio)
-    return ((ratio < 1.0 - clip_low) & (advantages < 0)).astype(float)
+    ratio = _ratio(logprobs, old_logprobs, advantages, mask, log_ratio)
+    return ((ratio < 1.0 - clip_low) & (jnp.asarray(advantages) < 0)).astype(float)
 
 
 def clipped_high(logprobs, old_logprobs, advantages, mask, *, clip_high=0.2, log_ratio: Callable = token_log_ratio) -> Array:
@@ -37,8 +37,8 @@ def clipped_high(logprobs, old_logprobs, advantages, mask, *, clip_high=0.2, log
     [1.0]
     """
     check_clip(None, clip_high)
-    ratio, advantages = _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, log_ratio)
-    return ((ratio > 1.0 + clip_high) & (advantages > 0)).astype(float)
+    ratio = _ratio(logprobs, old_logprobs, advantages, mask, log_ratio)
+    return ((ratio > 1.0 + clip_high) & (jnp.asarray(advantages) > 0)).astype(float)
 
 
 def of_policy(
@@ -95,6 +95,6 @@ def of_pairs(chosen_rewards, rejected_rewards, *, weights) -> dict[str, Array]:
     return {name: weighted_sum(x, weights) for name, x in per_pair.items()}
 
 
-def _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, log_ratio) -> tuple[Array, Array]:
+def _ratio(logprobs, old_logprobs, advantages, mask, log_ratio) -> Array:
     check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    return jnp.exp(log_ratio(constant(logprobs, mask), old_logprobs, mask)), constant(advantages, mask)
+    return jnp.exp(log_ratio(logprobs, old_logprobs, mask))

@@ -149,8 +149,7 @@ def rft(rewards, *, percentile=0.7) -> Array:
     if isinstance(percentile, int | float) and not 0 <= percentile <= 1:
         raise ValueError(f"percentile must be in [0, 1], but is {percentile}")
     scored = ~jnp.isnan(rewards)
-    rewards = constant(rewards, scored)
-    return scored & (rewards >= quantile(rewards, scored, percentile))
+    return scored & (rewards >= quantile(widen(rewards), scored, percentile))
 
 
 def best_of_n(rewards) -> Array:

@@ -283,7 +283,7 @@ def binary_tv(logprobs, old_logprobs, mask) -> Array:
     [0.25]
     """
     new, old = _probabilities(logprobs, old_logprobs, mask)
-    return clean(jnp.abs(new - old), mask)
+    return jnp.abs(new - old)
 
 
 def binary_kl(logprobs, old_logprobs, mask) -> Array:
@@ -299,7 +299,7 @@ def binary_kl(logprobs, old_logprobs, mask) -> Array:
     new, old = _probabilities(logprobs, old_logprobs, mask)
     this = old * -jax.lax.stop_gradient(token_log_ratio(logprobs, old_logprobs, mask))
     other = (1 - old) * (jnp.log1p(-jnp.minimum(old, 1 - 1e-7)) - jnp.log1p(-jnp.minimum(new, 1 - 1e-7)))
-    return clean(jnp.maximum(this + other, 0.0), mask)
+    return jnp.maximum(this + other, 0.0)
 
 
 def dppo(

@@ -51,7 +51,7 @@ def sequence_token_log_ratio(logprobs, old_logprobs, mask, segment_ids=None) -> 
     [[0.0, 0.0]]
     """
     level = jax.lax.stop_gradient(sequence_log_ratio(logprobs, old_logprobs, mask, segment_ids))
-    return level + token_log_ratio(logprobs, jax.lax.stop_gradient(logprobs), mask)
+    return level + token_log_ratio(logprobs, logprobs, mask)  # 0, and the token's gradient: a ratio's old side is constant
 
 
 def product_log_ratio(logprobs, old_logprobs, mask, segment_ids=None) -> Array:

@@ -68,4 +68,4 @@ def explained_variance(values, returns, mask) -> Array:
     values, returns = constant(values, mask), constant(returns, mask)
     squares = lambda x: jnp.sum(clean(x - x.sum() / number, mask) ** 2)
     varies = squares(returns) > 0
-    return jnp.where(varies, 1.0 - squares(returns - values) / jnp.where(varies, squares(returns), 1.0), 0.0)
+    return jnp.where(varies, 1.0 - squares(returns - values) / squares(returns), 0.0)

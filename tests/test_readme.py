@@ -75,6 +75,15 @@ def test_quoted_figures_of_the_big_model_are_the_committed_results():
     assert f"agrees with transformers' to {peer['largest difference']:.0e}".replace("e-0", "e-") in README
 
 
+def test_quoted_speed_of_sampling_is_the_committed_result():
+    tables = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())["tables"]
+    peer, batching, _ = (table["rows"] for table in tables)
+    for row in peer:
+        figures = f"{row['tokens/s']:,.0f} | {row['transformers']:,.0f} | {row['ratio']:.1f} |"
+        assert f"| {row['hidden / layers / vocabulary']} | {figures}" in README
+    assert f"most go {batching[0]['ratio']:.1f} times as fast" in README
+
+
 def test_the_objective_stands_on_the_first_screen():
     lines = README.splitlines()
     assert next(i for i, line in enumerate(lines) if "return loss" in line) < 35

@@ -83,7 +83,9 @@ def weights_for(name, arrays, dtype=np.float32, **static):
 def weights_of_shapes(name, shapes, dtype, **static):
     arrays = {key: jax.ShapeDtypeStruct(shape, kind) for key, shape, kind in shapes}
     out = jax.eval_shape(lambda arrays: differentiated(name, **static)[1](**arrays, **CASES[name].knobs), arrays)
-    return jax.tree.map(lambda x: (2 + np.cos(np.arange(np.prod(x.shape)))).reshape(x.shape).astype(dtype), out)
+    leaves, structure = jax.tree.flatten(out)  # every leaf has weights of its own, so that no two gradients cancel
+    of_leaf = lambda i, x: (2 + np.cos(i + np.arange(np.prod(x.shape)))).reshape(x.shape).astype(dtype)
+    return jax.tree.unflatten(structure, [of_leaf(i, x) for i, x in enumerate(leaves)])
 
 
 def call(name, arrays, *, knobs=None, weights=None, dtype=np.float32, **static):
