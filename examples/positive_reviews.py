@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import Partial
 
 import rlhf
 from rlhf import data, losses, rollouts
@@ -160,15 +159,10 @@ def classifiers(vocab_size):
     return init, logits_of, loss_fn
 
 
-def no_special(logits):
-    """A logit transform: of the special tokens, only <eos> may be sampled."""
-    return logits.at[..., jnp.array([PAD, UNK, BOS])].set(-jnp.inf)
-
-
 def sample(lm, params, number, key) -> rollouts.Rollout:
     """Whole reviews, from <bos> on."""
     prompt = rollouts.Prompts(jnp.full((1, 1), BOS), jnp.ones((1, 1), bool))
-    sampler = rollouts.sampler(Partial(no_special))
+    sampler = rollouts.sampler(rollouts.samplers.banned([[PAD], [UNK], [BOS]]))  # of the special tokens, <eos> alone is sampled
     return rollouts.generate(
         lm, params, prompt, key, max_new_tokens=LENGTH - 1, num_samples=number, sampler=sampler, eos_ids=(EOS,), pad_id=PAD
     )
