@@ -4,13 +4,8 @@ An environment is two functions, `reset(row) -> state` and `step(state, completi
 `async def`.  Conversations are token ids from end to end: what was sampled is never decoded and encoded again.
 """
 
-import asyncio
-import contextlib
-import inspect
 import operator
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +13,10 @@ import jax
 import numpy as np
 
 from rlhf.lm import LM, Params
+from rlhf.rollouts.calls import Outcome, event_loop, together
 from rlhf.rollouts.generate import generate as _generate
 from rlhf.rollouts.samplers import Sampler
 from rlhf.rollouts.types import Array, Prompts, Rollout
-
-GRACE = 1.0  # seconds that the event loop has to report what ran out of time
-
-Outcome = tuple[Any, str | None]  # a result and None, or None and what went wrong
 
 
 class Turn(NamedTuple):
@@ -133,8 +125,8 @@ def play(
     settings = dict(max_new_tokens=max_new_tokens, num_samples=1, sampler=sampler, eos_ids=tuple(eos_ids), pad_id=pad_id)
     encode = partial(_encode, tokenizer, render, max_characters)
 
-    with _event_loop() as loop:
-        alive = _begin(played, _together(loop, environment.reset, [(row,) for row in each(rows)], turn_timeout))
+    with event_loop() as loop:
+        alive = _begin(played, together(loop, environment.reset, [(row,) for row in each(rows)], turn_timeout))
         for turn in range(1, max_turns + 1):
             if not alive.any():
                 break
@@ -143,7 +135,7 @@ def play(
             said = {b: ids for b in np.flatnonzero(alive).tolist() if (ids := _write_turn(played, b, sampled, eos_ids))}
             steps = [(played.states[b], ids, tokenizer.decode(ids, skip_special_tokens=True)) for b, ids in said.items()]
             alive[:] = False
-            for b, outcome in zip(said, _together(loop, environment.step, steps, turn_timeout), strict=True):
+            for b, outcome in zip(said, together(loop, environment.step, steps, turn_timeout), strict=True):
                 alive[b] = _write_reply(played, b, outcome, encode, turn, max_turns)
     return played
 
@@ -156,79 +148,6 @@ def shorten(text: str, most: int) -> str:
     """
     text = text.encode(errors="replace").decode()  # no tokenizer takes lone surrogates
     return text if len(text) <= most else f"{text[:most]}\n[{len(text) - most} of {len(text)} characters left out]"
-
-
-async def attempt(fn: Callable, *args, timeout: float) -> Outcome:
-    """What `fn(*args)` returns, and None; or None, and what went wrong.
-
-    A plain function runs in a daemon thread of its own, an async one on the running event loop.
-
-    Args:
-      timeout: seconds; what still runs then is left behind.
-
-    >>> asyncio.run(attempt(divmod, 7, 2, timeout=1.0)), asyncio.run(attempt(divmod, 7, 0, timeout=1.0))
-    (((3, 1), None), (None, 'ZeroDivisionError: integer division or modulo by zero'))
-    """
-    limit = asyncio.timeout(timeout)
-    try:
-        async with limit:
-            value, error = await asyncio.wrap_future(_in_thread(fn, args))
-            if error is not None:
-                raise error
-            return (await value if inspect.isawaitable(value) else value), None
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a tool that calls exit() must not end the loop
-        return None, f"no answer within {timeout:g} seconds" if limit.expired() else f"{type(error).__name__}: {error}"
-
-
-def _in_thread(fn: Callable, args: tuple) -> Future:
-    """The value, or the exception, of a call in a thread that keeps no process alive."""
-    future: Future = Future()
-    future.set_running_or_notify_cancel()  # so that an answer after the time-out is no error
-
-    def work():
-        try:
-            outcome = fn(*args), None
-        except BaseException as error:
-            outcome = None, error
-        future.set_result(outcome)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-@contextlib.contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """One event loop for all turns, in a thread: what an environment opens in one serves it in the next."""
-    started: Future = Future()
-
-    async def serve():
-        stop = asyncio.Event()
-        started.set_result((asyncio.get_running_loop(), stop))
-        await stop.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    loop, stop = started.result()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(GRACE)
-
-
-def _together(loop: asyncio.AbstractEventLoop, fn: Callable, calls: list[tuple], timeout: float) -> list[Outcome]:
-    """`attempt` of all calls at the same time."""
-    outcomes: list[Outcome] = [(None, f"no answer within {timeout:g} seconds")] * len(calls)
-
-    async def one(i, args):
-        outcomes[i] = await attempt(fn, *args, timeout=timeout)
-
-    async def every():
-        await asyncio.gather(*(one(i, args) for i, args in enumerate(calls)), return_exceptions=True)
-
-    with contextlib.suppress(TimeoutError):  # an async function blocks the loop: take what is there
-        asyncio.run_coroutine_threadsafe(every(), loop).result(timeout + GRACE)
-    return list(outcomes)
 
 
 def _starts(prompts: Prompts | Sequence[Sequence[int]]) -> tuple[list[list[int]], dict | None]:

@@ -6,7 +6,6 @@ a reward to every sampled token, or to every step.  It may be `async def`.  `rol
 """
 
 import asyncio
-import concurrent.futures
 import inspect
 import math
 import threading
@@ -18,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf import losses
+from rlhf.rollouts.calls import GRACE, in_thread
 from rlhf.rollouts.types import Array, Rollout
 
 RewardFunction = Callable[..., Any]
 ROWS_AT_ONCE = 16  # awaited at a time, of an async function that is tried row by row
-GRACE = 1.0  # seconds to wind down after the time is up
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -223,19 +222,8 @@ async def _score(name, function, prompts, completions, columns, outcomes, notes)
 
 
 async def _call(function, prompts, completions, columns, one_thread: asyncio.Lock):
-    """Calls in a thread that dies with the process (a pool's would keep it from ending), then awaits what is awaitable."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-
-    def work() -> None:
-        try:
-            future.set_result((function(prompts, completions, **columns), None))
-        except BaseException as error:  # a future cannot carry StopIteration, so errors travel as results
-            future.set_result((None, error))
-
     async with one_thread:  # no function of the user's meets itself in another thread
-        threading.Thread(target=work, daemon=True).start()
-        returned, error = await asyncio.wrap_future(future)
+        returned, error = await asyncio.wrap_future(in_thread(function, prompts, completions, **columns))
     if error is not None:
         raise error
     return await returned if inspect.isawaitable(returned) else returned

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from rlhf.rollouts.environment import Environment, Outcome, Turn, attempt, shorten
+from rlhf.rollouts.calls import Outcome, attempt
+from rlhf.rollouts.environment import Environment, Turn, shorten
 
 JSON_TYPES: dict[Any, str] = {
     str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object", type(None): "null"
