@@ -29,6 +29,11 @@ class Controller(NamedTuple):
 def fixed(coef) -> Controller:
     """`β ← β`: a coefficient that stays.
 
+    Args:
+      coef: β, a number or `[]`.
+
+    Returns: a controller; `update(state, observed)` takes anything and gives back the state, coefficients `[]` float32.
+
     >>> controller = fixed(0.1)
     >>> controller.update(controller.init(), 9.0).coef.item()
     0.1
@@ -44,7 +49,8 @@ def adaptive_kl(*, target=6.0, horizon=10_000, init_coef=0.2) -> Controller:
       horizon: sequences in which a full error changes β by 20%.
       init_coef: β at the start.
 
-    Returns: a controller; `update(state, kl, sequences)` takes the observed KL and the number n of sequences it comes from.
+    Returns: a controller; `update(state, kl, sequences)` takes the observed KL, a number or `[]`, and the number n
+    of sequences it comes from; the state's coefficients are `[]` float32.
 
     Raises: ValueError where target, horizon or init_coef is not above 0.
 
@@ -72,7 +78,8 @@ def adaptive_entropy(*, target=0.2, delta=0.005, min_coef=0.0, max_coef=1.0, ini
       delta: Δ, the change per step.
       min_coef, max_coef, init_coef: α's bounds, and α at the start.
 
-    Returns: a controller; `update(state, entropy)` takes the mean entropy of the step.
+    Returns: a controller; `update(state, entropy)` takes the mean entropy of the step, a number or `[]`; the state's
+    coefficients are `[]` float32.
 
     Raises: ValueError where delta is not above 0.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, bounded_difference, check_shapes, widen
+from rlhf.losses._common import Array, bounded_difference, check_shapes, constant, widen
 from rlhf.losses.ratios import token_log_ratio
 
 
@@ -143,3 +143,38 @@ def bias_corrected(
     [0.741]
     """
     return jnp.exp(log_ratio(logprobs, old_logprobs, mask)) * estimator(logprobs, ref_logprobs, mask)
+
+
+def binary_tv(logprobs, old_logprobs, mask) -> Array:
+    """`|π - π_old|` of the sampled token: the total variation between "this token" and "another".
+
+    Args and errors as `ratios.token_log_ratio`.
+
+    Returns: `[..., T]` in [0, 1], 0 where `mask` is False.  Gradients flow through neither.
+
+    >>> binary_tv(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25])), jnp.array([True])).tolist()
+    [0.25]
+    """
+    new, old = _probabilities(logprobs, old_logprobs, mask)
+    return jnp.abs(new - old)
+
+
+def binary_kl(logprobs, old_logprobs, mask) -> Array:
+    """`KL(π_old ‖ π)` in nats between "this token" and "another", of the sampled token.
+
+    Args and errors as `ratios.token_log_ratio`.
+
+    Returns: `[..., T]`, at least 0, and 0 where `mask` is False.  Gradients flow through neither.
+
+    >>> binary_kl(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25])), jnp.array([True])).tolist()
+    [0.131]
+    """
+    new, old = _probabilities(logprobs, old_logprobs, mask)
+    this = old * -jax.lax.stop_gradient(token_log_ratio(logprobs, old_logprobs, mask))
+    other = (1 - old) * (jnp.log1p(-jnp.minimum(old, 1 - 1e-7)) - jnp.log1p(-jnp.minimum(new, 1 - 1e-7)))
+    return jnp.maximum(this + other, 0.0)
+
+
+def _probabilities(logprobs, old_logprobs, mask) -> tuple[Array, Array]:
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
+    return jnp.exp(constant(logprobs, mask)), jnp.exp(constant(old_logprobs, mask))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, check_clip, check_shapes, constant, widen
+from rlhf.losses._common import Array, check_clip, check_shapes, clean, constant, widen
 from rlhf.losses.ratios import token_log_ratio
 from rlhf.losses.weights import weighted_sum
 
@@ -68,11 +68,11 @@ def of_policy(
         "clip_low": clipped_low(*arrays, clip_low=clip_low),
         "clip_high": clipped_high(*arrays, clip_high=clip_high),
         "approx_kl": 0.0 - change,
-        "ratio": jnp.where(mask, jnp.exp(change), 0.0),
+        "ratio": jnp.exp(change),
     }
     if entropy is not None:
         per_token["entropy"] = constant(entropy, mask)
-    return {name: weighted_sum(x, constant(weights, mask)) for name, x in per_token.items()}
+    return {name: weighted_sum(x, clean(weights, mask)) for name, x in per_token.items()}
 
 
 def of_pairs(chosen_rewards, rejected_rewards, *, weights) -> dict[str, Array]:

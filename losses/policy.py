@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses import masks, segments
+from rlhf.losses import kl, masks, segments
 from rlhf.losses._common import (
     MAX_LOG_RATIO,
     Array,
@@ -272,38 +272,8 @@ def vespo(
     return 0.0 - jax.lax.stop_gradient(phi) * advantages * clean(logprobs, mask)
 
 
-def binary_tv(logprobs, old_logprobs, mask) -> Array:
-    """`|π - π_old|` of the sampled token: the total variation between "this token" and "another".
-
-    Args and errors as `token_log_ratio`.
-
-    Returns: `[..., T]` in [0, 1], 0 where `mask` is False.  Gradients flow through neither.
-
-    >>> binary_tv(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25])), jnp.array([True])).tolist()
-    [0.25]
-    """
-    new, old = _probabilities(logprobs, old_logprobs, mask)
-    return jnp.abs(new - old)
-
-
-def binary_kl(logprobs, old_logprobs, mask) -> Array:
-    """`KL(π_old ‖ π)` in nats between "this token" and "another", of the sampled token.
-
-    Args and errors as `token_log_ratio`.
-
-    Returns: `[..., T]`, at least 0, and 0 where `mask` is False.  Gradients flow through neither.
-
-    >>> binary_kl(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25])), jnp.array([True])).tolist()
-    [0.131]
-    """
-    new, old = _probabilities(logprobs, old_logprobs, mask)
-    this = old * -jax.lax.stop_gradient(token_log_ratio(logprobs, old_logprobs, mask))
-    other = (1 - old) * (jnp.log1p(-jnp.minimum(old, 1 - 1e-7)) - jnp.log1p(-jnp.minimum(new, 1 - 1e-7)))
-    return jnp.maximum(this + other, 0.0)
-
-
 def dppo(
-    logprobs, old_logprobs, advantages, mask, *, threshold_low=0.2, threshold_high=0.2, divergence: Callable = binary_tv
+    logprobs, old_logprobs, advantages, mask, *, threshold_low=0.2, threshold_high=0.2, divergence: Callable = kl.binary_tv
 ) -> Array:
     """`-r A`, dropped where the token has moved with its advantage and `D > δ`: a trust region on probabilities, not ratios
     (DPPO, arXiv:2602.04879).
@@ -311,7 +281,7 @@ def dppo(
     Args:
       logprobs, old_logprobs, advantages, mask: as for `clipped_surrogate`.
       threshold_low, threshold_high: δ for a probability that fell (A < 0), and one that rose (A > 0).
-      divergence: D, `binary_tv` or `binary_kl`.
+      divergence: D, `kl.binary_tv` or `kl.binary_kl`.
 
     Returns: `[..., T]` loss, exactly 0 (value and gradient) where `mask` is False or the token is dropped.  Gradients flow
     through `logprobs`.
@@ -398,8 +368,3 @@ def _ratio_and_advantages(logprobs, old_logprobs, advantages, mask, log_ratio) -
     log_r = log_ratio(logprobs, old_logprobs, mask)
     check_shapes(log_ratio=log_r, mask=mask)
     return jnp.exp(log_r), constant(advantages, mask)
-
-
-def _probabilities(logprobs, old_logprobs, mask) -> tuple[Array, Array]:
-    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
-    return jnp.exp(constant(logprobs, mask)), jnp.exp(constant(old_logprobs, mask))

@@ -314,7 +314,7 @@ def averages(chosen, rejected, chosen_length, rejected_length) -> tuple[Array, A
     [-1.5, -2.0]
     """
     check_shapes(rejected=rejected, chosen_length=chosen_length, rejected_length=rejected_length, chosen=chosen)
-    over = lambda total, length: widen(total) / jax.lax.stop_gradient(jnp.maximum(widen(length), 1.0))
+    over = lambda total, length: widen(total) / jnp.maximum(widen(length), 1.0)
     return over(chosen, chosen_length), over(rejected, rejected_length)
 
 

@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp  # noqa: F401 - for the examples
+import jax.numpy as jnp
 
 from rlhf.losses import groups, policy, ratios, segments
 from rlhf.losses import weights as reduction

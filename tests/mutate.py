@@ -3,9 +3,9 @@
     python tests/mutate.py [--module policy] [--jobs 2] [--list] [--every 7]
 
 A mutant drops one `stop_gradient` or one `where`, flips one sign, swaps `clip_low` with `clip_high` or `minimum` with
-`maximum`.  It is killed by the first failing test: the module's examples, the function's part of the contract suite, the
-definitions and published values, then the contract and properties of its module.  Survivors are listed; those that change
-nothing that could be seen are explained in `EQUIVALENT`.
+`maximum`.  It is killed by the first failing test: the module's examples, the function's part of the contract suite, tests
+that name the function, tests that name its module, then the contract and properties of the module.  Survivors are
+listed; those that change nothing that could be seen are explained in `EQUIVALENT`.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import ast
 import concurrent.futures
 import copy
 import importlib
-import importlib.util
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import sys
 import tempfile
@@ -39,7 +39,7 @@ def called(node: ast.AST) -> str:
     return getattr(function, "attr", getattr(function, "id", ""))
 
 
-def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str, ast.AST]]:
+def mutations(tree: ast.Module) -> Iterator[tuple[ast.expr, str, ast.expr]]:
     """`(node, what is done to it, what stands there instead)`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
@@ -59,8 +59,8 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str, ast.AST]]:
                 yield node, f"{name} -> {SWAPS[name]}", other
 
 
-def within(node: ast.AST, function: ast.FunctionDef) -> bool:
-    return function.lineno <= node.lineno <= (function.end_lineno or 0)  # type: ignore[attr-defined]
+def within(node: ast.expr, function: ast.FunctionDef) -> bool:
+    return function.lineno <= node.lineno <= (function.end_lineno or 0)
 
 
 class Replace(ast.NodeTransformer):
@@ -79,9 +79,9 @@ def mutants(path: Path) -> Iterator[tuple[str, str]]:
         fresh = ast.parse(source)
         old, _, new = list(mutations(fresh))[i]
         changed = ast.fix_missing_locations(Replace(old, new).visit(fresh))
-        helpers = "" if path.name == "_common.py" else "from rlhf.losses._common import clean, widen  # noqa\n"
+        helpers = "" if path.name == "_common.py" else "from rlhf.losses._common import clean, widen\n"
         where = next((f.name for f in tree.body if isinstance(f, ast.FunctionDef) and within(node, f)), "")
-        yield f"{path.stem}.{where}:{node.lineno}: {what}", helpers + ast.unparse(changed)  # type: ignore[attr-defined]
+        yield f"{path.stem}.{where}:{node.lineno}: {what}", helpers + ast.unparse(changed)
 
 
 def kill(name: str, source: str, folder: Path) -> bool:
@@ -138,8 +138,7 @@ def work(mutants_: list[tuple[str, str]], folder: Path, compiled: Path) -> list[
     os.environ |= {  # what a mutant does not touch compiles once
         "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"
     }  # fmt: skip
-    spec = importlib.util.spec_from_file_location("conftest", folder / "tests" / "conftest.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # type: ignore[union-attr, arg-type]
+    runpy.run_path(str(folder / "tests" / "conftest.py"))
     for name in ("chex", "jax.test_util", "optax", "scipy.optimize"):
         importlib.import_module(name)
     if not green("rlhf/losses/kl.py", "tests/losses/test_contract.py", "-k", "kl.k3 or rlhf"):

@@ -10,6 +10,7 @@ from rlhf import losses
 
 ROWS, COLUMNS, VOCABULARY, SAMPLES = 8, 6, 7, 4
 EMPTY = 3  # the row that nothing is trained of
+NONE: dict = {}
 
 
 class Case(NamedTuple):
@@ -17,8 +18,8 @@ class Case(NamedTuple):
 
     inputs: Callable  # (rng) -> its arrays by name, `[ROWS, COLUMNS, ...]` where they are per token
     flow: tuple = ()  # the arrays that gradients flow through
-    knobs: dict = {}  # noqa: RUF012 - Python numbers, which may be arrays as well
-    static: dict = {}  # noqa: RUF012 - Python numbers that make shapes
+    knobs: dict = NONE  # Python numbers, which may be arrays as well
+    static: dict = NONE  # Python numbers that make shapes
     couples: bool = False  # a row's result depends on the other rows
     per: str = "token"  # what an output has one entry for: token, row or batch
     empty: float = 0.0  # the result where nothing is trained

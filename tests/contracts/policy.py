@@ -93,8 +93,8 @@ CASES = {
         knobs={"k_pos": 2.0, "lam_pos": 3.0, "k_neg": 3.0, "lam_neg": 2.0},
         refuses=tuple(map(positive, ("k_pos", "lam_pos", "k_neg", "lam_neg"))),
     ),
-    "policy.binary_tv": Case(probable),
-    "policy.binary_kl": Case(probable),
+    "kl.binary_tv": Case(probable),
+    "kl.binary_kl": Case(probable),
     "policy.dppo": policy_case(
         knobs={"threshold_low": 0.2, "threshold_high": 0.3}, refuses=(positive("threshold_low"), positive("threshold_high"))
     ),

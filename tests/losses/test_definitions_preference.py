@@ -354,12 +354,12 @@ def test_pairs_by_score():
     nan = math.nan
     scores = np.array([
         [0.1, 2.0, -1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [nan, 0.5, 0.7, nan], [nan, nan, 3.0, nan], [nan] * 4,
-        [-1.0, -9.0, -9.0, -1.0],
+        [-1.0, -9.0, -9.0, -1.0], [-3.0, nan, -2.0, nan],
     ])  # fmt: skip
     chosen, rejected, margin = run(online.pairs_by_score, scores)
-    assert chosen.tolist()[:3] + chosen.tolist()[5:] == [1, 0, 2, 0]
-    assert rejected.tolist()[:3] + rejected.tolist()[5:] == [2, 3, 1, 2]
-    assert_close(margin, [3.0, 0.0, 0.2, 0.0, 0.0, 8.0])
+    assert chosen.tolist()[:3] + chosen.tolist()[5:] == [1, 0, 2, 0, 2]
+    assert rejected.tolist()[:3] + rejected.tolist()[5:] == [2, 3, 1, 2, 0]
+    assert_close(margin, [3.0, 0.0, 0.2, 0.0, 0.0, 8.0, 1.0])
     two, best = RNG.normal(size=(9, 2)), RNG.normal(size=9)
     chosen, rejected, margin = run(online.pairs_by_score, two)
     assert (chosen == (two[:, 1] > two[:, 0])).all()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -126,9 +127,8 @@ def test_a_config_is_saved_as_its_family(family, tmp_path):
 )
 def test_saving_refuses_what_the_family_cannot_express(fields, family, message, tmp_path):
     config = TransformerConfig(**{**vars(TINY), **fields})
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
+    with pytest.raises(ValueError, match=re.escape(message)):
         huggingface.save(tmp_path / "a", transformer(config), random_params(config), family=family)
-    assert message in str(error.value)
     assert not (tmp_path / "a").exists()
 
 
@@ -271,9 +271,8 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path):
     ],
 )
 def test_configs_that_we_do_not_compute_are_refused(name, fields, message, tmp_path):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
+    with pytest.raises(ValueError, match=re.escape(message)):
         huggingface.load(edited(tmp_path, name, **fields))
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
