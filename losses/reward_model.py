@@ -45,7 +45,7 @@ def process_reward(logits, labels, mask) -> Array:
     """
     check_shapes(labels=labels, mask=mask)
     cleaned = clean(logits, jnp.broadcast_to(mask[..., None], jnp.shape(logits)))
-    return clean(0.0 - token_logprob(cleaned, jnp.where(mask, labels, 0)), mask)
+    return clean(0.0 - token_logprob(cleaned, labels), mask)
 
 
 def regression(rewards, targets) -> Array:

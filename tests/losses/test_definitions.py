@@ -165,6 +165,8 @@ def test_places():
     np.testing.assert_array_equal(run(segments.count, MASK, IDS), count)
     np.testing.assert_array_equal(run(segments.last_columns, IDS, static={"max_segments": SEGMENTS}.items()), ends)
     np.testing.assert_array_equal(run(segments.count, MASK), MASK * 0 + MASK.sum(-1, keepdims=True))
+    own = np.broadcast_to(np.arange(1, MASK.shape[1] + 1), MASK.shape)  # every token a sequence of its own
+    np.testing.assert_array_equal(run(segments.count, MASK, own.astype(np.int32)), MASK.astype(int))
     np.testing.assert_array_equal(run(segments.or_whole_rows, MASK, None), np.ones(MASK.shape))
     np.testing.assert_array_equal(run(segments.or_whole_rows, MASK, IDS), IDS)
 
