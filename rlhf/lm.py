@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Params = Any
 
@@ -49,6 +50,64 @@ class Bound:
         return self.fn(*self.args, *args, **kwargs)
 
 
+def geometric_mixture(lm: LM, *, mixture_coef: float = 0.5) -> LM:
+    """`log p = (1 - c) log π + c log π_ref + const`: two models of one kind as one, to sample from (Nash-MD, arXiv:2312.00886).
+
+    Args:
+      lm: what both are; no encoder-decoder.
+      mixture_coef: c in [0, 1], the reference's share.
+
+    Returns: an `LM` whose params are a pair `(policy, reference)`; its hidden states are both models' side by side.
+
+    Raises: ValueError where c is outside [0, 1], or the model has an encoder.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> geometric_mixture(lm).hidden == geometric_mixture(lm).hidden  # two that are alike share their compilations
+    True
+    """
+    if not 0 <= mixture_coef <= 1:
+        raise ValueError(f"mixture_coef is the reference's share, 0 <= c <= 1, but is {mixture_coef}")
+    if lm.encode is not None:
+        raise ValueError("a mixture of encoder-decoders is not supported: each would need its own encoding of the inputs")
+    return LM(
+        init=Bound(_mixed_init, (lm,)),
+        axes=Bound(_mixed_axes, (lm,)),
+        hidden=Bound(_mixed_hidden, (lm,)),
+        unembed=Bound(_mixed_unembed, (lm, mixture_coef)),
+        init_cache=Bound(_mixed_init_cache, (lm,)),
+        unstack=Bound(_mixed_unstack, (lm,)) if lm.unstack else None,
+    )
+
+
+def _mixed_init(lm, key):
+    return tuple(map(lm.init, jax.random.split(key)))
+
+
+def _mixed_axes(lm):
+    return lm.axes(), lm.axes()
+
+
+def _mixed_hidden(lm, params, tokens, *, cache=None, **where):
+    pairs = zip(params, cache or (None, None), strict=True)
+    hidden, caches, _ = zip(*(lm.hidden(p, tokens, cache=c, **where) for p, c in pairs), strict=True)
+    return jnp.concatenate(hidden, axis=-1), caches, {}
+
+
+def _mixed_unembed(lm, coef, params, hidden):
+    parts = zip(params, jnp.split(hidden, 2, axis=-1), strict=True)
+    policy, reference = (jax.nn.log_softmax(lm.unembed(p, h)) for p, h in parts)
+    return (1 - coef) * policy + coef * reference
+
+
+def _mixed_init_cache(lm, batch, length):
+    return lm.init_cache(batch, length), lm.init_cache(batch, length)
+
+
+def _mixed_unstack(lm, params):
+    return tuple(map(lm.unstack, params))
+
+
 def from_linen(module) -> LM:
     """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, and `encode` if it has one, as in `LM`
     but without `params`; and `unstack(params)` if it has one.
@@ -75,8 +134,6 @@ def from_linen(module) -> LM:
 
 
 def _linen_boxed(module, key):
-    import jax.numpy as jnp
-
     one = jnp.ones((1, 1), jnp.int32)
     variables = module.init(key, one, positions=one - 1, segment_ids=one, method="hidden")
     if set(variables) - {"params"}:

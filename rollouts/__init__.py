@@ -45,6 +45,9 @@ from rlhf.rollouts.score import Scored as Scored
 from rlhf.rollouts.score import classify as classify
 from rlhf.rollouts.score import score as score
 from rlhf.rollouts.score import token_logprobs as token_logprobs
+from rlhf.rollouts.simulate import Reply as Reply
+from rlhf.rollouts.simulate import Simulated as Simulated
+from rlhf.rollouts.simulate import simulate as simulate
 from rlhf.rollouts.stopping import stop_strings as stop_strings
 from rlhf.rollouts.types import Batch as Batch
 from rlhf.rollouts.types import Pairs as Pairs

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 Array = Any  # of JAX, or of NumPy on its way to the device
 
@@ -13,6 +14,24 @@ class Prompts(NamedTuple):
     tokens: Array  # [P, L] int32
     mask: Array  # [P, L] bool, True on real tokens
     inputs: dict | None = None  # arrays [P, ...] that the tokens are conditioned on
+
+
+def check_prompts(prompts: Prompts) -> None:
+    """Raises what `generate` and its kin raise of prompts; rows without tokens are seen where the mask is of NumPy.
+
+    Raises: ValueError where tokens and mask are not both `[P, L]`, or a prompt has no tokens; TypeError where the mask is not
+      bool.
+
+    >>> check_prompts(Prompts(np.array([[5, 6]]), np.array([[True, False]])))
+    """
+    tokens, mask = prompts.tokens, prompts.mask
+    if tokens.ndim != 2 or tokens.shape != mask.shape:
+        raise ValueError(f"prompts.tokens {list(tokens.shape)} but prompts.mask {list(mask.shape)}; both [P, L]")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"prompts.mask must be bool, True on real tokens, but is {mask.dtype}")
+    if isinstance(mask, np.ndarray) and not mask.any(axis=1).all():
+        empty = np.flatnonzero(~mask.any(axis=1)).tolist()
+        raise ValueError(f"prompts {empty} have no tokens; a model needs at least one to start from")
 
 
 class Rollout(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+import rlhf.lm
 from rlhf import rollouts
 from rlhf.rollouts import samplers, stopping
 
@@ -104,6 +105,57 @@ def test_penalties_and_minimum_length_in_a_rollout():
         _, filtered = samplers.apply(sampler, jnp.asarray(logits[:, t - 1]), step)
         expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(filtered)), r.tokens[:, t][:, None], axis=1)[:, 0]
         np.testing.assert_allclose(r.sampling_logprobs[:, t], np.where(r.mask[:, t], expected, 0), atol=1e-5)
+
+
+def logits_of(lm, params, rollout):
+    """`[B, T, V]`: column t holds what the token in column t + 1 was drawn from."""
+    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
+    return lm.unembed(params, lm.hidden(params, rollout.tokens, **where)[0])
+
+
+def logprobs_of(logits, rollout):
+    """`[B, T]` of the rollout's tokens, 0 outside the mask."""
+    picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), rollout.tokens[:, 1:, None], axis=-1)[..., 0]
+    return np.where(rollout.mask, np.pad(picked, ((0, 0), (1, 0))), 0)
+
+
+def test_ilql_samples_by_its_shift():
+    """`log π + β (Q - V)`, heads of the hidden states that the logits are made from."""
+    lm = tiny.models(num_layers=1)[0]
+    params, beta = lm.init(KEY), 4.0
+    size, vocabulary = params["embedding"].shape[1], params["embedding"].shape[0]
+    q, v = jax.random.normal(KEY, (size, vocabulary)), jax.random.normal(KEY, (size,))
+    shift = lambda hidden: beta * (hidden @ q - (hidden @ v)[..., None])
+    sampler = rollouts.sampler(lambda logits, step: logits + shift(step.hidden))
+    prompts = rollouts.Prompts(jnp.array([[3, 4, 5], [0, 6, 7]]), jnp.array([[True, True, True], [False, True, True]]))
+    r = jax.device_get(rollouts.generate(lm, params, prompts, KEY, max_new_tokens=5, num_samples=4, sampler=sampler))
+    hidden = lm.hidden(params, r.tokens, positions=r.positions, segment_ids=r.segment_ids)[0]
+    logits = logits_of(lm, params, r)
+    np.testing.assert_allclose(r.logprobs, logprobs_of(logits[:, :-1], r), atol=1e-5)
+    np.testing.assert_allclose(r.sampling_logprobs, logprobs_of((logits + shift(hidden))[:, :-1], r), atol=1e-5)
+    assert abs(r.sampling_logprobs - r.logprobs).max() > 0.1
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.3, 1.0])
+def test_a_geometric_mixture_is_sampled_by_the_token(coef):
+    """Nash-MD's other player: policy and reference, each with its own cache."""
+    lm = tiny.models(num_layers=2)[0]
+    params = lm.init(jax.random.key(1)), lm.init(jax.random.key(2))
+    mixture = rlhf.lm.geometric_mixture(lm, mixture_coef=coef)
+    prompts = rollouts.Prompts(jnp.array([[3, 4, 5], [0, 6, 7]]), jnp.array([[True, True, True], [False, True, True]]))
+    r = jax.device_get(rollouts.generate(mixture, params, prompts, KEY, max_new_tokens=5, num_samples=2))
+    policy, reference = (jax.nn.log_softmax(logits_of(lm, p, r)) for p in params)
+    expected = logprobs_of(((1 - coef) * policy + coef * reference)[:, :-1], r)
+    np.testing.assert_allclose(r.logprobs, expected, atol=1e-5)
+    assert abs(r.logprobs - logprobs_of(policy[:, :-1], r)).max() > (0.01 if coef else -1)
+
+
+def test_what_cannot_be_mixed_is_refused():
+    lm = tiny.models(num_layers=1)[0]
+    with pytest.raises(ValueError, match="reference's share, 0 <= c <= 1, but is 1.5"):
+        rlhf.lm.geometric_mixture(lm, mixture_coef=1.5)
+    with pytest.raises(ValueError, match="a mixture of encoder-decoders is not supported"):
+        rlhf.lm.geometric_mixture(lm._replace(encode=lambda params, inputs: inputs))
 
 
 # --- stop strings ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""The decoding loop's parts: prompts are read, then every row gets a token at a time, written in place.
+
+`generate`, `generate_many` and `simulate` are compositions of these; a row's random numbers, cache and columns are its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf.rollouts import samplers
+from rlhf.rollouts.types import Array, Prompts, check_prompts
+
+
+class Settings(NamedTuple):
+    """What a compiled program depends on."""
+
+    max_new_tokens: int
+    num_samples: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+class Rows(NamedTuple):
+    """Completions in the making; N new tokens at most, T columns."""
+
+    tokens: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32
+    logprobs: Array  # [B, N] float32, of new tokens, of softmax(logits / temperature)
+    sampling_logprobs: Array  # [B, N] float32
+    chances: Array  # [B, N] float32 in [0, 1), what decides each new token
+    start: Array  # [B] int32, column of the first new token
+    first: Array  # [B] int32, its position: how many tokens stand before it
+    new: Array  # [B] int32, new tokens so far
+    last: Array  # [B] int32, the token sampled last
+    stop: Array  # [B] int32, state of the stop strings' automaton
+    finished: Array  # [B] bool, ended by an end token or a stop string
+    cache: Any
+    inputs: Any
+
+
+def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id) -> Settings:
+    """The settings, once they and the prompts are known to fit together."""
+    if max_new_tokens < 1 or num_samples < 1:
+        raise ValueError(f"max_new_tokens and num_samples must be at least 1, but are {max_new_tokens} and {num_samples}")
+    check_prompts(prompts)
+    if isinstance(eos_ids, int):
+        raise TypeError(f"eos_ids must be a tuple of tokens, but is {eos_ids}; write ({eos_ids},)")
+    if key.ndim and key.shape != prompts.tokens.shape[:1]:
+        raise ValueError(f"key {list(key.shape)} but prompts.tokens {list(prompts.tokens.shape)}; one key, or one a prompt")
+    return Settings(max_new_tokens, num_samples, tuple(eos_ids), pad_id)
+
+
+def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callable, Callable, Callable, Callable]:
+    """`(read, hear, emit, decode)`: prompts to rows of `width` columns, hidden states of their next tokens, a token from hidden
+    states, and the next token of rows, which is the two before."""
+    ahead = 0 if prefix is None else prefix.shape[0]
+    encode, params = partial(lm.encode, params) if lm.encode else None, lm.unstack(params) if lm.unstack else params
+    if prefix is not None:
+        ones = jnp.ones((1, ahead), jnp.int32)
+        where = dict(positions=jnp.arange(ahead, dtype=jnp.int32)[None], segment_ids=ones)
+        _, common, _ = lm.hidden(params, prefix[None], **where, cache=lm.init_cache(1, ahead + width))
+
+    def read(prompts: Prompts, keys: Array) -> tuple[Rows, Array]:
+        """The rows of prompts, and the hidden states of their last tokens."""
+        samples, (number, length) = settings.num_samples, prompts.tokens.shape
+        tokens, segment_ids, positions = align_right(prompts)
+        inputs = encode(prompts.inputs) if encode else prompts.inputs  # once, not at every token
+        cache = lm.init_cache(number, width) if prefix is None else repeat(common, number)
+        where = dict(positions=positions + ahead, segment_ids=segment_ids)
+        hidden, cache, _ = lm.hidden(params, tokens, **where, cache=cache, inputs=inputs)
+        first = positions[:, -1] + 1 + ahead
+        hidden, cache, tokens, segment_ids, first, inputs = repeat(
+            (hidden[:, -1], cache, tokens, segment_ids, first, inputs), samples
+        )
+        extend = lambda x, value: jnp.pad(x, ((0, 0), (0, width - length)), constant_values=value)
+        zeros = jnp.zeros((number * samples, settings.max_new_tokens), jnp.float32)
+        none = jnp.zeros(number * samples, jnp.int32)
+        rows = Rows(
+            tokens=extend(tokens, settings.pad_id),
+            segment_ids=extend(segment_ids, 0),
+            logprobs=zeros,
+            sampling_logprobs=zeros,
+            chances=chances(keys, first, settings),
+            start=jnp.full_like(first, length),
+            first=first,
+            new=none,
+            last=none,
+            stop=none,
+            finished=none.astype(bool),
+            cache=cache,
+            inputs=inputs,
+        )
+        return rows, hidden
+
+    def hear(rows: Rows, tokens: Array, segment_ids: Array, positions: Array) -> tuple[Rows, Array]:
+        """Reads the next tokens `[B, K]`, padded on the left, of rows; with the hidden states of the last ones."""
+        where = dict(positions=positions, segment_ids=segment_ids, inputs=rows.inputs)
+        hidden, cache, _ = lm.hidden(params, tokens, **where, cache=rows.cache)
+        return rows._replace(cache=cache), hidden[:, -1]
+
+    def emit(rows: Rows, hidden: Array) -> Rows:
+        """Samples a token a row from the last hidden states, and writes it."""
+        going, column = alive(rows, settings), rows.start + rows.new
+        here = rows.segment_ids != 0
+        step = samplers.Step(
+            tokens=rows.tokens, here=here, sampled=here & (jnp.arange(width)[None, :] >= rows.start[:, None]), column=column,
+            new=rows.new, hidden=hidden, temperature=jnp.asarray(sampler.temperature),
+        )  # fmt: skip
+        logits = lm.unembed(params, hidden)
+        if unknown := [i for i in settings.eos_ids if not 0 <= i < logits.shape[-1]]:
+            raise ValueError(f"eos_ids {unknown} but the model's vocabulary has {logits.shape[-1]} tokens")
+        if stop is not None and stop.shape[0] > logits.shape[-1]:
+            raise ValueError(f"stop [V, S] = {list(stop.shape)} but the model's vocabulary has {logits.shape[-1]} tokens")
+        tempered, filtered = samplers.apply(sampler, logits, step)
+        chance = jnp.take_along_axis(rows.chances, rows.new[:, None], axis=1, mode="clip")[:, 0]
+        sampled = samplers.draw(chance, filtered)
+        of_token = lambda x: jnp.take_along_axis(x, sampled[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(x, axis=-1)
+        each = jnp.arange(going.shape[0])
+        put = lambda x, at, value: x.at[each, jnp.where(going, at, x.shape[1])].set(value.astype(x.dtype), mode="drop")
+        state, ends = rows.stop, _is_in(sampled, settings.eos_ids)
+        if stop is not None:
+            state = jnp.take(stop.reshape(-1), sampled * stop.shape[1] + rows.stop, mode="fill", fill_value=0)
+            ends |= state == stop.shape[1] - 1
+        return rows._replace(
+            tokens=put(rows.tokens, column, sampled),
+            segment_ids=put(rows.segment_ids, column, jnp.ones_like(sampled)),
+            logprobs=put(rows.logprobs, rows.new, of_token(tempered)),
+            sampling_logprobs=put(rows.sampling_logprobs, rows.new, of_token(filtered)),
+            new=rows.new + going,
+            last=sampled,
+            stop=state,
+            finished=rows.finished | (going & ends),
+        )
+
+    def decode(rows: Rows) -> Rows:
+        """Reads the last token, then samples the next."""
+        going = alive(rows, settings).astype(jnp.int32)
+        return emit(*hear(rows, rows.last[:, None], going[:, None], (rows.first + rows.new - 1)[:, None]))
+
+    return read, hear, emit, decode
+
+
+def complete(decode: Callable, rows: Rows, settings: Settings, early_end: bool) -> Rows:
+    """Decodes until every row is over; or always as often, which a vmapped program does faster."""
+    if early_end:
+        return jax.lax.while_loop(lambda rows: alive(rows, settings).any(), decode, rows)
+    return jax.lax.fori_loop(1, settings.max_new_tokens, lambda _, rows: decode(rows), rows)
+
+
+def alive(rows: Rows, settings: Settings) -> Array:
+    return ~rows.finished & (rows.new < settings.max_new_tokens)
+
+
+def row_keys(key: Array, prompts: Prompts, settings: Settings) -> Array:
+    if key.ndim == 0:
+        return jax.random.split(key, prompts.tokens.shape[0] * settings.num_samples)
+    return jax.vmap(lambda key: jax.random.split(key, settings.num_samples))(key).reshape(-1)
+
+
+def chances(keys: Array, first: Array, settings: Settings) -> Array:
+    """A uniform number for every new token, of the row's key and the token's position; all at once, which costs less."""
+    positions = first[:, None] + jnp.arange(settings.max_new_tokens)[None, :]
+    of_token = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
+    return jax.vmap(jax.vmap(of_token, in_axes=(None, 0)))(keys, positions)
+
+
+def repeat(tree, times: int):
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+def align_right(prompts: Prompts) -> tuple[Array, Array, Array]:
+    """Tokens shifted so that every prompt ends in the last column; their segment ids and positions."""
+    order = jnp.argsort(prompts.mask, axis=1, stable=True)  # padding first, tokens in their order
+    mask = jnp.take_along_axis(prompts.mask, order, axis=1)
+    tokens = jnp.take_along_axis(prompts.tokens, order, axis=1)
+    return tokens, mask.astype(jnp.int32), jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _is_in(token, ids):
+    return jnp.zeros(token.shape, bool) if not ids else (token[:, None] == jnp.asarray(ids)[None, :]).any(-1)
