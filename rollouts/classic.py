@@ -177,6 +177,12 @@ def pass_at_k(correct, k: int, *, n: int | None = None) -> Array:
 def bucket(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     """The smallest of `buckets` that is at least `length`: shapes out of a short list compile few programs.
 
+    Args:
+      length: tokens.
+      buckets: widths in tokens, in any order.
+
+    Returns: a width.
+
     Raises: ValueError where the length is below 1 or above all buckets.
 
     >>> bucket(65), bucket(64), bucket(3, (4, 8))

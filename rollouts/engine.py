@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 
 from rlhf.lm import LM, Params
 from rlhf.rollouts.score import token_logprobs
-from rlhf.rollouts.types import Array, Prompts, Rollout
+from rlhf.rollouts.types import Array, Prompts, Rollout, check_prompts
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, which double, and before any
 
@@ -102,7 +102,16 @@ def openai_engine(
 
 
 def warn(failures: list[Failure]) -> None:
-    """One RuntimeWarning for all rows that failed."""
+    """One RuntimeWarning for all rows that failed: what `generate_remote` reports them by.
+
+    Args:
+      failures: at least one.
+
+    >>> with warnings.catch_warnings(record=True, action="always") as caught:
+    ...     warn([Failure(3, "500 out of memory"), Failure(5, "timed out")])
+    >>> str(caught[0].message)
+    'rows 3, 5 failed and come back empty; row 3: 500 out of memory'
+    """
     rows = ", ".join(str(failure.row) for failure in failures)
     first = f"row {failures[0].row}: {failures[0].error}"
     warnings.warn(f"rows {rows} failed and come back empty; {first}", RuntimeWarning, stacklevel=3)
@@ -119,18 +128,23 @@ def generate_remote(
     top_p: float = 1.0,
     top_k: int | None = None,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    min_new_tokens: int = 0,
     eos_ids: tuple[int, ...] = (),
+    stop: Sequence[str] = (),
     pad_id: int = 0,
     report: Callable[[list[Failure]], Any] = warn,
 ) -> Rollout:
     """`rollouts.generate` by a server: samples `num_samples` completions of every prompt, a request for each.
 
-    `sampling_logprobs` are the engine's, as it returns them.  vLLM's are of softmax(logits), without temperature and filters
-    (`raw_logprobs`); started with `--logprobs-mode processed_logprobs` they are of the distribution that was sampled from, as
-    importance weights need them.  SGLang's have the temperature and not the filters; those of `rollouts.server` have both.
+    `sampling_logprobs` are the engine's, as it returns them.  vLLM's are of softmax(logits), without temperature, penalties and
+    filters (`raw_logprobs`); started with `--logprobs-mode processed_logprobs` they are of the distribution that was sampled
+    from, as importance weights need them.  SGLang's have the temperature and not the filters; those of `rollouts.server` all.
 
-    `logprobs` copy them: what a `Rollout` promises, of softmax(logits / temperature), at temperature 1 without filters.
-    Otherwise, and because an engine rounds in its own way, `rescored` puts the trainer's in their place.
+    `logprobs` copy them: what a `Rollout` promises, of softmax(logits / temperature), at temperature 1 without penalties and
+    filters.  Otherwise, and because an engine rounds in its own way, `rescored` puts the trainer's in their place.
 
     Every setting is sent, so that a server's own defaults (vLLM takes them from generation_config.json) change nothing.
 
@@ -141,7 +155,10 @@ def generate_remote(
       max_new_tokens: the most tokens sampled a row; the end token counts.
       temperature: 0 takes the likeliest token; the rollout's temperature is then 1, as `greedy()` has it.
       top_p, top_k, min_p: as the transforms of these names; the defaults filter nothing.
+      repetition_penalty, frequency_penalty, presence_penalty: as the transforms of these names; the defaults change nothing.
+      min_new_tokens: tokens before which no end token is sampled; what `stop` does before them is the server's own.
       eos_ids: tokens that end a row, beside those that the server ends it by; empty: none, not even the server's.
+      stop: texts that end a row; it keeps the token that completes one.  The server matches them, in its text of the tokens.
       pad_id: what stands in `tokens` outside prompt and completion.
       report: called once with the rows that failed for good, if there are any.  They come back without a sampled token, `mask`
         and `finished` False.  `failures.extend` keeps them in a list.
@@ -158,7 +175,7 @@ def generate_remote(
     >>> rollout.tokens.tolist(), rollout.logprobs.tolist()
     ([[5, 6, 7, 2, 0]], [[0.0, 0.0, -0.5, -0.25, 0.0]])
     """
-    _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, eos_ids)
+    _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, repetition_penalty, min_new_tokens, eos_ids, stop)
     rows = [row for row in _rows(prompts) for _ in range(num_samples)]
     seeds = jax.random.randint(key, (len(rows),), 0, 2**31 - 1).tolist()
     settings = {
@@ -168,8 +185,12 @@ def generate_remote(
         "top_p": top_p,
         "top_k": -1 if top_k is None else top_k,
         "min_p": min_p,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": repetition_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "min_tokens": min_new_tokens,
         "stop_token_ids": [int(token) for token in eos_ids],
+        "stop": list(stop),
         "ignore_eos": not eos_ids,  # SGLang ignores stop_token_ids too when it is True
         "logprobs": 1,
         "return_token_ids": True,
@@ -260,7 +281,7 @@ def _message(refusal: urllib.error.HTTPError) -> str:
     return text
 
 
-def _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, eos_ids) -> None:
+def _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, penalty, min_new_tokens, eos_ids, stop) -> None:
     if max_new_tokens < 1 or num_samples < 1:
         raise ValueError(f"max_new_tokens and num_samples must be at least 1, but are {max_new_tokens} and {num_samples}")
     if not (temperature >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1 and (top_k is None or top_k >= 1)):
@@ -268,6 +289,13 @@ def _check(max_new_tokens, num_samples, temperature, top_p, top_k, min_p, eos_id
             "temperature >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, and top_k >= 1 or None, "
             f"but they are {temperature}, {top_p}, {min_p} and {top_k}"
         )
+    if not (penalty > 0 and 0 <= min_new_tokens <= max_new_tokens):
+        raise ValueError(
+            "repetition_penalty > 0 and 0 <= min_new_tokens <= max_new_tokens, "
+            f"but they are {penalty}, {min_new_tokens} and {max_new_tokens}"
+        )
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop must be a list of texts that are not empty, but is {stop!r}")
     if isinstance(eos_ids, int):
         raise TypeError(f"eos_ids must be a tuple of tokens, but is {eos_ids}; write ({eos_ids},)")
 
@@ -276,15 +304,11 @@ def _rows(prompts: Prompts) -> list[list[int]]:
     """The ids of each prompt, without padding."""
     if prompts.inputs is not None:
         raise ValueError("prompts.inputs cannot be sent to a server; generate_remote takes prompts of tokens alone")
-    tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
-    if tokens.ndim != 2 or tokens.shape != mask.shape:
-        raise ValueError(f"prompts.tokens {list(tokens.shape)} but prompts.mask {list(mask.shape)}; both [P, L]")
-    if mask.dtype != np.bool_:
-        raise TypeError(f"prompts.mask must be bool, True on real tokens, but is {mask.dtype}")
-    empty = np.flatnonzero(~mask.any(1))
-    if not len(mask) or len(empty):
-        raise ValueError(f"prompt {empty[0] if len(empty) else 0} has no tokens; a model needs at least one to start from")
-    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    prompts = Prompts(np.asarray(prompts.tokens), np.asarray(prompts.mask))
+    check_prompts(prompts)
+    if not len(prompts.mask):
+        raise ValueError(f"prompts.tokens {list(prompts.tokens.shape)} has no rows; generate_remote needs at least one prompt")
+    return [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.mask, strict=True)]
 
 
 def _completion(answer: str, prompt: list[int], max_new_tokens: int) -> _Completion:

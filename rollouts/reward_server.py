@@ -8,8 +8,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
+from rlhf.rollouts.json_http import Refused, decoded, encoded, json_server
 from rlhf.rollouts.rewards import RewardFunction, Unreachable
 
 TRANSIENT = (429, 502, 503, 504)  # too many requests, and what proxies say of a server that restarts
@@ -36,36 +37,20 @@ def serve(rewards: Mapping[str, RewardFunction], *, host: str = "127.0.0.1", por
     [1, 3]
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.answer(200, _encoded({"rewards": list(rewards)}))
+    def answer(command: str, path: str, data: bytes) -> dict:
+        if command == "GET":
+            return {"rewards": list(rewards)}
+        reward = rewards.get(path.strip("/"))
+        if reward is None:
+            raise Refused(404, f"no function at {path}; there are {list(rewards)}")
+        try:
+            body = decoded(data)
+            arguments, columns = (body["prompts"], body["completions"]), body.get("columns", {})
+        except (ValueError, KeyError) as error:
+            raise Refused(400, f"the body must have prompts and completions: {error!r}") from None
+        return {"rewards": list(_run(reward(*arguments, **columns)))}
 
-        def do_POST(self):
-            reward = rewards.get(self.path.strip("/"))
-            if reward is None:
-                return self.answer(404, _encoded({"error": f"no function at {self.path}; there are {list(rewards)}"}))
-            try:
-                texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                arguments, columns = (texts["prompts"], texts["completions"]), texts.get("columns", {})
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                return self.answer(400, _encoded({"error": f"the body must have prompts and completions: {error!r}"}))
-            try:
-                status, content = 200, _encoded({"rewards": list(_run(reward(*arguments, **columns)))})
-            except (Exception, SystemExit) as error:
-                status, content = 500, _encoded({"error": f"{type(error).__name__}: {error}"})
-            self.answer(status, content)
-
-        def answer(self, status, body):
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    return _Server((host, port), Handler)
+    return json_server(answer, host=host, port=port)
 
 
 def remote(url: str, *, timeout: float = 60.0, retries: int = 3, backoff: float = 0.5) -> RewardFunction:
@@ -88,7 +73,7 @@ def remote(url: str, *, timeout: float = 60.0, retries: int = 3, backoff: float 
         raise ValueError(f"retries must be at least 0, but is {retries}")
 
     def reward(prompts, completions, **columns):
-        body = _encoded({"prompts": list(prompts), "completions": list(completions), "columns": columns})
+        body = encoded({"prompts": list(prompts), "completions": list(completions), "columns": columns})
         for attempt in range(retries + 1):
             if attempt:
                 time.sleep(backoff * 2 ** (attempt - 1))
@@ -118,18 +103,3 @@ def _run(returned):
         return await returned
 
     return asyncio.run(wait()) if inspect.isawaitable(returned) else returned
-
-
-def _encoded(content) -> bytes:
-    return json.dumps(content, default=_plain).encode()
-
-
-def _plain(x):
-    """Arrays and their numbers as lists and numbers."""
-    if not hasattr(x, "tolist"):
-        raise TypeError(f"{type(x).__name__} does not go into JSON; give columns of text, numbers and lists")
-    return x.tolist()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # five, the library's, are too few where many hosts ask at once

@@ -3,8 +3,9 @@
     python -m rlhf.rollouts.server FOLDER --port 8000
 
 It answers `/v1/completions`, `/v1/models` and `/health`, and takes new weights as vLLM (`/v1/load_lora_adapter`) and SGLang
-(`/update_weights_from_disk`) do.  Log-probs are of the distribution that was sampled from, after temperature and filters; at
-temperature 0 of softmax(logits).  There is no access control: who reaches the port may have it load any folder.
+(`/update_weights_from_disk`) do.  Log-probs are of the distribution that was sampled from, after penalties, temperature and
+filters; at temperature 0 of softmax(logits).  A stop string cuts the text, and never the token ids, which hold the token that
+completed it.  There is no access control: who reaches the port may have it load any folder.
 """
 
 import argparse
@@ -13,35 +14,32 @@ import random
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import lru_cache
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from rlhf.lm import LM, Params
-from rlhf.rollouts import samplers
+from rlhf.rollouts import samplers, stopping
 from rlhf.rollouts.generate import generate
-from rlhf.rollouts.types import Prompts, Rollout
+from rlhf.rollouts.json_http import Refused, decoded, json_server, number, text, whole
+from rlhf.rollouts.types import Array, Prompts, Rollout
 
-LEAST = 16  # columns of the shortest programs, of prompts and of completions
+LEAST = 16  # columns of the shortest programs, of prompts and of completions; states of the smallest automaton
 REFUSED: dict[str, Any] = {  # settings of the protocol that change the answer and are not here -> what they may be
-    "stream": False, "echo": False, "suffix": "", "stop": [], "best_of": 1, "logit_bias": {}, "min_tokens": 0,
-    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1,
+    "stream": False, "echo": False, "suffix": "", "best_of": 1, "use_beam_search": False, "bad_words": [],
+    "allowed_token_ids": [], "skip_special_tokens": True, "response_format": {"type": "text"},
 }  # fmt: skip
-
-
-class NotFound(Exception):
-    """Becomes status 404."""
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 256  # clients send hundreds of rows at once; the system drops what finds no place
+EDITS: dict[str, Any] = {  # settings that change logits before the temperature -> where they change nothing
+    "logit_bias": {}, "min_tokens": 0, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
+}  # fmt: skip
 
 
 def serve(lm: LM, params: Params, tokenizer, *, host: str = "127.0.0.1", port: int = 8000, **settings) -> None:
@@ -86,36 +84,16 @@ def http_server(
     """
     posts, gets = _routes(lm, params, tokenizer, model, tuple(eos_ids), family)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.answer(gets, lambda: ())
+    def answer(command: str, path: str, data: bytes) -> dict:
+        routes = posts if command == "POST" else gets
+        if path not in routes:
+            raise Refused(404, f"{command} {path} is not served; known: {', '.join(routes)}")
+        try:
+            return routes[path](decoded(data)) if command == "POST" else routes[path]()
+        except (ValueError, OSError) as error:
+            raise Refused(400, str(error)) from error
 
-        def do_POST(self):
-            self.answer(posts, lambda: (_json(self.rfile.read(int(self.headers.get("Content-Length", 0)))),))
-
-        def answer(self, routes: dict[str, Callable], read: Callable):
-            try:
-                if self.path not in routes:
-                    raise NotFound(f"{self.command} {self.path} is not served; known: {', '.join(routes)}")
-                code, content = 200, routes[self.path](*read())
-            except NotFound as error:
-                code, content = 404, _error(error, "NotFoundError", 404)
-            except (ValueError, OSError) as error:
-                code, content = 400, _error(error, "BadRequestError", 400)
-            except Exception as error:
-                traceback.print_exc()
-                code, content = 500, _error(error, "InternalServerError", 500)
-            data = json.dumps(content).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            """Quiet: a batch is hundreds of requests."""
-
-    return _Server((host, port), Handler)
+    return json_server(answer, host=host, port=port)
 
 
 def _routes(lm, params, tokenizer, model, eos_ids, family) -> tuple[dict[str, Callable], dict[str, Callable]]:
@@ -124,17 +102,18 @@ def _routes(lm, params, tokenizer, model, eos_ids, family) -> tuple[dict[str, Ca
     models = {model: (lm, params)}  # those beside the first are adapters of it
 
     def completions(body: dict) -> dict:
-        name = _text({"model": model} | body, "model")
-        ends = (*_tokens(body.get("stop_token_ids") or [], "stop_token_ids"), *(() if body.get("ignore_eos") else eos_ids))
+        name = text({"model": model} | body, "model")
+        named = _tokens(body.get("stop_token_ids") or [], "stop_token_ids")
+        ends = tuple(sorted({*named, *(() if body.get("ignore_eos") else eos_ids)}))
         with lock:
             if name not in models:
-                raise NotFound(f"the model {name!r} does not exist; known: {', '.join(models)}")
-            return {"model": name} | _completions(*models[name], tokenizer, body, tuple(sorted(set(ends))))
+                raise Refused(404, f"the model {name!r} does not exist; known: {', '.join(models)}")
+            return {"model": name} | _completions(*models[name], tokenizer, body, ends)
 
     def load_lora_adapter(body: dict) -> dict:
         from rlhf import adapters, peft_files
 
-        name, path = _text(body, "lora_name"), _text(body, "lora_path")
+        name, path = text(body, "lora_name"), text(body, "lora_path")
         if family is None:
             raise ValueError("this server was started without a family, by which adapters are read")
         if name == model or (name in models and not body.get("load_inplace")):
@@ -149,7 +128,7 @@ def _routes(lm, params, tokenizer, model, eos_ids, family) -> tuple[dict[str, Ca
 
         config = decoder_of(config_of(models[model][0]))
         with lock:
-            new = huggingface.load(_text(body, "model_path"), dtype=config.dtype, param_dtype=config.param_dtype)
+            new = huggingface.load(text(body, "model_path"), dtype=config.dtype, param_dtype=config.param_dtype)
             models.clear()  # adapters of the old weights go with them
             models[model] = new[:2]
         return {"success": True, "message": "the weights are new"}
@@ -167,23 +146,22 @@ def _routes(lm, params, tokenizer, model, eos_ids, family) -> tuple[dict[str, Ca
 
 def _completions(lm: LM, params: Params, tokenizer, body: dict, eos_ids: tuple[int, ...]) -> dict:
     """The answer to a request, without the model's name."""
-    for name, neutral in REFUSED.items():
-        if body.get(name) not in (None, neutral):
-            raise ValueError(f"{name} = {body[name]!r} is not supported; leave it out")
-    prompts = _prompts(body.get("prompt"), tokenizer, _vocabulary(lm, params))
-    number, most = _whole(body, "n", 1), _whole(body, "max_tokens", 16)
-    greedy = body.get("temperature") == 0
-    sampler = samplers.greedy() if greedy else _sampler(body)
-    key = jax.random.key(_whole(body, "seed", random.getrandbits(31), least=-(2**63)) % 2**31)
-    rows = [prompt for prompt in prompts for _ in range(number)]
-    rollout, start = _sample(lm, params, rows, key, most, sampler, eos_ids)
-    logprobs = rollout.logprobs if greedy else rollout.sampling_logprobs
+    for name in _given(body, REFUSED):
+        raise ValueError(f"{name} = {body[name]!r} is not supported by this server; leave it out")
+    vocabulary = _vocabulary(lm, params)
+    prompts, strings = _prompts(body.get("prompt"), tokenizer, vocabulary), _stop(body, tokenizer)
+    copies, most = whole(body, "n", 1), whole(body, "max_tokens", 16)
+    sampler = _sampler(body, vocabulary, eos_ids, most)
+    key = jax.random.key(whole(body, "seed", random.getrandbits(31), least=-(2**63)) % 2**31)
+    rows = [prompt for prompt in prompts for _ in range(copies)]
+    stop = _automaton(tokenizer, strings) if strings else None
+    rollout, start = _sample(lm, params, rows, key, most, sampler=sampler, eos_ids=eos_ids, stop=stop)
+    logprobs = rollout.sampling_logprobs if body.get("temperature") != 0 else rollout.logprobs
     choices = []
     for i, prompt in enumerate(rows):
-        count = min(int(rollout.mask[i].sum()), most)
-        here = slice(start, start + count)
+        here = slice(start, start + min(int(rollout.mask[i].sum()), most))
         tokens = rollout.tokens[i, here].tolist()
-        choices.append(_choice(i, prompt, tokens, logprobs[i, here].tolist(), tokens[-1] in eos_ids, tokenizer, body))
+        choices.append(_choice(i, prompt, tokens, logprobs[i, here].tolist(), eos_ids, strings, tokenizer, body))
     read, written = sum(map(len, prompts)), int(sum(len(choice["token_ids"]) for choice in choices))
     if not body.get("return_token_ids"):
         choices = [{k: v for k, v in choice.items() if not k.endswith("token_ids")} for choice in choices]
@@ -196,7 +174,7 @@ def _completions(lm: LM, params: Params, tokenizer, body: dict, eos_ids: tuple[i
     }
 
 
-def _sample(lm, params, rows, key, most, sampler, eos_ids) -> tuple[Rollout, int]:
+def _sample(lm, params, rows, key, most, **settings) -> tuple[Rollout, int]:
     """A rollout on the host and its first new column: sizes are powers of two, so that few programs compile."""
     batch, start, new = _power(len(rows)), _power(max(map(len, rows)), LEAST), _power(most, LEAST)
     tokens, mask = np.zeros((batch, start), np.int32), np.zeros((batch, start), bool)
@@ -204,33 +182,109 @@ def _sample(lm, params, rows, key, most, sampler, eos_ids) -> tuple[Rollout, int
         row = rows[min(i, len(rows) - 1)]  # those too many repeat the last
         tokens[i, start - len(row) :], mask[i, start - len(row) :] = row, True
     prompts = Prompts(jnp.asarray(tokens), jnp.asarray(mask))
-    return jax.device_get(generate(lm, params, prompts, key, max_new_tokens=new, sampler=sampler, eos_ids=eos_ids)), start
+    return jax.device_get(generate(lm, params, prompts, key, max_new_tokens=new, **settings)), start
 
 
-def _choice(index, prompt, tokens, logprobs, ended, tokenizer, body) -> dict:
+def _choice(index, prompt, tokens, logprobs, eos_ids, strings, tokenizer, body) -> dict:
     as_ids = tokenizer is None or body.get("return_tokens_as_token_ids")
     names = [f"token_id:{token}" for token in tokens] if as_ids else tokenizer.convert_ids_to_tokens(tokens)
     wanted = body.get("logprobs") is not None
+    said = "" if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+    reason = tokens[-1] if tokens[-1] in (body.get("stop_token_ids") or ()) else None
+    if found := _found(tokenizer, tokens, strings):
+        reason, from_start, from_end = found
+        said = said[: max(0, len(said) - (from_end if body.get("include_stop_str_in_output") else from_start))]
     return {
         "index": index,
-        "text": "" if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
-        "finish_reason": "stop" if ended else "length",
+        "text": said,
+        "finish_reason": "stop" if found or tokens[-1] in eos_ids else "length",
+        "stop_reason": reason,
         "logprobs": {"tokens": names, "token_logprobs": logprobs, "top_logprobs": None} if wanted else None,
         "token_ids": tokens,
         "prompt_token_ids": prompt,
     }
 
 
-def _sampler(body: dict) -> samplers.Sampler:
-    """All filters every time, so that settings are arrays and one program serves them; in vLLM's order."""
-    value = lambda name, default: float(_number(body, name, default))
-    k = int(_number(body, "top_k", -1))
-    return samplers.sampler(
-        samplers.min_p(value("min_p", 0)),
-        samplers.top_k(k if k > 0 else 2**31 - 1),
-        samplers.top_p(value("top_p", 1)),
-        temperature=value("temperature", 1),
-    )
+def _stop(body: dict, tokenizer) -> tuple[str, ...]:
+    """The stop strings of a request."""
+    stop = body.get("stop") or []
+    strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else (None,)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop must be a text that is not empty, or a list of them, but is {stop!r}")
+    if strings and tokenizer is None:
+        raise ValueError("this server has no tokenizer to match stop strings by: give stop_token_ids")
+    if strings and body.get("min_tokens"):
+        raise ValueError(f"min_tokens = {body['min_tokens']!r} holds back end tokens, but not stop strings: leave one out")
+    return strings
+
+
+_token_bytes = lru_cache(maxsize=1)(stopping.token_bytes)
+
+
+@lru_cache(maxsize=4)
+def _automaton(tokenizer, strings: tuple[str, ...]) -> Array:
+    """`stop_strings` with a power of two of states, so that few programs compile; nothing leads to those added."""
+    table = np.asarray(stopping.stop_strings(tokenizer, strings))
+    seen, last = table.shape[1] - 1, _power(table.shape[1], LEAST) - 1
+    return jnp.asarray(np.pad(np.where(table == seen, last, table), ((0, 0), (0, last - seen)), mode="edge"))
+
+
+def _found(tokenizer, tokens: list[int], strings: tuple[str, ...]) -> tuple[str, int, int] | None:
+    """The stop string that is complete first, of several the longest, and how many characters stand from its start and its end
+    on: counted from the end of the text, since a decoder may leave out the space that a text begins with."""
+    pieces = _token_bytes(tokenizer) if strings else []
+    said = b"".join(pieces[token] if token < len(pieces) else b"\xff" for token in tokens)  # no text has 0xff
+    places = {string: at for string in strings if (at := said.find(string.encode())) >= 0}
+    if not places:
+        return None
+    first = min(places, key=lambda string: (places[string] + len(string.encode()), places[string]))
+    rest = len(said[places[first] :].decode(errors="replace"))
+    return first, rest, rest - len(first)
+
+
+def _sampler(body: dict, vocabulary: int, eos_ids: tuple[int, ...], most: int) -> samplers.Sampler:
+    """vLLM's transforms in its order.  Settings are arrays: one program serves all that edit logits, one all that do not."""
+    value = lambda name, default: float(number(body, name, default))
+    edits: tuple[Callable, ...] = ()
+    if _given(body, EDITS):
+        least = whole(body, "min_tokens", 0, least=0)
+        if least > most:
+            raise ValueError(f"min_tokens is {least} but max_tokens {most}; it must be at most that")
+        edits = (
+            _bias(body.get("logit_bias") or {}, vocabulary),
+            samplers.min_new_tokens(least, eos_ids),
+            samplers.repetition_penalty(value("repetition_penalty", 1)),
+            samplers.frequency_penalty(value("frequency_penalty", 0)),
+            samplers.presence_penalty(value("presence_penalty", 0)),
+        )
+    temperature, k = value("temperature", 1), int(number(body, "top_k", -1))
+    if temperature == 0:
+        return samplers.sampler(*edits, *samplers.greedy().transforms)
+    filters = samplers.min_p(value("min_p", 0)), samplers.top_k(k if k > 0 else 2**31 - 1), samplers.top_p(value("top_p", 1))
+    return samplers.sampler(*edits, *filters, temperature=temperature)
+
+
+def _bias(biases, vocabulary: int) -> Partial:
+    """The transform that adds to the logits of tokens, as they are before the temperature."""
+    bias = np.zeros(vocabulary, np.float32)
+    if not isinstance(biases, dict):
+        raise ValueError(f"logit_bias must be an object of token ids and numbers, but is {biases!r}")
+    for token in biases:
+        if not token.isdecimal() or int(token) >= vocabulary or not abs(number(biases, token, 0)) <= 100:
+            raise ValueError(
+                f"logit_bias has {biases[token]!r} for token {token!r}; tokens are below {vocabulary}, numbers in -100 … 100"
+            )
+        bias[int(token)] = number(biases, token, 0)
+    return Partial(_add_bias, bias=jnp.asarray(bias))
+
+
+def _add_bias(logits, step, *, bias):
+    return logits + (bias / step.temperature).astype(logits.dtype)[None, :]
+
+
+def _given(body: dict, settings: dict[str, Any]) -> list[str]:
+    """Which settings a request has that are neither null nor what changes nothing."""
+    return [name for name, neutral in settings.items() if body.get(name) not in (None, neutral)]
 
 
 def _prompts(prompt, tokenizer, vocabulary: int) -> list[list[int]]:
@@ -258,39 +312,8 @@ def _tokens(value, name: str) -> list[int]:
     return value
 
 
-def _number(body: dict, name: str, default):
-    value = default if body.get(name) is None else body[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, but is {value!r}")
-    return value
-
-
-def _whole(body: dict, name: str, default: int, *, least: int = 1) -> int:
-    value = _number(body, name, default)
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number and at least {least}, but is {value!r}")
-    return value
-
-
-def _text(body: dict, name: str) -> str:
-    if not isinstance(body.get(name), str):
-        raise ValueError(f"{name} must be a text, but is {body.get(name)!r}")
-    return body[name]
-
-
 def _power(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
-
-
-def _json(data: bytes) -> dict:
-    body = json.loads(data)
-    if not isinstance(body, dict):
-        raise ValueError(f"the body must be a JSON object, but is {body!r}")
-    return body
-
-
-def _error(error: Exception, kind: str, code: int) -> dict:
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": code}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

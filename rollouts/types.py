@@ -19,6 +19,9 @@ class Prompts(NamedTuple):
 def check_prompts(prompts: Prompts) -> None:
     """Raises what `generate` and its kin raise of prompts; rows without tokens are seen where the mask is of NumPy.
 
+    Args:
+      prompts: `[P, L]`, padded anywhere.
+
     Raises: ValueError where tokens and mask are not both `[P, L]`, or a prompt has no tokens; TypeError where the mask is not
       bool.
 

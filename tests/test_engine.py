@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import rlhf
 from rlhf import adapters, losses, peft_files, rollouts
 from rlhf.models import TransformerConfig, transformer
 from rlhf.rollouts import engine as engines
+from rlhf.rollouts import samplers
 from rlhf.rollouts import server as servers
 
 HERE = Path(__file__).parent
@@ -88,8 +90,8 @@ def ask(engine, key=KEY, prompts=PROMPTS, **settings):
 
 def greedily(model, **changes):
     lm, params = model
-    settings = dict(max_new_tokens=NEW, num_samples=2, sampler=rollouts.greedy(), eos_ids=ENDS)
-    return rollouts.generate(lm, changes.get("params", params), PROMPTS, KEY, **settings)
+    settings = dict(max_new_tokens=NEW, num_samples=2, sampler=rollouts.greedy(), eos_ids=ENDS) | changes
+    return rollouts.generate(lm, settings.pop("params", params), PROMPTS, KEY, **settings)
 
 
 def assert_same(remote, local):
@@ -147,10 +149,142 @@ def test_texts_are_read_and_written(server, folder):
     assert expected["logprobs"] is None
 
 
+def test_penalties_equal_those_of_generate(server, model):
+    settings = dict(repetition_penalty=1.4, frequency_penalty=0.75, presence_penalty=1.5)
+    transforms = [getattr(samplers, name)(value) for name, value in settings.items()] + [samplers.min_new_tokens(5, ENDS)]
+    local = greedily(model, sampler=rollouts.sampler(*transforms, *rollouts.greedy().transforms))
+    assert_same(ask(server, temperature=0, num_samples=2, min_new_tokens=5, **settings), local)
+    assert not np.array_equal(local.tokens, greedily(model).tokens)
+    assert 5 <= local.mask.sum(1).min() < NEW
+
+    body = dict(prompt=[[3, 4, 5]], temperature=0.7, seed=5, stop_token_ids=ENDS, max_tokens=NEW, logprobs=1)
+    body |= dict(min_tokens=5, return_token_ids=True, logit_bias={"11": 60, "12": -3}, **settings)
+    (choice,) = json.loads(server.send("/v1/completions", body))["choices"]
+    bias = lambda logits, step: logits.at[:, jnp.array([11, 12])].add(jnp.array([[60.0, -3.0]]) / 0.7)
+    one = rollouts.Prompts(PROMPTS.tokens[:1], PROMPTS.mask[:1])
+    sampled = dict(max_new_tokens=NEW, eos_ids=ENDS, sampler=rollouts.sampler(bias, *transforms, temperature=0.7))
+    row = rollouts.generate(*model, one, jax.random.key(5), **sampled)
+    assert choice["token_ids"] == row.tokens[row.mask].tolist()
+    assert 11 in choice["token_ids"]
+    np.testing.assert_allclose(choice["logprobs"]["token_logprobs"], row.sampling_logprobs[row.mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("filters", [{}, dict(min_p=0.01, top_k=6, top_p=0.97)])
+def test_logits_are_edited_in_vllms_order(filters):
+    """Bias, end tokens, penalties, then temperature, then filters; by definition, on logits of every kind."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 12)).astype(np.float32) * 2
+    tokens = np.array([[9, 3, 3, 5, 5, 5, 0], [4, 9, 9, 9, 1, 2, 0]], np.int32)
+    there = np.arange(7)[None, :] < np.array([[6], [6]])
+    new = np.array([4, 2], np.int32)
+    step = samplers.Step(
+        tokens=jnp.asarray(tokens), here=jnp.asarray(there), sampled=jnp.asarray(there & (np.arange(7) >= 6 - new[:, None])),
+        column=jnp.array([6, 6]), new=jnp.asarray(new), hidden=jnp.zeros((2, 1)), temperature=jnp.float32(0.5),
+    )  # fmt: skip
+    body = dict(
+        logit_bias={"3": 1.5, "7": -6.5}, min_tokens=3, repetition_penalty=1.7, frequency_penalty=0.6, presence_penalty=-1.1,
+        temperature=0.5, **filters,
+    )  # fmt: skip
+    expected = logits.astype(float)
+    for row, x in enumerate(expected):
+        x[3] += 1.5
+        x[7] -= 6.5
+        if new[row] < 3:
+            x[[2, 8]] = -np.inf
+        for token in set(tokens[row, :6]):
+            x[token] = x[token] / 1.7 if x[token] > 0 else x[token] * 1.7
+        sampled = tokens[row, 6 - new[row] : 6].tolist()
+        for token in set(sampled):
+            x[token] -= 0.6 * sampled.count(token) - 1.1
+        x /= 0.5
+        if not filters:
+            continue
+        probs = np.exp(x - np.logaddexp.reduce(x))
+        x[probs < 0.01 * probs.max()] = -np.inf
+        x[x < np.sort(x)[-6]] = -np.inf
+        order = np.argsort(-x)
+        probs = np.exp(x[order] - np.logaddexp.reduce(x))
+        x[order[np.cumsum(probs) - probs >= 0.97]] = -np.inf
+    _, edited = samplers.apply(servers._sampler(body, 12, (2, 8), 9), jnp.asarray(logits), step)
+    np.testing.assert_allclose(edited, expected, atol=1e-4)
+    assert (np.isfinite(expected).sum(1) > 1).all()
+    _, greedy = samplers.apply(servers._sampler({"temperature": 0, "logit_bias": {"7": 100}}, 12, (), 9), logits, step)
+    np.testing.assert_array_equal(np.argmax(greedy, axis=1), [7, 7])
+
+
+def test_a_stop_string_cuts_the_text_and_not_the_tokens(server, model, folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    free = greedily(model, eos_ids=())
+    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in free.tokens[0, 3:].tolist()]
+    whole = "".join(pieces)
+    at = next(i for i in range(2, NEW) if len(pieces[i]) > 1 and pieces[i - 1])  # a token of several letters ends the row
+    before = len("".join(pieces[:at]))
+    string = whole[before - 1 : before + 1]  # the last letter of one token and the first of the next
+    assert whole.find(string) == before - 1
+    stops = ["never", string]
+
+    remote = ask(server, temperature=0, num_samples=2, eos_ids=(), stop=stops)
+    assert_same(remote, greedily(model, eos_ids=(), stop=rollouts.stop_strings(tokenizer, stops)))
+    assert remote.mask[0].sum() == at + 1
+    assert remote.finished[0]
+    assert not remote.finished.all()
+
+    body = dict(prompt=[[3, 4, 5]], max_tokens=NEW, temperature=0, logprobs=1, return_token_ids=True, ignore_eos=True)
+    answer = lambda **changes: json.loads(server.send("/v1/completions", body | changes))["choices"][0]
+    for stop in (string, stops):
+        choice = answer(stop=stop)
+        assert choice["token_ids"] == free.tokens[0, 3 : 3 + at + 1].tolist()
+        assert len(choice["logprobs"]["token_logprobs"]) == at + 1
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", string)
+        assert choice["text"] == whole[: before - 1]
+    assert answer(stop=string, include_stop_str_in_output=True)["text"] == whole[: before + 1]
+    over = answer(stop=string, max_tokens=at)  # the string would be complete one token later
+    assert (over["finish_reason"], over["stop_reason"], over["text"]) == ("length", None, whole[:before])
+    assert answer(stop=None)["text"] == answer(stop=[])["text"] == whole
+
+
+def test_the_stop_string_is_the_one_that_is_complete_first_however_tokens_cut_it(monkeypatch):
+    rng = np.random.default_rng(0)
+    strings = ("éa", "béa", "baéb", "aé", "bbb")
+    seen = set()
+    for _ in range(200):
+        said = "".join(rng.choice(list("abé"), 8))
+        ends = [(end, s) for end in range(9) for s in sorted(strings, key=len, reverse=True) if said[:end].endswith(s)]
+        cuts = np.sort(rng.integers(0, len(said.encode()) + 1, 3))
+        pieces = [bytes(piece) for piece in np.split(np.frombuffer(said.encode(), np.uint8), cuts)]
+        monkeypatch.setattr(servers, "_token_bytes", lambda tokenizer, pieces=pieces: pieces)
+        found = servers._found(None, list(range(len(pieces))), strings)
+        expected = (ends[0][1], 8 - ends[0][0] + len(ends[0][1]), 8 - ends[0][0]) if ends else None
+        assert found == expected, (said, cuts)
+        seen.add(found and found[0])
+    assert seen == {"éa", "béa", "aé", "bbb", None}  # inside "baéb" another is complete before
+    monkeypatch.setattr(servers, "_token_bytes", lambda tokenizer: [b"a", b"b", b" the end"])
+    assert servers._found(None, [0, 3, 1], strings) is None  # a token beyond the tokenizer's is no text
+    tokenizer = types.SimpleNamespace(decode=lambda tokens, **settings: "the end", convert_ids_to_tokens=str)
+    choice = servers._choice(0, [1], [2], [-1.0], (), (" the",), tokenizer, {})  # its decoder drops the first space
+    assert (choice["text"], choice["stop_reason"]) == ("", " the")
+
+
+def test_requests_share_their_programs(model, folder):
+    programs = sys.modules["rlhf.rollouts.generate"]._generate._cache_size
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    answer = lambda **body: servers._completions(*model, tokenizer, body | dict(prompt=[[3, 4]]), (2,))
+    answer(presence_penalty=0.5)
+    one = programs()
+    answer(logit_bias={"5": 2, "6": 1}, min_tokens=2, max_tokens=9, seed=3)
+    answer(repetition_penalty=1.2, frequency_penalty=-1, temperature=0.5, top_k=4)
+    assert programs() == one
+    answer(stop="ab", presence_penalty=0.5)
+    two = programs()
+    answer(stop=["x", "yz ("], logit_bias={"5": 2})
+    assert programs() == two == one + 1
+
+
 def test_several_rows_are_one_batch_of_a_size_that_compiles_once(model, monkeypatch):
     calls = []
 
-    def generate(lm, params, prompts, key, *, max_new_tokens, sampler, eos_ids):
+    def generate(lm, params, prompts, key, *, max_new_tokens, sampler, eos_ids, stop):
+        assert stop is None
         calls.append((prompts, key, max_new_tokens, sampler, eos_ids))
         start = prompts.tokens.shape[1]
         tokens = np.pad(prompts.tokens, ((0, 0), (0, max_new_tokens)), constant_values=7)
@@ -167,8 +301,13 @@ def test_several_rows_are_one_batch_of_a_size_that_compiles_once(model, monkeypa
         other = json.loads(engine.send("/v1/completions", body | dict(ignore_eos=True, stop_token_ids=[7], temperature=0)))
         with pytest.raises(RuntimeError, match="no tokenizer: give prompts as lists"):
             engine.send("/v1/completions", {"prompt": "a"})
+        with pytest.raises(RuntimeError, match="no tokenizer to match stop strings by: give stop_token_ids"):
+            engine.send("/v1/completions", body | {"stop": "a"})
         with pytest.raises(RuntimeError, match="started without a family"):
             engines.load_lora_adapter(engine, "x")
+        monkeypatch.setattr(servers, "generate", lambda *arguments, **settings: calls[9])
+        with pytest.raises(RuntimeError, match="500 IndexError: list index out of range"):
+            engine.send("/v1/completions", body)
     (prompts, key, new, _, ends), (_, same_key, _, _, other_ends) = calls
     assert prompts.tokens.shape == (8, 32)
     assert new == 16
@@ -177,6 +316,8 @@ def test_several_rows_are_one_batch_of_a_size_that_compiles_once(model, monkeypa
     assert (ends, other_ends) == ((2,), (7,))
     assert [choice["token_ids"] for choice in answer["choices"]] == [[7, 2]] + 5 * [5 * [7]]
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] + 5 * ["length"]
+    assert [choice["stop_reason"] for choice in answer["choices"]] == 6 * [None]  # an end of the server's own is no reason
+    assert other["choices"][1]["stop_reason"] == 7
     assert [choice["prompt_token_ids"] for choice in answer["choices"]] == 3 * [[3, 4]] + 3 * [17 * [5]]
     assert answer["choices"][0]["logprobs"]["tokens"] == ["token_id:7", "token_id:2"]
     assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-0.25, -0.25]
@@ -227,8 +368,21 @@ def test_the_server_says_what_it_refuses(server, tmp_path):
         ({"prompt": [[100]]}, "400 prompt 0 must have a token, and all of them below 100"),
         ({"prompt": [[]]}, "prompt 0 must have a token"),
         ({"prompt": [[1.5]]}, "list of token ids"),
-        ({"prompt": [[1]], "stop": ["x"]}, r"stop = \['x'\] is not supported"),
-        ({"prompt": [[1]], "stream": True}, "stream = True is not supported"),
+        ({"prompt": [[1]], "stream": True}, "stream = True is not supported by this server; leave it out"),
+        ({"prompt": [[1]], "echo": True}, "echo = True is not supported"),
+        ({"prompt": [[1]], "suffix": "x"}, "suffix = 'x' is not supported"),
+        ({"prompt": [[1]], "best_of": 2}, "best_of = 2 is not supported"),
+        ({"prompt": [[1]], "skip_special_tokens": False}, "skip_special_tokens = False is not supported"),
+        ({"prompt": [[1]], "stop": ["x", ""]}, r"stop must be a text that is not empty, or a list of them, but is \['x', ''\]"),
+        ({"prompt": [[1]], "stop": 7}, "stop must be a text .* but is 7"),
+        ({"prompt": [[1]], "stop": "x", "min_tokens": 2}, "min_tokens = 2 holds back end tokens, but not stop strings"),
+        ({"prompt": [[1]], "min_tokens": 17}, "min_tokens is 17 but max_tokens 16; it must be at most that"),
+        ({"prompt": [[1]], "repetition_penalty": -1}, "penalty divides logits and must be above 0, but is -1.0"),
+        ({"prompt": [[1]], "presence_penalty": math.nan}, "presence_penalty must be a number, but is nan"),
+        ({"prompt": [[1]], "logit_bias": [1]}, r"logit_bias must be an object of token ids and numbers, but is \[1\]"),
+        ({"prompt": [[1]], "logit_bias": {"100": 1}}, "logit_bias has 1 for token '100'; tokens are below 100"),
+        ({"prompt": [[1]], "logit_bias": {"a": 1}}, "logit_bias has 1 for token 'a'"),
+        ({"prompt": [[1]], "logit_bias": {"5": -101}}, "has -101 for token '5'; .* numbers in -100 … 100"),
         ({"prompt": [[1]], "max_tokens": 0}, "max_tokens must be a whole number and at least 1, but is 0"),
         ({"prompt": [[1]], "top_p": 1.5}, "but it is 1.5"),
         ({"prompt": [[1]], "temperature": "hot"}, "temperature must be a number, but is 'hot'"),
@@ -296,16 +450,19 @@ def test_a_server_that_is_busy_is_asked_again(waits):
 
 
 def test_every_setting_is_sent_and_every_row_has_its_seed():
-    settings = dict(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, num_samples=2, eos_ids=(2,))
+    settings = dict(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, num_samples=2, eos_ids=(2,), stop=("a", "b"))
+    settings |= dict(min_new_tokens=3, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=-0.5)
     with fake(lambda number, body: GOOD) as (url, requests):
         ask(engines.openai_engine(url, "m", concurrency=1), **settings)
         ask(engines.openai_engine(url, "m", concurrency=1), eos_ids=())
     bodies = [body for body, _ in requests]
-    wanted = dict(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, stop_token_ids=[2], ignore_eos=False)
+    wanted = dict(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, stop_token_ids=[2], ignore_eos=False, stop=["a", "b"])
+    wanted |= dict(min_tokens=3, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=-0.5)
     assert (wanted | dict(max_tokens=NEW, model="m")).items() <= bodies[0].items()
     assert [body["prompt"] for body in bodies[:6]] == [[[3, 4, 5]]] * 2 + [[[6, 7]]] * 2 + [[[8]]] * 2
     assert len({body["seed"] for body in bodies[:6]}) == 6
-    plain = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, stop_token_ids=[], ignore_eos=True)
+    plain = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, stop_token_ids=[], ignore_eos=True, stop=[], min_tokens=0)
+    plain |= dict(repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0)
     assert plain.items() <= bodies[6].items()
 
 
@@ -371,7 +528,12 @@ def test_refusals_name_both_sides():
         (dict(top_k=0), "but they are 1.0, 1.0, 0.0 and 0"),
         (dict(prompts=PROMPTS._replace(inputs={"x": 1})), "prompts.inputs cannot be sent"),
         (dict(prompts=PROMPTS._replace(mask=PROMPTS.mask[:, :2])), r"prompts.tokens \[3, 3\] but prompts.mask \[3, 2\]"),
-        (dict(prompts=PROMPTS._replace(mask=PROMPTS.mask.at[1].set(False))), "prompt 1 has no tokens"),
+        (dict(prompts=PROMPTS._replace(mask=PROMPTS.mask.at[1].set(False))), r"prompts \[1\] have no tokens"),
+        (dict(prompts=rollouts.Prompts(PROMPTS.tokens[:0], PROMPTS.mask[:0])), r"prompts.tokens \[0, 3\] has no rows"),
+        (dict(repetition_penalty=0), "but they are 0, 0 and 8"),
+        (dict(min_new_tokens=9), "but they are 1.0, 9 and 8"),
+        (dict(stop="ab"), "stop must be a list of texts that are not empty, but is 'ab'"),
+        (dict(stop=["a", ""]), r"but is \['a', ''\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ask(engine, **wrong)

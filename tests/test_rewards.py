@@ -1,11 +1,14 @@
 """Rewards of texts: no failing call loses a completion, and every reward says what its docstring says."""
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -530,7 +533,10 @@ def url():
         await asyncio.sleep(0)
         return np.array([0.5] * len(completions))
 
-    functions = {"fussy": fussy, "awaited": awaited, "object": lambda *a, **k: [object()] * 4}
+    def exits(prompts, completions, **columns):
+        sys.exit(3)
+
+    functions = {"fussy": fussy, "awaited": awaited, "object": lambda *a, **k: [object()] * 4, "exits": exits}
     with reward_server.serve(functions, port=0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -547,18 +553,25 @@ def test_rewards_by_http(url):
     assert [f.row for f in r.failures] == [None, 1]
     assert "ValueError: no bb here" in r.failures[1].message
     for path, message in [
-        ("nothing", "404.*no function at /nothing; there are.*fussy"),
-        ("object", "500.*does not go into JSON"),
+        ("nothing", "answered 404: .*no function at /nothing; there are.*fussy"),
+        ("object", "answered 500: .*does not go into JSON"),
+        ("exits", "answered 500: .*SystemExit: 3"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             SCORE(remote(f"{url}/{path}"))
     with pytest.raises(TypeError, match="object does not go into JSON"):
         remote(f"{url}/fussy")([""], [""], bonus=[object()])
     for body in (b"", b"{", b"[]", b'{"prompts": []}'):
-        with pytest.raises(RuntimeError, match="400.*prompts and completions"):
+        with pytest.raises(RuntimeError, match="answered 400: .*prompts and completions"):
             reward_server._post(f"{url}/fussy", body, 5)
-    with reward_server.urllib.request.urlopen(url) as response:
-        assert reward_server.json.loads(response.read()) == {"rewards": ["fussy", "awaited", "object"]}
+    with urllib.request.urlopen(url) as response:
+        assert json.load(response) == {"rewards": ["fussy", "awaited", "object", "exits"]}
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(f"{url}/nothing", b"{}")
+    message = "no function at /nothing; there are ['fussy', 'awaited', 'object', 'exits']"
+    with refusal.value as answer:
+        error = json.load(answer)["error"]
+    assert error == {"message": message, "type": "NotFoundError", "param": None, "code": 404}
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
