@@ -265,7 +265,7 @@ def vespo(
     advantages = constant(advantages, mask)
     log_weight = token_log_ratio(logprobs, old_logprobs, mask)
     if log_importance is not None:
-        log_weight += jnp.clip(constant(log_importance, mask), MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+        log_weight += jnp.clip(clean(log_importance, mask), MIN_LOG_WEIGHT, MAX_LOG_RATIO)
     log_weight = jnp.clip(segments.total(log_weight, mask, segment_ids), MIN_LOG_WEIGHT, MAX_LOG_RATIO)
     k, lam = jnp.where(advantages < 0, k_neg, k_pos), jnp.where(advantages < 0, lam_neg, lam_pos)
     phi = jnp.exp(k * log_weight + lam * (1.0 - jnp.exp(log_weight)))

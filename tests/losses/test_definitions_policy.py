@@ -214,10 +214,11 @@ def test_ratios_of_sequences():
 
 def test_surrogates_of_packed_sequences():
     gspo, gmpo, topr, vespo, sizes = (np.zeros(IDS.shape) for _ in range(5))
-    joined = 0.3 * RNG.normal(size=IDS.shape)
+    joined, given = 0.3 * RNG.normal(size=IDS.shape), np.where(np.arange(IDS.shape[1]) % 3 == 1, 0.0, ADVANTAGES)
     for row, columns in sequences():
-        x, a = [NEW[row, t] - OLD[row, t] for t in columns], [ADVANTAGES[row, t] for t in columns]
-        s, bounded = math.exp(mean(x)), [min(d, 0.2) if b > 0 else max(d, -0.3) for d, b in zip(x, a, strict=True)]
+        x, a = [NEW[row, t] - OLD[row, t] for t in columns], [given[row, t] for t in columns]
+        bounds = lambda d, b: min(d, 0.2) if b > 0 else max(d, -0.3) if b < 0 else 0.0
+        s, bounded = math.exp(mean(x)), list(map(bounds, x, a))
         product, weight = math.exp(sum(x)), math.exp(sum(x) + sum(joined[row, t] for t in columns))
         for t, b in zip(columns, a, strict=True):
             sizes[row, t] = len(columns)
@@ -226,7 +227,7 @@ def test_surrogates_of_packed_sequences():
             topr[row, t] = -(1.0 if b >= 0 else min(product, 1.0)) * b * NEW[row, t]
             k, lam = (2, 3) if b >= 0 else (3, 2)
             vespo[row, t] = -(weight**k) * math.exp(lam * (1 - weight)) * b * NEW[row, t]
-    arrays = NEW, OLD, ADVANTAGES, MASK
+    arrays = NEW, OLD, given, MASK
     assert_close(run(policy.gspo, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), gspo)
     assert_close(run(policy.gspo_token, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), gspo)
     assert_close(run(policy.luspo, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), sizes * gspo)
@@ -540,3 +541,10 @@ def test_one_ratio_for_a_sequence_is_not_summed_over_its_tokens(loss, knobs, wei
         presets.objective(groups.dr_grpo, loss, weight, **knobs)
     presets.objective(groups.dr_grpo, loss, weights.sequence_mean, **knobs)
     presets.objective(groups.dr_grpo, policy.gspo_token, weight)
+
+
+@pytest.mark.parametrize("preset", [presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline])
+def test_clip_bounds_of_presets_without_groups(preset):
+    """Each on its side."""
+    arrays, bounds = (NEW, OLD, ADVANTAGES, MASK), dict(clip_low=0.05, clip_high=0.3)
+    assert_close(run(preset(**bounds).loss, *arrays), run(policy.clipped_surrogate, *arrays, **bounds))
