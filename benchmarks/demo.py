@@ -31,7 +31,7 @@ def main():
             folder = (args.runs or Path(temporary)) / f"{algorithm}-{seed}{'' if control == 'none' else '-shuffled'}"
             done = folder / "summary.json"
             if not done.exists():
-                demo.main(algorithm=algorithm, seed=seed, control=control, output=str(folder), steps=None)
+                demo.run(algorithm=algorithm, seed=seed, control=control, output=str(folder), steps=None)
             summary = json.loads(done.read_text())
             rows.append({name: summary[name] for name in SHOWN})
     report.show("the demo", rows, args.json)

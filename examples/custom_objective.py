@@ -24,7 +24,7 @@ from rich.console import Console
 
 import rlhf
 from rlhf import demo, losses, rollouts
-from rlhf.loop import run
+from rlhf.loop import run_steps
 from rlhf.losses import groups, policy, presets, ratios, weights
 from rlhf.tasks import reviews
 
@@ -76,7 +76,7 @@ def main(argv=None) -> dict:
 
     task = demo.make_task(args.seed)
     models = demo.make_models(len(task.tokenizer), hidden_size=args.hidden_size)
-    show = partial(run, log=lambda *_, **__: None, console=Console(quiet=True))
+    show = partial(run_steps, log=lambda *_, **__: None, console=Console(quiet=True))
     lm_params = demo.train_lm(task, models, args.seed, args.sft_steps, 32, show)
     figures = {"language model": demo.judge(task, models, lm_params, lm_params, args.seed)[0]}
     report("language model", figures["language model"], 0.0)

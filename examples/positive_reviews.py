@@ -28,9 +28,9 @@ import optax
 
 import rlhf
 from rlhf import data, losses, rollouts
-from rlhf.loop import RunFolder
 from rlhf.models import TransformerConfig, scalar_head, transformer
-from rlhf.recipes import grpo, ppo, reward, sft
+from rlhf.recipes import online, ppo, reward, sft
+from rlhf.runs import RunFolder
 
 MIN_COUNT = 3  # rarer words are read as <unk>
 LENGTH = 32  # columns: <bos>, words, <eos>; longer sentences are cut
@@ -201,7 +201,7 @@ def evaluate(lm, params, reference, words, judge, key) -> tuple[dict, list[str]]
     rollout = sample(lm, params, EVALUATED, key)
     where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
     ref_logprobs = rollouts.token_logprobs(lm, reference, rollout.tokens, **where)
-    seen = grpo.rollout_metrics(rollout, jnp.zeros(EVALUATED), ref_logprobs)
+    seen = online.rollout_metrics(rollout, jnp.zeros(EVALUATED), ref_logprobs)
     keep = np.asarray(rollout.mask) & (np.asarray(rollout.tokens) != EOS)
     samples = [[words[i] for i in row[kept]] for row, kept in zip(np.asarray(rollout.tokens), keep, strict=True)]
     bigrams = [pair for text in samples for pair in pairwise(text)]

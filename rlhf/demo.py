@@ -8,7 +8,7 @@ started.  The grammar, not the reward model, judges the outcome.
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from rich.table import Table
 from rlhf import data, losses, rollouts
 from rlhf.checkpoint import Checkpoints
 from rlhf.lm import LM, Head
-from rlhf.loop import RunFolder, run
+from rlhf.loop import run_steps
 from rlhf.models import TransformerConfig, huggingface, scalar_head, transformer
 from rlhf.recipes import dpo, grpo, ppo, reward, sft
+from rlhf.runs import RunFolder
 from rlhf.tasks import reviews
 from rlhf.train import TrainState, init_state, reference, train_step
 
@@ -189,7 +190,7 @@ def judge(task: Task, models: Models, params: Any, ref_params: Any, seed: int) -
     return figures, texts
 
 
-def main(
+def run(
     *, algorithm: str, seed: int, output: str, steps: int | None, control: str, console: Console | None = None,
     hidden_size: int = 192, rows: int = 128, corpus: int = CORPUS, pairs: int = PAIRS,
 ) -> dict[str, Any]:  # fmt: skip
@@ -206,7 +207,7 @@ def main(
     begin, console = time.monotonic(), console or Console()
     folder = RunFolder(output)
     length = lambda phase: STEPS[phase] if steps is None else steps
-    show = partial(run, log=folder.log, console=console)
+    show = partial(run_steps, log=folder.log, console=console)
     task = make_task(seed, corpus=corpus, pairs=pairs)
     models = make_models(len(task.tokenizer), hidden_size=hidden_size)
 
@@ -298,3 +299,27 @@ def _plot(folder: RunFolder, algorithm: str) -> None:
         axis.plot(*zip(*points, strict=True))
         axis.set(title=f"{phase}: {name.replace('_', ' ')}", xlabel="step")
     figure.savefig(folder.path / "curves.png", dpi=120)
+
+
+def main(
+    *,
+    algorithm: Literal["ppo", "grpo", "dpo"] = "ppo",
+    seed: int = 0,
+    output: str | None = None,
+    steps: int | None = None,
+    control: Literal["none", "shuffled"] = "none",
+) -> None:
+    """Trains a small language model and a reward model on generated movie reviews, then moves it towards positive ones.
+
+    Args:
+      algorithm: of the last phase.
+      seed: of everything random.
+      output: a new folder; null: runs/demo-ALGORITHM-SEED.
+      steps: of every phase; null: each phase's own number.
+      control: shuffled: rewards are dealt out at random, and nothing may be learnt.
+    """
+    if seed < 0 or (steps is not None and steps < 1):
+        raise ValueError(f"seed must be at least 0 and steps at least 1, but they are {seed} and {steps}")
+    suffix = "" if control == "none" else f"-{control}"
+    output = output or f"runs/demo-{algorithm}-{seed}{suffix}"
+    run(algorithm=algorithm, seed=seed, output=output, steps=steps, control=control)

@@ -1,55 +1,167 @@
-"""The host's side of a run: a folder that is never overwritten, metrics on disk, progress with time left."""
+"""The host's loop, which all recipes share: steps, figures, evaluations, checkpoints; what differs comes as functions."""
 
-import json
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf.checkpoint import Checkpoints
+from rlhf.runs import RunFolder
+from rlhf.track import trackers
+from rlhf.train import TrainState, init_state
 
-class RunFolder:
-    """Where a run writes.
+PEAKS = {  # bfloat16 operations a second, by the start of a device's name
+    "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long and how fast to train, and what to keep.
 
     Args:
-      path: made where missing.
-
-    Raises: ValueError where it is a file, or a folder that holds something.
+      steps: steps of the loop; None: as many as `epochs` are.
+      epochs: passes over the data, where steps is None.
+      batch_size: rows of a step: examples, pairs, or prompts.
+      micro_batches: parts that a step's rows are taken in, one after the other; the result is the same.
+      learning_rate: the highest.
+      schedule: how the learning rate falls after the warm-up.
+      warmup_steps: optimizer steps in which it rises from 0.
+      weight_decay: of matrices, as AdamW has it.
+      max_grad_norm: longer gradients are cut to this length.
+      seed: of everything random.
+      log_every: steps between lines of metrics.jsonl.
+      eval_every: steps between evaluations; there is one at the end too.  0: only there.
+      save_every: steps between checkpoints; 0: only at the end.
+      keep: checkpoints that stay.
+      track: where the figures go beside metrics.jsonl.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path}: already holds a run or other files; choose another --output, or move it away")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be made ({error.strerror}); choose another --output") from None
-        self._start = time.monotonic()
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    micro_batches: int = 1
+    learning_rate: float = 1e-5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 0
+    save_every: int = 0
+    keep: int = 2
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
 
-    def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line to `metrics.jsonl`."""
-        seconds = round(time.monotonic() - self._start, 3)
-        self.append("metrics.jsonl", {"phase": phase, "step": step, "seconds": seconds, **metrics})
-
-    def append(self, name: str, row: dict[str, Any]) -> None:
-        """Appends one JSON line to a file of the folder."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        """Writes a JSON file of the folder."""
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def read(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSON-lines file of the folder."""
-        return [json.loads(line) for line in (self.path / name).read_text(encoding="utf-8").splitlines()]
+    def __post_init__(self):
+        least = dict(batch_size=1, micro_batches=1, log_every=1, keep=1, eval_every=0, save_every=0, warmup_steps=0, seed=0)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, but is {getattr(self, name)}")
+        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+            raise ValueError(f"steps must be at least 1 and epochs above 0, but they are {self.steps} and {self.epochs}")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0 or self.weight_decay < 0:
+            raise ValueError("learning_rate and max_grad_norm must be above 0, and weight_decay at least 0")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be taken in {self.micro_batches} equal parts; change --micro_batches"
+            )
 
 
-def run(
+def optimizer_of(training: Training, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clipped gradient, its rate by the schedule over `steps` optimizer steps."""
+    peak, rest = training.learning_rate, max(steps - training.warmup_steps, 1)
+    falls = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }[training.schedule]
+    rate = optax.join_schedules([optax.linear_schedule(0.0, peak, training.warmup_steps), falls], [training.warmup_steps])
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+    return optax.chain(
+        optax.clip_by_global_norm(training.max_grad_norm),
+        optax.adamw(rate, weight_decay=training.weight_decay, mask=matrices),
+    )
+
+
+def fit(
+    run: RunFolder,
+    training: Training,
+    make_step: Callable,
+    params: Any,
+    inputs: Callable[[int, int], Any],
+    rows: int,
+    *,
+    context: Any = (),
+    updates: int = 1,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    shown: tuple[str, ...] = ("loss",),
+    console: Console | None = None,
+) -> tuple[TrainState, dict[str, float]]:
+    """A whole run, or the rest of one: a resumed run takes the steps that it would have taken, bit for bit.
+
+    Args:
+      run: where everything goes.
+      training: the options.
+      make_step: `(optimizer) -> step(state, batch) -> (state, metrics)`.
+      params: what is trained.
+      inputs: `(number, size) -> batch` of step `number`, from 0: a pure function of it.
+      rows: how many rows an epoch has.
+      context: what the step needs and does not train.
+      updates: optimizer steps that one step of the loop takes.
+      evaluate: `(state) -> figures`, every `training.eval_every` steps and at the end.
+      shown: figures that stand beside the progress bar, and in `curves.png`.
+
+    Returns: the last state and the last figures.
+
+    Raises: ValueError where an epoch has fewer rows than a batch.
+    """
+    if rows < training.batch_size:
+        raise ValueError(f"{rows} rows but batch_size {training.batch_size}; give more data or a smaller --batch_size")
+    total = training.steps or max(1, round(training.epochs * (rows // training.batch_size)))
+    optimizer = optimizer_of(training, total * updates)
+    state = init_state(params, optimizer, jax.random.key(training.seed), context)
+    checkpoints = Checkpoints(run.path / "checkpoints", keep=training.keep)
+    if run.resumed and checkpoints.latest() is not None:
+        state = checkpoints.restore(state)
+    done = int(state.step) // updates
+    run.describe()
+    run.forget_after(done)
+    last: dict[str, float] = {}
+    with trackers(training.track, run) as track:
+
+        def log(phase: str, number: int, figures: dict[str, float]) -> None:
+            last.update(figures)
+            run.log(phase, number, figures)
+            track(number, figures)
+
+        def after(number: int, state: TrainState) -> None:
+            final = number == total
+            if evaluate is not None and (final or (training.eval_every and number % training.eval_every == 0)):
+                log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(state).items()})
+            if final or (training.save_every and number % training.save_every == 0):
+                checkpoints.save(state)
+
+        batches = ((inputs(number, training.batch_size),) for number in range(done, total))
+        step = make_step(optimizer)
+        state = run_steps(
+            "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
+            shown=shown, every=training.log_every, size=_size(params),
+        )  # fmt: skip
+    if last:
+        run.plot(shown)
+        run.card(last)
+    return state, last
+
+
+def run_steps(
     phase: str,
     step: Callable,
     state: Any,
@@ -60,12 +172,17 @@ def run(
     console: Console,
     shown: tuple[str, ...] = ("loss",),
     every: int = 1,
+    start: int = 0,
+    after: Callable[[int, Any], None] | None = None,
+    size: int = 0,
 ) -> Any:
-    """Takes `total` steps, `state, metrics = step(state, *next(inputs))`, under a progress bar.
+    """Takes steps `start + 1` to `total`, `state, metrics = step(state, *next(inputs))`, under a progress bar.
 
     Args:
       log: called with the phase, the step's number from 1, and its metrics as floats, every `every` steps and at the end.
       shown: metrics that stand beside the bar.
+      after: called with every step's number and the state.
+      size: trained parameters; with a metric `tokens`, the share of the device's peak is logged where it is known.
 
     Returns: the last state.
     """
@@ -74,12 +191,34 @@ def run(
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(phase, total=total, figures="")
-        for number, arguments in zip(range(1, total + 1), inputs, strict=False):
+        task = progress.add_task(phase, total=total, completed=start, figures="")
+        begin, tokens = time.perf_counter(), []
+        for number, arguments in zip(range(start + 1, total + 1), inputs, strict=False):
             state, metrics = step(state, *arguments)
+            tokens.append(metrics.get("tokens", np.nan))
             if number % every == 0 or number == total:
                 figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                seconds, begin = time.perf_counter() - begin, time.perf_counter()
+                figures |= _speed(float(np.sum(jax.device_get(tokens))) / seconds, size)
+                tokens.clear()
                 log(phase, number, figures)
-                progress.update(task, figures="  ".join(f"{name} {figures[name]:.3f}" for name in shown))
+                progress.update(task, figures="  ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures))
+            if after is not None:
+                after(number, state)
+                begin = time.perf_counter() if not tokens else begin
             progress.advance(task)
     return state
+
+
+def _speed(tokens: float, size: int) -> dict[str, float]:
+    """Tokens a second, and the share of the peak that 6 operations a parameter and token are, where it is known."""
+    if np.isnan(tokens):
+        return {}
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+    mfu = {"mfu": 6 * size * tokens / (peak * jax.device_count())} if peak else {}
+    return {"tokens_per_second": tokens, **mfu}
+
+
+def _size(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))

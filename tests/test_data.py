@@ -1,4 +1,4 @@
-"""Rows, pairs, files and the order of batches."""
+"""Rows, pairs, lines and the order of batches; tests/data has the rest."""
 
 import numpy as np
 import pytest
@@ -58,8 +58,22 @@ def test_order_visits_every_row_once_an_epoch_and_depends_on_seed_and_step_alone
     np.testing.assert_array_equal(epoch[2], data.batch_indices(3, 2, 10, 3))
     assert not np.array_equal(epoch[0], data.batch_indices(3, 3, 10, 3))
     assert not np.array_equal(epoch[0], data.batch_indices(4, 0, 10, 3))
-    with pytest.raises(ValueError, match="a batch of 11 rows cannot be made of 10"):
-        data.batch_indices(0, 0, 10, 11)
+    for size in (11, 0):
+        with pytest.raises(ValueError, match=f"a batch of {size} rows cannot be made of 10"):
+            data.batch_indices(0, 0, 10, size)
+    assert len(data.batch_indices(0, 0, 1, 1)) == 1
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 6])
+def test_the_hosts_shares_are_the_batch_of_one_host(hosts):
+    for step in range(4):
+        shares = [data.batch_indices(3, step, 13, 6, process_index=i, process_count=hosts) for i in range(hosts)]
+        assert {len(share) for share in shares} == {6 // hosts}
+        np.testing.assert_array_equal(np.concatenate(shares), data.batch_indices(3, step, 13, 6))
+    with pytest.raises(ValueError, match=f"process_index {hosts} but process_count {hosts}; hosts count from 0"):
+        data.batch_indices(3, 0, 13, 6, process_index=hosts, process_count=hosts)
+    with pytest.raises(ValueError, match="a batch of 6 rows does not split evenly over 4 hosts; use a multiple"):
+        data.batch_indices(3, 0, 13, 6, process_count=4)
 
 
 def test_the_grammar_judges_itself():

@@ -121,6 +121,22 @@ def read_config(path_or_name, **fields) -> Config:
     return configs.replaced(configs.ours(configs.transformers_config(_folder(path_or_name))), **fields)
 
 
+def load_tokenizer(path_or_name) -> Any:
+    """The tokenizer of a folder or a name, by tokenizer.json.
+
+    Raises: ValueError where there is none; FileNotFoundError where the folder is missing.
+    """
+    tokenizer = _tokenizer(_folder(path_or_name))
+    if tokenizer is None:
+        raise ValueError(f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model")
+    return tokenizer
+
+
+def model_type(path_or_name) -> str:
+    """The family that config.json names, a key of `FAMILIES`."""
+    return configs.transformers_config(_folder(path_or_name)).model_type
+
+
 def save(
     folder,
     lm: LM,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf import losses, rollouts
 from rlhf.lm import LM, Head
-from rlhf.recipes.grpo import rollout_metrics
+from rlhf.recipes.online import rollout_metrics
 from rlhf.rollouts import Batch, Prompts, Rollout
 from rlhf.train import TrainState, minibatches, train_step
 

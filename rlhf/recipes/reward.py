@@ -1,13 +1,20 @@
 """Reward modelling: Bradley–Terry on preference pairs, a head on the hidden state of the last token."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
-from rlhf import losses, rollouts
+from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, Head
+from rlhf.loop import Training, fit
+from rlhf.models.huggingface import load_tokenizer
+from rlhf.recipes import pairs as pairs_of
+from rlhf.recipes import setup
 from rlhf.rollouts import Batch, Pairs, Rollout
+from rlhf.runs import RunFolder
+from rlhf.train import train_step
 
 
 def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
@@ -36,3 +43,40 @@ def objective(lm: LM, head: Head, *, center_coef: float = 0.0, max_segments: int
         return losses.weighted_sum(per_pair, pairs.weights), metrics
 
     return loss_fn
+
+
+def main(
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: int = 1024,
+    packing: Literal["none", "bfd"] = "none", center_coef: float = 0.0, resume: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Reward modelling: teaches a model to give the better of two answers the higher number (Bradley and Terry).
+
+    Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the prompt.
+
+    Args:
+      output: a new folder for the run.
+      max_length: tokens of a prompt with its answer; longer ones are cut.
+      packing: several pairs in a row: bfd (best fit).
+      center_coef: pulls the two rewards of a pair towards a sum of 0.
+      resume: go on with the run in the folder.
+    """
+    run = RunFolder(output, options=locals())
+    tokenizer = load_tokenizer(model.model)
+    laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
+    rows, held_out = source.rows(tasks.preferences)
+    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
+    judge, head = setup.reward_model(model, training.seed)
+    loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most))
+
+    def make_step(optimizer):
+        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
+        return jax.jit(lambda state, pairs: step(state, prepare(pairs, max_segments=most)), donate_argnums=0)
+
+    state, figures = fit(
+        run, training, make_step, judge.params, lambda number, size: setup.take(train, training.seed, number, size),
+        rows=len(train.tokens), context=judge.context(), shown=("loss", "accuracy"),
+        evaluate=setup.evaluation(loss_fn, test and prepare(test, max_segments=most), training.batch_size),
+    )  # fmt: skip
+    judge.export(run.path, state, tokenizer)
+    return figures

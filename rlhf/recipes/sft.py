@@ -1,10 +1,19 @@
 """Supervised fine-tuning: the mean cross-entropy of the trained tokens."""
 
 from collections.abc import Callable
+from typing import Literal
 
-from rlhf import losses, rollouts
+import jax
+
+from rlhf import data, losses, rollouts, tasks
+from rlhf.data.types import Row
 from rlhf.lm import LM
+from rlhf.loop import Training, fit
+from rlhf.models.huggingface import load_tokenizer
+from rlhf.recipes import setup
 from rlhf.rollouts import Batch
+from rlhf.runs import RunFolder
+from rlhf.train import train_step
 
 
 def prepare(batch: Batch) -> Batch:
@@ -22,3 +31,62 @@ def objective(lm: LM) -> Callable:
         return losses.weighted_sum(per_token, batch.weights), {"entropy": losses.weighted_sum(s.entropy, batch.weights)}
 
     return loss_fn
+
+
+def tokenize(tokenizer, rows: list[Row], assistant_only: bool, completion_only: bool) -> list[data.Tokenized]:
+    """Rows of language modelling, or of prompt and completion."""
+    if data.type_of(rows[0]).texts[0] == "prompt":
+        return data.tokenize_completions(tokenizer, rows, assistant_only=assistant_only, completion_only=completion_only)
+    return data.tokenize_texts(tokenizer, rows, assistant_only=assistant_only)
+
+
+def lay_out(rows: list[data.Tokenized], packing: str, length: int, say: Callable) -> Batch:
+    """Sequences as rows of `length` columns; what is cut or left out is said."""
+    if packing == "wrapped":
+        return data.wrapped(rows, length=length)
+    if packing == "split":
+        return data.best_fit(data.split(rows, length=length), length=length)
+    kept = data.truncate(rows, length=length)
+    if kept.rows_cut or kept.rows_removed:
+        say(
+            f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}; {kept.rows_removed} rows had none to train on"
+        )
+    return data.best_fit(kept.sides[0], length=length) if packing == "bfd" else data.batch(kept.sides[0])
+
+
+def main(
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: int = 1024,
+    packing: Literal["none", "bfd", "split", "wrapped"] = "none", assistant_only: bool = False, completion_only: bool = True,
+    resume: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Supervised fine-tuning: teaches a model to write what the rows of a data set say.
+
+    Rows have `text` or `messages`, or `prompt` and `completion`.
+
+    Args:
+      output: a new folder for the run.
+      max_length: tokens of a row; longer texts are cut, unless the packing splits or wraps them.
+      packing: several texts in a row: bfd (best fit), split (best fit, long texts go on elsewhere), wrapped (end to end).
+      assistant_only: train on what assistants say in messages; the chat template must mark it.
+      completion_only: of rows with a prompt, train on the completion alone.
+      resume: go on with the run in the folder.
+    """
+    run = RunFolder(output, options=locals())
+    tokenizer = load_tokenizer(model.model)
+    laid_out = lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say)
+    rows, held_out = source.rows(tasks.demonstrations)
+    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    policy = setup.policy(model, training.seed)
+    loss_fn = policy.of_whole(objective(policy.lm))
+
+    def make_step(optimizer):
+        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
+        return jax.jit(lambda state, batch: step(state, prepare(batch)), donate_argnums=0)
+
+    state, figures = fit(
+        run, training, make_step, policy.params, lambda number, size: setup.take(train, training.seed, number, size),
+        rows=len(train.tokens), context=policy.context(),
+        evaluate=setup.evaluation(loss_fn, test and prepare(test), training.batch_size),
+    )  # fmt: skip
+    policy.export(run.path, state, tokenizer)
+    return figures

@@ -543,8 +543,14 @@ def test_one_ratio_for_a_sequence_is_not_summed_over_its_tokens(loss, knobs, wei
     presets.objective(groups.dr_grpo, policy.gspo_token, weight)
 
 
-@pytest.mark.parametrize("preset", [presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline])
-def test_clip_bounds_of_presets_without_groups(preset):
+BY_TOKEN = [
+    presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline, presets.grpo, presets.dapo, presets.lite_ppo,
+    presets.max_rl, functools.partial(presets.dr_grpo, length=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", BY_TOKEN)
+def test_clip_bounds_of_presets_reach_their_loss(preset):
     """Each on its side."""
     arrays, bounds = (NEW, OLD, ADVANTAGES, MASK), dict(clip_low=0.05, clip_high=0.3)
     assert_close(run(preset(**bounds).loss, *arrays), run(policy.clipped_surrogate, *arrays, **bounds))

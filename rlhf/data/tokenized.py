@@ -1,0 +1,177 @@
+"""Rows of token ids as the library's arrays, in NumPy."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf.rollouts import Batch, Pairs, Prompts, whole_rows
+
+
+class Tokenized(NamedTuple):
+    """A sequence."""
+
+    tokens: list[int]
+    mask: list[bool]  # True on trained tokens
+
+
+class Steps(NamedTuple):
+    """A solution in steps, for a process reward model."""
+
+    tokens: list[int]
+    mask: list[bool]  # True on the last token of every step
+    labels: list[int]  # there 1 for a right step, 0 for a wrong one; 0 elsewhere
+
+
+class Truncated(NamedTuple):
+    """What a length leaves of rows."""
+
+    sides: tuple[list[Any], ...]  # as given, without the rows removed
+    kept: np.ndarray  # [N] int, the index that each row left had among those given
+    rows_cut: int  # how many of the sequences left lost tokens
+    tokens_cut: int  # how many tokens they lost
+    rows_removed: int  # no trained token left, on one side or more
+
+
+def truncate(*sides: Sequence[Any], length: int) -> Truncated:
+    """Cuts sequences at the end, and removes rows in which one is left without a trained token, such as after a long prompt.
+
+    Args:
+      sides: `Tokenized` or `Steps`; several go together row by row: `truncate(chosen, rejected, length=512)`.
+      length: the most tokens a sequence may keep.
+
+    Returns: a `Truncated`.  Labels and other columns follow by `np.asarray(labels)[truncated.kept]`.
+
+    Raises: ValueError where the sides have different numbers of rows, length is below 1, or no row is left.
+
+    >>> rows = [Tokenized([5, 6, 7], [False, False, True]), Tokenized([5, 6, 7], [False, True, True])]
+    >>> (left,), *report = truncate(rows, length=2)
+    >>> left, report
+    ([Tokenized(tokens=[5, 6], mask=[False, True])], [array([1]), 1, 1, 1])
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1 token, but is {length}")
+    if len({len(side) for side in sides}) != 1:
+        raise ValueError(f"sides have {', '.join(str(len(side)) for side in sides)} rows; give as many of each")
+    kept = [i for i, row in enumerate(zip(*sides, strict=True)) if all(any(sequence.mask[:length]) for sequence in row)]
+    if not kept:
+        raise ValueError(
+            f"none of {len(sides[0])} rows has a trained token among its first {length}; raise length, or check masks"
+        )
+    lost = [max(len(side[i].tokens) - length, 0) for side in sides for i in kept]
+    shorter = tuple([side[i]._make(field[:length] for field in side[i]) for i in kept] for side in sides)
+    return Truncated(shorter, np.array(kept), sum(n > 0 for n in lost), sum(lost), len(sides[0]) - len(kept))
+
+
+def batch(rows: Sequence[Any], *, length: int | None = None) -> Batch:
+    """Sequences side by side, padded on the right.
+
+    Args:
+      rows: N `Tokenized` or `Steps`.
+      length: T; None: the longest row's.  One length for all batches means one compilation.
+
+    Returns: a `Batch` of NumPy arrays `[N, T]`.  Real tokens are told by `segment_ids`, never by the token used for padding,
+      so that an end token which is the tokenizer's padding too is trained like any other.
+
+    Raises: ValueError where there are no rows, or one has no tokens or more than `length`; it names the row.
+
+    >>> batch([Tokenized([5, 6], [False, True]), Tokenized([7], [True])]).segment_ids.tolist()
+    [[1, 1], [1, 0]]
+    """
+    real = _columns([row.tokens for row in rows], length, "row")
+    fill = lambda name, dtype: _filled([getattr(row, name) for row in rows], real, dtype)
+    return jax.tree.map(np.asarray, whole_rows(fill("tokens", np.int32), real, fill("mask", bool)))
+
+
+def step_batch(rows: Sequence[Steps], *, length: int | None = None) -> tuple[Batch, np.ndarray]:
+    """Solutions in steps, and the label of the step that ends at a token, as `losses.process_reward` takes them.
+
+    Args, Raises: as `batch`.
+
+    Returns: a `Batch` whose `mask` is True at the ends of steps, and labels `[N, T]` int32.
+
+    >>> step_batch([Steps([5, 6, 7], [False, True, True], [0, 1, 0])])[1].tolist()
+    [[0, 1, 0]]
+    """
+    arrays = batch(rows, length=length)
+    return arrays, _filled([row.labels for row in rows], arrays.segment_ids != 0, np.int32)
+
+
+def pairs(chosen: Sequence[Tokenized], rejected: Sequence[Tokenized], *, length: int | None = None) -> Pairs:
+    """Preference pairs, unpacked.
+
+    Args:
+      chosen, rejected: N sequences each, which begin with the prompt.
+      length: T; None: the longest sequence's.
+
+    Returns: `Pairs` of NumPy arrays `[N, 2, T]`.
+
+    Raises: ValueError where there is not one rejected for every chosen, and as `batch`.
+
+    >>> pairs([Tokenized([5, 6], [False, True])], [Tokenized([5, 7, 8], [False, True, True])]).tokens.tolist()
+    [[[5, 6, 0], [5, 7, 8]]]
+    """
+    if len(chosen) != len(rejected):
+        raise ValueError(f"{len(chosen)} chosen but {len(rejected)} rejected; a pair needs both")
+    arrays = batch([side for pair in zip(chosen, rejected, strict=True) for side in pair], length=length)
+    two = lambda x: x.reshape(len(chosen), 2, -1)
+    return Pairs(two(arrays.tokens), two(arrays.mask), two(arrays.positions), two(arrays.segment_ids))
+
+
+def prompts(rows: Sequence[Sequence[int]], *, length: int | None = None) -> Prompts:
+    """Prompts to sample from, padded on the left.  None is cut: a prompt without its beginning or end is another prompt.
+
+    Args:
+      rows: P lists of tokens.
+      length: L; None: the longest prompt's.
+
+    Returns: `Prompts` of NumPy arrays `[P, L]`.
+
+    Raises: ValueError where there are none, or one has no tokens or more than `length`; it names it.
+
+    >>> prompts([[5, 6], [7]]).tokens.tolist()
+    [[5, 6], [0, 7]]
+    """
+    real = _columns(rows, length, "prompt")[:, ::-1]
+    return Prompts(_filled(rows, real, np.int32), real)
+
+
+def mismatched(rows: Sequence[Tokenized]) -> list[Tokenized]:
+    """Every prompt with the next row's completion, and the last with the first's: what `losses.unpaired.kto_kl` measures.
+
+    Args:
+      rows: N whose trained tokens follow the prompt.
+
+    Returns: N rows; some are longer than any was.
+
+    Raises: ValueError for fewer than two rows.
+
+    >>> mismatched([Tokenized([5, 6], [False, True]), Tokenized([7, 8], [False, True])])
+    [Tokenized(tokens=[5, 8], mask=[False, True]), Tokenized(tokens=[7, 6], mask=[False, True])]
+    """
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} rows, but another prompt's completion needs at least 2")
+    start = [[*row.mask, True].index(True) for row in rows]
+    after = [*range(1, len(rows)), 0]
+    part: Callable = lambda x, i, j: x(rows[i])[: start[i]] + x(rows[j])[start[j] :]
+    return [Tokenized(part(lambda r: r.tokens, i, j), part(lambda r: r.mask, i, j)) for i, j in enumerate(after)]
+
+
+def _columns(rows: Sequence[Sequence[int]], length: int | None, what: str) -> np.ndarray:
+    """`[N, T]` bool, True on the first columns of each row, as many as it has tokens."""
+    lengths = np.array([len(row) for row in rows])
+    if not lengths.all() or not len(rows):
+        raise ValueError(f"{what} {int(lengths.argmin()) if len(rows) else 0} has no tokens; a model needs at least one")
+    if length is not None and lengths.max() > length:
+        i = int(np.argmax(lengths > length))
+        raise ValueError(
+            f"{what} {i} has {lengths[i]} tokens but length is {length}; truncate it, leave it out or raise length"
+        )
+    return np.arange(length or lengths.max())[None, :] < lengths[:, None]
+
+
+def _filled(rows: Sequence[Sequence[Any]], real: np.ndarray, dtype) -> np.ndarray:
+    array = np.zeros(real.shape, dtype)
+    array[real] = np.concatenate([np.asarray(row, dtype) for row in rows])
+    return array

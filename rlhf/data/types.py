@@ -1,0 +1,129 @@
+"""The types of data sets that post-training reads: which columns their rows have.
+
+Rows are dictionaries.  A text column is standard (a string) or conversational (messages `{"role": …, "content": …}`), all of a
+row's alike.  Any further columns may stand beside: `tools` and `chat_template_kwargs` for the chat template, others for reward
+functions.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Type(NamedTuple):
+    """A type of data set by the columns that it needs."""
+
+    name: str
+    texts: tuple[str, ...]  # columns of a string, or of messages
+    labels: tuple[str, ...] = ()  # the others
+
+
+LANGUAGE_MODELLING = Type("language modelling", ("text",))  # its conversational column is called messages
+PROMPT_ONLY = Type("prompt-only", ("prompt",))
+PROMPT_COMPLETION = Type("prompt-completion", ("prompt", "completion"))
+PREFERENCE = Type("preference", ("prompt", "chosen", "rejected"))
+IMPLICIT_PREFERENCE = Type("implicit-prompt preference", ("chosen", "rejected"))  # both begin with the prompt
+UNPAIRED_PREFERENCE = Type("unpaired preference", ("prompt", "completion"), ("label",))
+STEPWISE = Type("stepwise supervision", ("prompt",), ("completions", "labels"))  # standard only
+TRIPLE = Type("triple", ("prompt", "chosen", "rejected", "reference"))
+TYPES = (  # a type stands before those whose columns it has too
+    TRIPLE, PREFERENCE, IMPLICIT_PREFERENCE, UNPAIRED_PREFERENCE, STEPWISE, PROMPT_COMPLETION, LANGUAGE_MODELLING, PROMPT_ONLY,
+)  # fmt: skip
+
+
+def columns(type: Type, row: Row) -> tuple[str, ...]:
+    """The columns that a type needs of a row: those of its messages where it has `messages`.
+
+    >>> columns(LANGUAGE_MODELLING, {"messages": []}), columns(UNPAIRED_PREFERENCE, {})
+    (('messages',), ('prompt', 'completion', 'label'))
+    """
+    return ("messages",) if type == LANGUAGE_MODELLING and "messages" in row else type.texts + type.labels
+
+
+def type_of(row: Row) -> Type:
+    """The type of a row, told by its columns: of several that fit, the one that needs most.
+
+    Args:
+      row: a dictionary; more columns than needed do no harm.
+
+    Raises: ValueError where the columns fit no type.
+
+    >>> type_of({"prompt": "1 + 1 =", "completion": " 2", "id": 7}).name
+    'prompt-completion'
+    """
+    for type in TYPES:
+        if row.keys() >= set(columns(type, row)):
+            return type
+    known = "; ".join(f"{type.name}: {', '.join(columns(type, row))}" for type in TYPES)
+    raise ValueError(f"a row has the columns {_names(row)}, which fit no type; rename them to those of one ({known})")
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a conversation: a list of dictionaries with a role each, at least one.
+
+    >>> is_messages([{"role": "user", "content": "hello"}]), is_messages("hello")
+    (True, False)
+    """
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def checked(rows: Iterable[Row], type: Type) -> Iterator[Row]:
+    """The same rows one by one, each held against a type when it comes by.
+
+    Args:
+      rows: a list or a stream.
+      type: what they must be; rows of a type with more columns pass.
+
+    Raises: ValueError, on the row in question, where a column is missing, text is neither a string nor messages or both kinds
+      mix, or a label is no bool.
+
+    >>> len(list(checked([{"prompt": "1 + 1 ="}], PROMPT_ONLY)))
+    1
+    """
+    for number, row in enumerate(rows):
+        needed = columns(type, row)
+        missing = [name for name in needed if name not in row]
+        if missing:
+            raise ValueError(
+                f"{type.name} rows need the columns {', '.join(needed)}, but row {number} has {_names(row)}: "
+                f"{', '.join(missing)} missing; rename or convert them"
+            )
+        problem = _text_problem(type, row) or _label_problem(type, row)
+        if problem:
+            raise ValueError(f"row {number}: {problem}")
+        yield row
+
+
+def _names(row: Row) -> str:
+    return ", ".join(row) or "none"
+
+
+def _text_problem(type: Type, row: Row) -> str | None:
+    names = [name for name in columns(type, row) if name not in type.labels]
+    for name in names:
+        if not isinstance(row[name], str) and not is_messages(row[name]):
+            found = row[name].__class__.__name__ if not isinstance(row[name], list) else "a list without them"
+            return f"{name} must be a string or messages with role and content, but is {found}"
+    conversational = [name for name in names if not isinstance(row[name], str)]
+    if conversational and type == STEPWISE:
+        return "prompt holds messages, but stepwise supervision is of strings; render it to text first"
+    if conversational and len(conversational) < len(names):
+        text = ", ".join(name for name in names if name not in conversational)
+        return f"{', '.join(conversational)} hold messages but {text} a string; make all of them one or the other"
+    return None
+
+
+def _label_problem(type: Type, row: Row) -> str | None:
+    if "label" in type.labels and not isinstance(row["label"], bool):
+        return f"label must be True or False, but is {row['label']!r}"
+    if "labels" not in type.labels:
+        return None
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        return f"completions must be a list of strings, one a step, but is {steps!r:.80}"
+    if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
+        return f"labels must be a list of True and False, one a step, but is {labels!r:.80}"
+    if not steps or len(steps) != len(labels):
+        return f"{len(steps)} completions but {len(labels)} labels; one label a step, and at least one step"
+    return None

@@ -1,0 +1,197 @@
+"""What recipes start from: a model with what is trained of it, and rows of a data set; both as options of the command line."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf import adapters, peft_files, tasks
+from rlhf.data import batch_indices, read_rows, renamed
+from rlhf.data.types import Row
+from rlhf.lm import LM, Head
+from rlhf.models import huggingface, scalar_head
+from rlhf.train import TrainState, reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model: where it comes from, how it computes, and what of it is trained.
+
+    Args:
+      model: a folder with config.json and model.safetensors, or a name on the Hugging Face Hub.
+      dtype: of the computation; what is trained has float32 masters.
+      remat: what the backward pass computes again instead of keeping it.
+      lora_rank: train adapters of this rank instead of the whole model; 0: the whole.
+      lora_alpha: an adapter counts lora_alpha / lora_rank.
+      dora: adapters with a magnitude.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full"] = "none"
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    dora: bool = False
+
+    def precision(self) -> dict[str, Any]:
+        """Keyword arguments of `rlhf.load` and its kin."""
+        dtype = jnp.dtype(self.dtype)
+        fields = {} if self.remat == "none" else {"remat": self.remat}
+        return {"dtype": dtype, "param_dtype": dtype if self.lora_rank else jnp.float32, **fields}
+
+    def trained(self, params: Any, seed: int) -> tuple[Any, Any]:
+        """`(what is trained, what adapters sit on)`; the latter is None without adapters."""
+        if not self.lora_rank:
+            return params, None
+        key = jax.random.key(seed)
+        return adapters.add(params, key, rank=self.lora_rank, alpha=self.lora_alpha, dora=self.dora)
+
+    def __post_init__(self):
+        if self.lora_rank < 0 or (self.dora and not self.lora_rank):
+            raise ValueError(f"lora_rank {self.lora_rank} with dora {self.dora}; DoRA is of adapters, give --lora_rank 16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The rows to train on, and those to judge by.
+
+    Args:
+      dataset: a .jsonl, .json, .csv or .parquet file, a folder of those, a name on the Hub, or a generated task such as
+        task:reverse or task:sums:2.
+      split: of the dataset.
+      dataset_config: of a dataset on the Hub that has several.
+      dataset_size: rows of a generated task.
+      eval_dataset: rows to judge by, from elsewhere.
+      eval_split: rows to judge by, another split of the dataset.
+      columns: names of the files' columns and what they are here, such as {question: prompt, answer: solution}.
+    """
+
+    dataset: str
+    split: str = "train"
+    dataset_config: str | None = None
+    dataset_size: int = 4096
+    eval_dataset: str | None = None
+    eval_split: str | None = None
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def rows(self, kind: Callable, **knobs) -> tuple[list[Row], list[Row]]:
+        """Rows to train on, and rows to judge by, none where none were asked for; `kind` makes those of a generated task."""
+        train = self._rows(self.dataset, self.split, kind, self.dataset_size, 0, knobs)
+        if self.eval_dataset is None and self.eval_split is None:
+            return train, []
+        source = self.eval_dataset or self.dataset
+        return train, self._rows(source, self.eval_split or "train", kind, 256, 1, knobs)
+
+    def _rows(self, source: str, split: str, kind: Callable, number: int, seed: int, knobs) -> list[Row]:
+        if source.startswith(tasks.PREFIX):
+            return tasks.load(source, kind, number, seed=seed, **knobs)
+        rows = read_rows(source, split=split, config=self.dataset_config)
+        if missing := [name for name in self.columns if name not in rows[0]]:
+            raise ValueError(f"columns renames {', '.join(missing)}, but {source} has {', '.join(rows[0])}")
+        return [renamed(row, **self.columns) for row in rows]
+
+
+class Policy(NamedTuple):
+    """A language model and what is trained of it; for a reward model also a head, which always is."""
+
+    lm: LM
+    params: Any  # what is trained: all parameters, or those of the adapters; with a head `{"lm": …, "head": …}`
+    frozen: Any  # what the adapters sit on; None without
+    source: str
+    head: Head | None = None
+
+    def whole(self, params: Any, context: Any) -> Any:
+        """The model's parameters, of those trained and the state's context."""
+        if self.frozen is None:
+            return params
+        if self.head is None:
+            return adapters.join(params, context["frozen"])
+        return params | {"lm": adapters.join(params["lm"], context["frozen"])}
+
+    def reference(self, context: Any) -> Any:
+        """The parameters of the model as it was."""
+        return context["reference"] if self.frozen is None else adapters.off(context["frozen"])
+
+    def context(self, *, with_reference: bool = False) -> dict[str, Any]:
+        """What the train state carries beside what is trained."""
+        if self.frozen is not None:
+            return {"frozen": self.frozen}  # with the adapters off it is the reference
+        return {"reference": reference(self.params)} if with_reference else {}
+
+    def of_whole(self, loss_fn: Callable) -> Callable:
+        """A `loss_fn` of the language model's parameters as one of those trained."""
+        return lambda params, context, batch, key: loss_fn(self.whole(params, context), context, batch, key)
+
+    def export(self, folder: Path, state: TrainState, tokenizer: Any) -> None:
+        """Writes `model/`, and for adapters `adapter/` beside it."""
+        whole = self.whole(state.params, state.context)
+        lm, head = (whole, None) if self.head is None else (whole["lm"], whole["head"])
+        if self.frozen is not None:
+            peft_files.save(folder / "adapter", self.lm, lm, huggingface.model_type(self.source), base=self.source)
+            lm = adapters.merge(lm)
+        huggingface.save(folder / "model", self.lm, lm, head=head, like=self.source, tokenizer=tokenizer)
+
+
+def policy(options: Model, seed: int) -> Policy:
+    """Loads the model, with fresh adapters if they are asked for.  Raises: as `rlhf.load`."""
+    lm, params, _ = huggingface.load(options.model, **options.precision())
+    return Policy(lm, *options.trained(params, seed), options.model)
+
+
+def reward_model(options: Model, seed: int) -> tuple[Policy, Head]:
+    """Loads the model as the trunk of a reward model with a head that starts at 0.  Raises: as `rlhf.load`."""
+    lm, params, _ = huggingface.load(options.model, **options.precision())
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    size = jax.eval_shape(lambda p, x: lm.hidden(p, x, positions=x, segment_ids=x)[0], params, one).shape[-1]
+    head = scalar_head(size)
+    trained, frozen = options.trained(params, seed)
+    return Policy(lm, {"lm": trained, "head": head.init(jax.random.key(seed))}, frozen, options.model, head), head
+
+
+def named(name: str, known: Mapping[str, Any], what: str) -> Any:
+    """What a name stands for.  Raises: ValueError for one that is not known, with the nearest that is."""
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{what} {name!r} is not known; {hint}known: {', '.join(known)}")
+    return known[name]
+
+
+def take(arrays: Any, seed: int, number: int, size: int) -> Any:
+    """The batch of a step: a pure function of seed and number."""
+    return select(arrays, batch_indices(seed, number, len(jax.tree.leaves(arrays)[0]), size))
+
+
+def select(arrays: Any, rows: Any) -> Any:
+    """These rows of all arrays; what has no rows is every row's."""
+    return jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, arrays)
+
+
+def parts(arrays: Any, size: int) -> list[Any]:
+    """All rows, `size` at a time."""
+    return [select(arrays, slice(i, i + size)) for i in range(0, len(jax.tree.leaves(arrays)[0]), size)]
+
+
+def evaluation(loss_fn: Callable, prepared: Any, size: int) -> Callable[[TrainState], dict[str, Any]] | None:
+    """`(state) -> loss and metrics` of rows that are not trained on, `size` at a time; None where there are none.
+
+    The weights are those of all the rows together, so that the parts add up to the whole.
+    """
+    if prepared is None:
+        return None
+
+    @jax.jit
+    def one(params, context, part):
+        loss, metrics = loss_fn(params, context, part, None)
+        return {"loss": loss, **metrics}
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        found = [one(state.params, state.context, part) for part in parts(prepared, size)]
+        return jax.tree.map(lambda *values: sum(values), *found)
+
+    return evaluate

@@ -1,0 +1,36 @@
+"""Talking to a model in the terminal."""
+
+import sys
+
+import jax
+
+from rlhf import data, rollouts
+from rlhf.recipes.online import Sampling
+from rlhf.tools.evaluate import load_run
+
+
+def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
+    """Answers line after line; a model without a chat template goes on with each line.  An empty line ends it.
+
+    Args:
+      model: a run's folder, or a model's folder or name.
+      seed: of what is drawn.
+    """
+    lm, params, tokenizer = load_run(model)
+    messages: list[dict[str, str]] = []
+    for number, line in enumerate(iter(lambda: _asked().rstrip("\n"), "")):
+        messages.append({"role": "user", "content": line})
+        row = {"prompt": messages if tokenizer.chat_template else line}
+        prompts = data.prompts(data.tokenize_prompts(tokenizer, [row]))
+        rollout = rollouts.generate(
+            lm, params, prompts, jax.random.key(seed + number), max_new_tokens=sampling.max_new_tokens,
+            sampler=sampling.sampler(), eos_ids=(tokenizer.eos_token_id,),
+        )  # fmt: skip
+        answer = rollouts.text.completions(tokenizer, rollout)[0]
+        messages.append({"role": "assistant", "content": answer})
+        print(answer, flush=True)
+
+
+def _asked() -> str:
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()

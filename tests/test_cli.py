@@ -1,0 +1,228 @@
+"""The command line: options out of signatures, one line for every mistake, runs that resume bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+
+from rlhf import cli, loop, runs
+from rlhf.models import huggingface
+from rlhf.options import TRL, parser_of
+from rlhf.recipes import dpo, grpo, reward, sft
+
+HERE = Path(__file__).parent / "bad_inputs"
+SMALL = ["--dataset_size", "64", "--batch_size", "8", "--learning_rate", "1e-3", "--max_length", "32"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "base"
+    assert cli.main(["new", "--output", str(folder), "--hidden_size", "16", "--num_heads", "2"]) == 0
+    return str(folder)
+
+
+def logged(folder: Path, phase: str) -> list[dict]:
+    rows = [row for row in runs.metrics_of(folder) if row["phase"] == phase]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
+    ask = ["sft", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "5", "--save_every", "2", "--packing", "bfd"]
+    ask += ["--batch_size", "4", "--eval_dataset", "task:reverse"]
+    assert cli.main([*ask, "--output", str(tmp_path / "whole")]) == 0
+    original = runs.RunFolder.log
+
+    def stop(self, phase, step, figures):
+        original(self, phase, step, figures)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunFolder, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main([*ask, "--output", str(tmp_path / "halves")])
+    assert [row["step"] for row in logged(tmp_path / "halves", "train")] == [1, 2, 3]
+    assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 2  # not by accident
+    assert cli.main([*ask, "--output", str(tmp_path / "halves"), "--resume"]) == 0
+    for phase in ("train", "eval"):
+        assert logged(tmp_path / "halves", phase) == logged(tmp_path / "whole", phase)
+    assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
+    first, last = logged(tmp_path / "whole", "train")[::4]
+    assert last["loss"] < first["loss"]
+    config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    assert (config["packing"], config["learning_rate"], config["seed"]) == ("bfd", 1e-3, 0)
+    assert "rlhf" in json.loads((tmp_path / "whole" / "about.json").read_text())["versions"]
+    assert "| eval_loss |" in (tmp_path / "whole" / "README.md").read_text()
+    assert (tmp_path / "whole" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_asks_for_the_same(base, tmp_path, capsys):
+    ask = ["sft", "--model", base, "--dataset", "task:reverse", *SMALL, "--output", str(tmp_path / "run")]
+    run = runs.RunFolder(tmp_path / "run", {"learning_rate": 1e-3, "model": "another"})
+    run.describe()
+    assert cli.main([*ask, "--resume"]) == 2
+    assert "a run goes on as it began, but" in (error := capsys.readouterr().err)
+    assert f"model was 'another' and is {base!r}" in error
+    assert "learning_rate was" not in error
+
+
+def test_reward_and_dpo_with_adapters(base, tmp_path):
+    ask = ["--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "2", "--lora_rank", "2"]
+    assert cli.main(["reward", *ask, "--output", str(tmp_path / "reward")]) == 0
+    *_, params, _ = huggingface.load_classifier(tmp_path / "reward" / "model")
+    assert np.abs(params["head"]["weight"]).max() > 0
+    extra = ["--loss", "[sigmoid,sft]", "--loss_weights", "[1,0.5]", "--eval_dataset", "task:reverse"]
+    assert cli.main(["dpo", *ask, *extra, "--output", str(tmp_path / "dpo")]) == 0
+    first, second = logged(tmp_path / "dpo", "train")
+    assert first["margin"] == 0  # policy and reference are one
+    assert second["loss"] < first["loss"]
+    assert (tmp_path / "dpo" / "adapter" / "adapter_config.json").exists()
+    before, after = (huggingface.load(folder)[1]["layers"]["q"] for folder in (base, tmp_path / "dpo" / "model"))
+    assert np.linalg.matrix_rank(np.asarray(after - before)[0], tol=1e-6) == 2
+
+
+def test_grpo_samples_scores_and_resumes(base, tmp_path):
+    ask = ["grpo", "--model", base, "--dataset", "task:reverse", "--dataset_size", "32", "--batch_size", "4", "--steps", "2"]
+    ask += ["--num_samples", "4", "--max_new_tokens", "4", "--beta", "0.1", "--mini_batches", "2", "--loss", "dapo"]
+    ask += ["--eval_dataset", "task:reverse", "--learning_rate", "1e-3", "--output", str(tmp_path / "run")]
+    assert cli.main(ask) == 0
+    rows = logged(tmp_path / "run", "train")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 <= row["reward"] <= 1 and row["tokens"] > 0 for row in rows)
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "00000004.parquet").to_pydict()
+    assert sorted(table) == ["completion", "prompt", "reward"]
+    assert len(table["reward"]) == 16
+    assert cli.main([*ask, "--resume"]) == 2  # it is over: its model is there, and is not written again
+
+
+def test_every_name_of_trl_is_an_option_here():
+    known = set()
+    for fn in (sft.main, dpo.main, grpo.main, reward.main):
+        known |= {option.removeprefix("--") for action in parser_of(fn, "x")._actions for option in action.option_strings}
+    assert set(TRL.values()) <= known, set(TRL.values()) - known
+
+
+def test_options_from_a_file_and_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: m\ndataset: task:sort\nlearning_rate: 0.5\nsteps: 3\n")
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config", str(tmp_path / "run.yaml"), "--output", "o", "--steps", "7", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["learning_rate"], shown["steps"], shown["dataset"]) == (0.5, 7, "task:sort")
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--model_name_or_path", "m", "--dataset-name", "d", "--output_dir=o", "--resume", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["model"], shown["dataset"], shown["output"], shown["resume"]) == ("m", "d", "o", True)
+
+
+def test_help_names_options_and_defaults(capsys):
+    for name in ("sft", "dpo", "reward", "grpo"):
+        with pytest.raises(SystemExit) as end:
+            cli.main([name, "--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert "--learning_rate" in text
+        assert "1e-05" in text
+    assert cli.main(["--help"]) == 0
+    assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
+    assert cli.main(["help", "--topic", "trl"]) == 0
+    assert "--model_name_or_path" in capsys.readouterr().out
+
+
+def bad(name: str) -> str:
+    return str(HERE / name)
+
+
+SFT, DPO, GRPO = (["sft", "--model", "BASE", "--output", "OUT"], ["dpo", "--model", "BASE", "--output", "OUT"],
+                  ["grpo", "--model", "BASE", "--output", "OUT"])  # fmt: skip
+TASK = ["--dataset", "task:reverse"]
+MISTAKES = [
+    (["stf"], "stf is no command; did you mean sft?"),
+    (["frobnicate"], "frobnicate is no command; see rlhf --help"),
+    ([*SFT, *TASK, "--lerning_rate", "1"], "--lerning_rate is not known; did you mean --learning_rate?"),
+    ([*SFT, *TASK, "--zzzz", "1"], "--zzzz is not known; see --help"),
+    ([*SFT, *TASK, "stray"], "unrecognized arguments: stray"),
+    (["sft", *TASK, "--output", "OUT"], "the following arguments are required: model"),
+    (["sft", "--model", "BASE", *TASK], "the following arguments are required: output"),
+    ([*SFT], "the following arguments are required: dataset"),
+    ([*SFT, *TASK, "--learning_rate", "fast"], 'Parser key "learning_rate"'),
+    ([*SFT, *TASK, "--steps", "2.5"], 'Parser key "steps"'),
+    ([*SFT, *TASK, "--schedule", "quick"], 'Parser key "schedule"'),
+    ([*SFT, *TASK, "--packing", "tight"], 'Parser key "packing"'),
+    ([*SFT, *TASK, "--dtype", "float8"], 'Parser key "dtype"'),
+    ([*SFT, *TASK, "--resume", "perhaps"], 'Parser key "resume"'),
+    ([*SFT, *TASK, "--batch_size", "0"], "batch_size must be at least 1, but is 0"),
+    ([*SFT, *TASK, "--batch_size", "8", "--micro_batches", "3"], "batch_size 8 cannot be taken in 3 equal parts"),
+    ([*SFT, *TASK, "--steps", "0"], "steps must be at least 1 and epochs above 0"),
+    ([*SFT, *TASK, "--epochs", "0"], "steps must be at least 1 and epochs above 0"),
+    ([*SFT, *TASK, "--learning_rate", "-1"], "learning_rate and max_grad_norm must be above 0"),
+    ([*SFT, *TASK, "--lora_rank", "-1"], "lora_rank -1"),
+    ([*SFT, *TASK, "--dora"], "DoRA is of adapters, give --lora_rank 16"),
+    ([*SFT, *TASK, "--log_every", "0"], "log_every must be at least 1, but is 0"),
+    ([*SFT, *TASK, "--config", bad("missing.yaml")], "File does not exist"),
+    ([*SFT, *TASK, "--config", bad("unknown.yaml")], "'lerning_rate' is not accepted"),
+    ([*SFT, *TASK, "--config", bad("broken.yaml")], "broken.yaml: Problems parsing config"),
+    ([*SFT, "--dataset", "task:revers"], "no task 'revers'; did you mean reverse?"),
+    ([*SFT, "--dataset", "task:reverse:99"], "level"),
+    ([*SFT, "--dataset", bad("none.jsonl")], "none.jsonl: no such file or folder; check the path"),
+    ([*SFT, "--dataset", bad("malformed.jsonl")], "malformed.jsonl, line 2, column"),
+    ([*SFT, "--dataset", bad("empty.jsonl")], "empty.jsonl: the file has no rows"),
+    ([*SFT, "--dataset", bad("list.jsonl")], "list.jsonl, line 1: a row must be an object of columns"),
+    ([*SFT, "--dataset", bad("latin.jsonl")], "latin.jsonl, line 1: not UTF-8"),
+    ([*SFT, "--dataset", bad("cells.csv")], "cells.csv, line 3: 3 cells but 2 columns"),
+    ([*SFT, "--dataset", bad("twice.csv")], "two columns have one name"),
+    ([*SFT, "--dataset", bad("notes.txt")], "notes.txt: a format that is not read"),
+    ([*SFT, "--dataset", bad("broken.parquet")], "broken.parquet: not a whole Parquet file"),
+    ([*SFT, "--dataset", bad("questions.jsonl")], "fit no type"),
+    ([*SFT, "--dataset", bad("questions.jsonl"), "--split", "test"], "has no split 'test'"),
+    ([*SFT, "--dataset", bad("questions.jsonl"), "--columns", "{query: prompt}"], "columns renames query, but"),
+    ([*SFT, "--dataset", bad("number.jsonl")], "row 1: completion must be a string or messages with role and content"),
+    ([*SFT, "--dataset", bad("mixed.jsonl")], "prompt hold messages but completion a string"),
+    ([*SFT, "--dataset", bad("chat.jsonl")], "chat template"),
+    ([*SFT, "--dataset", bad("fine.jsonl"), "--assistant_only"], "assistant"),
+    ([*SFT, "--dataset", bad("fine.jsonl"), "--max_length", "2"], "has a trained token among its first 2"),
+    ([*SFT, *TASK, "--dataset_size", "4"], "4 rows but batch_size 8"),
+    ([*DPO, "--dataset", bad("fine.jsonl")], "need the columns chosen, rejected, but row 0 has prompt, completion"),
+    ([*DPO, *TASK, "--loss", "[sigmoyd]"], "loss 'sigmoyd' is not known"),
+    ([*DPO, *TASK, "--loss", "[sigmoid,sft]", "--loss_weights", "[1]"], "2 losses but 1 loss_weights"),
+    ([*DPO, *TASK, "--loss", "[hinge]", "--label_smoothing", "0.1"], "label_smoothing means nothing to hinge"),
+    ([*GRPO, *TASK, "--loss", "sapo", "--epsilon", "0.1"], "clip_low means nothing to sapo, whose knobs are tau_pos"),
+    ([*GRPO, *TASK, "--loss", "grop"], "loss 'grop' is not known; did you mean grpo?"),
+    ([*GRPO, *TASK, "--reward", "[acuracy]"], "reward 'acuracy' is not known; did you mean accuracy?"),
+    ([*GRPO, *TASK, "--reward", "[my.rewards:score]"], "reward 'my.rewards:score': No module named"),
+    ([*GRPO, *TASK, "--reward", "[accuracy]", "--reward_weights", "[1,2]"], "1 rewards but 2 reward_weights"),
+    ([*GRPO, "--dataset", bad("fine.jsonl")], "reward is not given"),
+    ([*GRPO, *TASK, "--num_samples", "0"], "num_samples and max_new_tokens must be at least 1"),
+    ([*GRPO, *TASK, "--temperature", "0"], "temperature must be above 0"),
+    ([*GRPO, *TASK, "--top_p", "1.5"], "p is a probability, 0 < p <= 1, but it is 1.5"),
+    (["sft", "--model", "no/such-model", *TASK, "--output", "OUT"], "no/such-model is no folder, and no name that the Hub"),
+    (["sft", "--model", "BASE", *TASK, "--output", bad("fine.jsonl")], "already holds a run or other files"),
+    (["plot", "--folders", "[nowhere]"], "nowhere: no metrics.jsonl, so no run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=lambda x: " ".join(x[-3:]) if isinstance(x, list) else "")
+def test_a_mistake_is_one_line_and_exit_code_2(argv, message, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "init_state", None)  # nothing is trained
+    filled = [{"BASE": base, "OUT": str(tmp_path / "out")}.get(word, word) for word in argv]
+    assert cli.main(filled) == 2
+    error = capsys.readouterr().err.strip("\n")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("argv", [["stf"], ["sft", "--lerning_rate", "1"], ["sft", "--model", "m"]])
+def test_a_mistake_in_a_process_of_its_own(argv):
+    found = subprocess.run([sys.executable, "-m", "rlhf", *argv], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n") == 1
