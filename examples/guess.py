@@ -2,10 +2,14 @@
 
 The model has to find a number from 0 to 7 in three guesses; after each the game says "higher" or "lower".  It starts from
 scratch, plays 32 games for each number, and is paid for a guess by the bits that it gains about the number, and one more for
-the number itself.  REINFORCE compares a guess with the batch's guesses of the same turn.  Playing, scoring and learning are one
-jitted function that scans over the iterations, and runs of several seeds are that function under `vmap`.
+the number itself.  REINFORCE compares a guess with the batch's guesses of the same turn; an entropy bonus keeps it trying.  Playing,
+scoring and learning are one jitted function that scans over the iterations, and runs of several seeds are that function under
+`vmap`.
 
 Run: python examples/guess.py
+
+Measured on 2 CPU cores that other work used too, 60 s for three seeds: the share of games won rises from 23%, 20% and 23% in the
+first iteration to 88%, 83% and 82% in the last, sampled at temperature 1; perfect play wins 87.5%.
 """
 
 import argparse
@@ -23,8 +27,8 @@ from rlhf.models import TransformerConfig, transformer
 from rlhf.rollouts import Prompts, Reply
 
 NUMBERS, GUESSES = 8, 3
-HIGHER, LOWER, START = NUMBERS, NUMBERS + 1, NUMBERS + 2  # tokens 0 … 7 are the guesses
-GAMES, LR = 32, 3e-3
+HIGHER, LOWER, START = NUMBERS, NUMBERS + 1, NUMBERS + 2  # tokens 0 … 7 are the numbers; a word is a guess too high
+GAMES, LR, ENTROPY = 32, 2e-3, 0.1
 
 LM = transformer(TransformerConfig(NUMBERS + 3, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64))
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LR))
@@ -46,9 +50,8 @@ def play(params, key) -> rollouts.Simulated:
     secrets = jnp.arange(NUMBERS)
     prompts = Prompts(jnp.full((NUMBERS, 1), START, jnp.int32), jnp.ones((NUMBERS, 1), bool))
     states = secrets, jnp.zeros_like(secrets), jnp.full_like(secrets, NUMBERS - 1)
-    only = rollouts.sampler(rollouts.samplers.allowed(jnp.arange(NUMBERS)))
     limits = dict(max_turns=GUESSES, max_new_tokens=1, num_samples=GAMES)
-    return rollouts.simulate(LM, params, answer, prompts, states, key, sampler=only, early_end=False, **limits)
+    return rollouts.simulate(LM, params, answer, prompts, states, key, early_end=False, **limits)
 
 
 def advantages_of(played: rollouts.Simulated):
@@ -56,13 +59,14 @@ def advantages_of(played: rollouts.Simulated):
     mask = played.rollout.mask
     turn = jnp.where(mask, jnp.cumsum(mask, axis=1), 0)
     same = turn[None] == jnp.arange(1, GUESSES + 1)[:, None, None]  # [turns, B, T]
-    means = jnp.sum(same * played.rewards, axis=(1, 2)) / jnp.maximum(same.sum(axis=(1, 2)), 1)
+    means = jnp.sum(same * played.rewards[None], axis=(1, 2)) / jnp.maximum(same.sum(axis=(1, 2)), 1)
     return losses.whiten(played.rewards - jnp.sum(same * means[:, None, None], axis=0), mask)
 
 
 def loss_fn(params, context, batch, key):
     s = rollouts.score(LM, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
-    return losses.weighted_sum(policy.reinforce(s.logprobs, batch.advantages, batch.mask), batch.weights), {}
+    per_token = policy.reinforce(s.logprobs, batch.advantages, batch.mask) - ENTROPY * s.entropy
+    return losses.weighted_sum(per_token, batch.weights), {}
 
 
 def train(key, iterations):

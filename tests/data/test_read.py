@@ -12,7 +12,7 @@ import pytest
 from rlhf import data
 from rlhf.data import read
 
-GSM8K = Path(__file__).parent / "gsm8k.jsonl"
+SUMS = Path(__file__).parent / "sums.jsonl"
 ROWS = [
     {"prompt": [{"role": "user", "content": 'a, "b"\nc'}], "label": True},
     {"prompt": [{"role": "user", "content": "Ünïcode\u2028"}], "label": False},
@@ -163,10 +163,10 @@ def test_names_go_to_the_hub_with_their_config_and_its_errors_come_back(monkeypa
             data.read_rows(path)
 
 
-def test_real_questions():
-    rows = [data.renamed(row, question="prompt", answer="completion") for row in data.read_rows(GSM8K)]
+def test_questions_with_worked_answers():
+    rows = [data.renamed(row, question="prompt", answer="completion") for row in data.read_rows(SUMS)]
     assert len(list(data.checked(rows, data.PROMPT_COMPLETION))) == 2
-    assert [row["completion"].split("#### ")[1] for row in rows] == ["72", "10"]
+    assert [row["completion"].split("#### ")[1] for row in rows] == ["31", "22"]
 
 
 def numbered(*sizes):

@@ -449,6 +449,7 @@ def test_fixed_stays():
 
 WHOLE = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
 LP, BEFORE = np.log(RNG.uniform(0.2, 0.9, (2, 4, 3)))
+BEFORE[1] = LP[1] + 0.5  # beyond the lower bounds, where the advantage is negative
 SCORES = np.array([[1.0, 0.0], [0.5, np.nan]])
 TWO: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.2}
 CLIPPED = functools.partial(policy.clipped_surrogate, **TWO)
@@ -543,14 +544,8 @@ def test_one_ratio_for_a_sequence_is_not_summed_over_its_tokens(loss, knobs, wei
     presets.objective(groups.dr_grpo, policy.gspo_token, weight)
 
 
-BY_TOKEN = [
-    presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline, presets.grpo, presets.dapo, presets.lite_ppo,
-    presets.max_rl, functools.partial(presets.dr_grpo, length=4),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("preset", BY_TOKEN)
-def test_clip_bounds_of_presets_reach_their_loss(preset):
+@pytest.mark.parametrize("preset", [presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline])
+def test_clip_bounds_of_presets_without_groups(preset):
     """Each on its side."""
     arrays, bounds = (NEW, OLD, ADVANTAGES, MASK), dict(clip_low=0.05, clip_high=0.3)
     assert_close(run(preset(**bounds).loss, *arrays), run(policy.clipped_surrogate, *arrays, **bounds))
