@@ -2,14 +2,14 @@
 
 The model has to find a number from 0 to 7 in three guesses; after each the game says "higher" or "lower".  It starts from
 scratch, plays 32 games for each number, and is paid for a guess by the bits that it gains about the number, and one more for
-the number itself.  REINFORCE compares a guess with the batch's guesses of the same turn; an entropy bonus keeps it trying.  Playing,
-scoring and learning are one jitted function that scans over the iterations, and runs of several seeds are that function under
-`vmap`.
+the number itself.  REINFORCE compares a guess with the batch's guesses of the same turn; an entropy bonus keeps it trying.
+Playing, scoring and learning are one jitted function that scans over the iterations, and runs of several seeds are that
+function under `vmap`.
 
 Run: python examples/guess.py
 
-Measured on 2 CPU cores that other work used too, 60 s for three seeds: the share of games won rises from 23%, 20% and 23% in the
-first iteration to 88%, 83% and 82% in the last, sampled at temperature 1; perfect play wins 87.5%.
+Measured on 2 CPU cores that other work used too, 60 s for three seeds: the share of games won rises from 23%, 20% and 23% in
+the first iteration to 88%, 83% and 82% in the last, sampled at temperature 1; perfect play wins 87.5%.
 """
 
 import argparse
@@ -50,8 +50,10 @@ def play(params, key) -> rollouts.Simulated:
     secrets = jnp.arange(NUMBERS)
     prompts = Prompts(jnp.full((NUMBERS, 1), START, jnp.int32), jnp.ones((NUMBERS, 1), bool))
     states = secrets, jnp.zeros_like(secrets), jnp.full_like(secrets, NUMBERS - 1)
-    limits = dict(max_turns=GUESSES, max_new_tokens=1, num_samples=GAMES)
-    return rollouts.simulate(LM, params, answer, prompts, states, key, early_end=False, **limits)
+    return rollouts.simulate(
+        LM, params, answer, prompts, states, key,
+        max_turns=GUESSES, max_new_tokens=1, num_samples=GAMES, early_end=False,
+    )  # fmt: skip
 
 
 def advantages_of(played: rollouts.Simulated):

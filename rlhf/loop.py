@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlhf.checkpoint import Checkpoints
 from rlhf.runs import RunFolder
-from rlhf.track import trackers
+from rlhf.track import check, trackers
 from rlhf.train import TrainState, init_state
 
 PEAKS = {  # bfloat16 operations a second, by the start of a device's name
@@ -61,6 +61,7 @@ class Training:
     track: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
+        check(self.track)
         least = dict(batch_size=1, micro_batches=1, log_every=1, keep=1, eval_every=0, save_every=0, warmup_steps=0, seed=0)
         for name, bound in least.items():
             if getattr(self, name) < bound:

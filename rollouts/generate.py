@@ -50,7 +50,15 @@ def generate(
     Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row `p * num_samples + g` is
     sample g of prompt p.  No gradient flows.
 
-    Raises: ValueError on wrong shapes or counts, TypeError on a mask that is not bool.
+    Raises: ValueError on wrong shapes or counts, a prompt without tokens, an end token beyond the vocabulary, or a prefix for
+      prompts with inputs of their own; TypeError on a mask that is not bool.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=9, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> prompts = Prompts(jnp.array([[1, 5], [0, 7]]), jnp.array([[True, True], [False, True]]))
+    >>> rollout = generate(lm, lm.init(jax.random.key(0)), prompts, jax.random.key(1), max_new_tokens=3)
+    >>> rollout.mask.astype(int).tolist(), rollout.positions.tolist()
+    ([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]], [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
     """
     settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     _check_prefix(prefix, prompts)
@@ -86,6 +94,14 @@ def generate_many(
     Returns: as `generate`.
 
     Raises: as `generate`; ValueError where the slots are fewer than the samples of the prompts that are read together.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=9, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> params, key = lm.init(jax.random.key(0)), jax.random.key(1)
+    >>> prompts = Prompts(jnp.array([[5], [7], [8]]), jnp.ones((3, 1), bool))
+    >>> few = generate_many(lm, params, prompts, key, slots=2, max_new_tokens=4)
+    >>> bool((few.tokens == generate(lm, params, prompts, key, max_new_tokens=4).tokens).all())
+    True
     """
     settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     _check_prefix(prefix, prompts)

@@ -25,6 +25,13 @@ def stop_strings(tokenizer, strings: Sequence[str]) -> Array:
     Returns: `[V, S]` int32: the state after a token in a state; S - 1 is "seen", 0 the start.  For `generate`'s `stop`.
 
     Raises: ValueError where there is no string, or an empty one.
+
+    >>> from rlhf.tasks import reverse
+    >>> tokenizer = reverse.task().tokenizer()
+    >>> table = stop_strings(tokenizer, ["ab"])
+    >>> a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    >>> table.shape[1] - 1, table[b, table[a, 0]].item()  # "a" and then "b": seen
+    (2, 2)
     """
     if isinstance(strings, str) or not strings or not all(strings):
         raise ValueError(f"stop strings must be a list of texts that are not empty, but are {strings!r}")

@@ -1,5 +1,7 @@
 """The command line: options out of signatures, one line for every mistake, runs that resume bit for bit."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rlhf import cli, loop, runs
+from rlhf import cli, loop, runs, track
 from rlhf.models import huggingface
 from rlhf.options import TRL, parser_of
 from rlhf.recipes import dpo, grpo, reward, sft
@@ -104,6 +106,29 @@ def test_grpo_samples_scores_and_resumes(base, tmp_path):
     assert cli.main([*ask, "--resume"]) == 2  # it is over: its model is there, and is not written again
 
 
+def test_figures_go_to_trackers_too(tmp_path, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def tracker(run):
+        yield lambda step, figures: seen.append((run.path.name, step, figures["loss"]))
+
+    monkeypatch.setitem(track.TRACKERS, "wandb", tracker)
+    with track.trackers(["wandb", "wandb"], runs.RunFolder(tmp_path / "run")) as log:
+        log(3, {"loss": 0.5})
+    assert seen == [("run", 3, 0.5)] * 2
+
+
+def test_chat_answers_line_after_line(base, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc=\ncd=\n\nnever\n"))
+    assert cli.main(["chat", "--model", base, "--max_new_tokens", "3", "--top_k", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("> ") == 3
+    answers = said.out.splitlines()
+    assert len(answers) == 2
+    assert all(set(answer) <= set("abcdefghijklmnopqrstuvwxyz0123456789=+-:\n ") for answer in answers)
+
+
 def test_every_name_of_trl_is_an_option_here():
     known = set()
     for fn in (sft.main, dpo.main, grpo.main, reward.main):
@@ -167,6 +192,7 @@ MISTAKES = [
     ([*SFT, *TASK, "--lora_rank", "-1"], "lora_rank -1"),
     ([*SFT, *TASK, "--dora"], "DoRA is of adapters, give --lora_rank 16"),
     ([*SFT, *TASK, "--log_every", "0"], "log_every must be at least 1, but is 0"),
+    ([*SFT, *TASK, "--track", "[tensorboard]"], "track needs tensorboardX, not installed here; pip install tensorboardX"),
     ([*SFT, *TASK, "--config", bad("missing.yaml")], "File does not exist"),
     ([*SFT, *TASK, "--config", bad("unknown.yaml")], "'lerning_rate' is not accepted"),
     ([*SFT, *TASK, "--config", bad("broken.yaml")], "broken.yaml: Problems parsing config"),

@@ -23,7 +23,7 @@ SAMPLING = [name for name in LMS if name in GENERATING]
 ENDING = LMS if CHECKPOINTS != HOME else ["gpt2", "llama", "t5"]  # learned, rotary, an encoder's; the rest is the same code
 
 
-def close(a, b, atol):
+def assert_close(a, b, atol):
     np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=atol)
 
 
@@ -36,8 +36,8 @@ def test_every_family_has_a_checkpoint():
 def test_outputs_are_those_of_transformers(name):
     ours, g = forward(name)["rows"], golden(name)
     real = (g.decoder_attention_mask if name in SEQ2SEQ else g.attention_mask) == 1
-    close(ours.hidden[real], g.last_hidden_state[real], g.tolerance)
-    close(ours.logits[real], g.logits[real], g.tolerance)
+    assert_close(ours.hidden[real], g.last_hidden_state[real], g.tolerance)
+    assert_close(ours.logits[real], g.logits[real], g.tolerance)
     assert not ours.logprobs[:, 0].any()
     labelled = g.labels[:, 1:] != -100
     if name in SEQ2SEQ:  # labels are the decoder's tokens, one to the left
@@ -45,8 +45,8 @@ def test_outputs_are_those_of_transformers(name):
         labelled = g.labels != -100
     else:
         logprobs = ours.logprobs[:, 1:]
-    close(np.where(labelled, logprobs, 0) if name in SEQ2SEQ else logprobs, g.token_logprobs, g.tolerance)
-    close(-logprobs[labelled].mean(), g.loss, g.tolerance)
+    assert_close(np.where(labelled, logprobs, 0) if name in SEQ2SEQ else logprobs, g.token_logprobs, g.tolerance)
+    assert_close(-logprobs[labelled].mean(), g.loss, g.tolerance)
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -55,12 +55,12 @@ def test_encoders_of_decoders_are_those_of_transformers(name):
     g = golden(name)
     encoded = jax.jit(lm.encode)(params, source(g.input_ids, g.attention_mask))
     real = g.attention_mask == 1
-    close(encoded["hidden"][real], g.encoder_last_hidden_state[real], g.tolerance)
+    assert_close(encoded["hidden"][real], g.encoder_last_hidden_state[real], g.tolerance)
 
 
 @pytest.mark.parametrize("name", [name for name in CAUSAL if "packed_logits" in meta(name)["arrays"]])
 def test_packed_sequences_are_those_of_transformers_one_by_one(name):
-    close(forward(name)["packed"].logits, golden(name).packed_logits, golden(name).tolerance)
+    assert_close(forward(name)["packed"].logits, golden(name).packed_logits, golden(name).tolerance)
 
 
 def same_rows(name):
@@ -78,7 +78,7 @@ def same_rows(name):
 def test_greedy_tokens_are_those_of_transformers(name):
     g, rows = golden(name), same_rows(name)
     np.testing.assert_array_equal(rollout(name).tokens[rows, -NEW:], g.gen_new_tokens[rows])
-    close(rollout(name).logprobs[rows, -NEW:], g.gen_logprobs[rows], g.tolerance)
+    assert_close(rollout(name).logprobs[rows, -NEW:], g.gen_logprobs[rows], g.tolerance)
     assert not rollout(name).finished.any()
 
 
@@ -131,15 +131,15 @@ def test_classifiers_are_those_of_transformers(name):
     g = golden(name)
     ours, real = classify(name, g.input_ids, g.attention_mask), g.attention_mask == 1
     if meta(name)["kind"] == "tokcls":
-        close(ours[real], g.logits[real], g.tolerance)
+        assert_close(ours[real], g.logits[real], g.tolerance)
         labelled = g.labels != -100
         logprobs = losses.logits.token_logprob(jnp.asarray(ours), jnp.maximum(g.labels, 0))
-        close(-np.asarray(logprobs)[labelled].mean(), g.loss, g.tolerance)
+        assert_close(-np.asarray(logprobs)[labelled].mean(), g.loss, g.tolerance)
     elif hasattr(g, "logits_with_position_ids"):
-        close(ours, flat(g.logits_with_position_ids), g.tolerance)
-        close(classify(name, g.input_ids, g.attention_mask, given=False), flat(g.logits), g.tolerance)
+        assert_close(ours, flat(g.logits_with_position_ids), g.tolerance)
+        assert_close(classify(name, g.input_ids, g.attention_mask, given=False), flat(g.logits), g.tolerance)
     else:
-        close(ours, flat(g.logits), g.tolerance)
+        assert_close(ours, flat(g.logits), g.tolerance)
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if "left_logits" in meta(name)["arrays"]])
@@ -148,7 +148,7 @@ def test_rewards_with_padding_on_either_side(name):
     g = golden(name)
     for side in ("left", "right", "pad_is_eos"):
         tokens, expected = getattr(g, f"{side}_input_ids"), getattr(g, f"{side}_logits")
-        close(
+        assert_close(
             classify(name, tokens, (tokens != g.config["pad_token_id"]).astype(np.int32), given=False),
             flat(expected),
             g.tolerance,
@@ -164,7 +164,7 @@ def test_encoders_are_those_of_transformers(name):
     )
     hidden = np.asarray(lm.hidden(params, g.input_ids, **where)[0])
     real = g.attention_mask == 1
-    close(hidden[real], g.last_hidden_state[real], g.tolerance)
+    assert_close(hidden[real], g.last_hidden_state[real], g.tolerance)
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
