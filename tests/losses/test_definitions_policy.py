@@ -499,6 +499,8 @@ def test_presets_with_the_kl_in_the_reward():
     got = run(presets.rloo(**TWO).loss, LP, BEFORE, WHOLE * 1.0, WHOLE)
     r = np.exp(((LP - BEFORE) * WHOLE).sum(-1, keepdims=True))
     assert_close(got, np.where(WHOLE, -np.minimum(r, np.minimum(np.maximum(r, 0.9), 1.2)), 0))
+    got = run(presets.rloo(**TWO).loss, LP, BEFORE, WHOLE * -1.0, WHOLE)
+    assert_close(got, np.where(WHOLE, np.maximum(r, np.minimum(np.maximum(r, 0.9), 1.2)), 0))
     rewards = np.zeros(WHOLE.shape)
     for i, (score, kept) in enumerate(zip(paid.reshape(-1), WHOLE, strict=True)):
         last = np.flatnonzero(kept)[-1]
