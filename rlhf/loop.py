@@ -75,6 +75,15 @@ class Training:
                 f"batch_size {self.batch_size} cannot be taken in {self.micro_batches} equal parts; change --micro_batches"
             )
 
+    def total_steps(self, rows: int) -> int:
+        """Steps of the loop over so many rows an epoch.
+
+        Raises: ValueError where an epoch has fewer rows than a batch.
+        """
+        if rows < self.batch_size:
+            raise ValueError(f"{rows} rows but batch_size {self.batch_size}; give more data or a smaller --batch_size")
+        return self.steps or max(1, round(self.epochs * (rows // self.batch_size)))
+
 
 def optimizer_of(training: Training, steps: int) -> optax.GradientTransformation:
     """AdamW behind a clipped gradient, its rate by the schedule over `steps` optimizer steps."""
@@ -98,7 +107,7 @@ def fit(
     make_step: Callable,
     params: Any,
     inputs: Callable[[int, int], Any],
-    rows: int,
+    total: int,
     *,
     context: Any = (),
     updates: int = 1,
@@ -114,19 +123,14 @@ def fit(
       make_step: `(optimizer) -> step(state, batch) -> (state, metrics)`.
       params: what is trained.
       inputs: `(number, size) -> batch` of step `number`, from 0: a pure function of it.
-      rows: how many rows an epoch has.
+      total: steps, of `training.total_steps`.
       context: what the step needs and does not train.
       updates: optimizer steps that one step of the loop takes.
       evaluate: `(state) -> figures`, every `training.eval_every` steps and at the end.
       shown: figures that stand beside the progress bar, and in `curves.png`.
 
     Returns: the last state and the last figures.
-
-    Raises: ValueError where an epoch has fewer rows than a batch.
     """
-    if rows < training.batch_size:
-        raise ValueError(f"{rows} rows but batch_size {training.batch_size}; give more data or a smaller --batch_size")
-    total = training.steps or max(1, round(training.epochs * (rows // training.batch_size)))
     optimizer = optimizer_of(training, total * updates)
     state = init_state(params, optimizer, jax.random.key(training.seed), context)
     checkpoints = Checkpoints(run.path / "checkpoints", keep=training.keep)

@@ -42,6 +42,8 @@ TRL = {  # what TRL's users type -> what it is here
     "completion_only_loss": "completion_only",
 }
 
+OURS = ("config", "print_config", "help")  # options of every command
+
 
 class Mistake(ValueError):
     """What the user typed cannot be; the message says why and what would do."""
@@ -66,12 +68,14 @@ def parser_of(fn: Callable, name: str) -> jsonargparse.ArgumentParser:
 def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of a function from the command line, dataclasses made.
 
+    Words before the first option are the function's first parameter: `rlhf chat RUN`, `rlhf plot RUN RUN`.  A list may be
+    written as words, `--loss sigmoid sft`, and a switch without its `true`.
+
     Raises: Mistake, in one line, for an option that is not known (naming the nearest that is), missing or of another type.
     """
-    parser, groups = parser_of(fn, name), _groups(fn)
-    known = {option for action in parser._actions for option in action.option_strings}
+    parser, groups, hints = parser_of(fn, name), _groups(fn), _hints(fn)
     try:
-        values = vars(parser.parse_args(_translated(argv, known, parser)))
+        values = vars(parser.parse_args(_translated(argv, hints)))
     except Mistake as error:
         raise Mistake(f"{_after(argv, '--config')}: {error}" if "parsing config" in str(error) else str(error)) from None
     made: dict[str, Any] = {}
@@ -86,28 +90,66 @@ def _groups(fn: Callable) -> dict[str, type]:
     return {name: hints[name] for name in inspect.signature(fn).parameters if dataclasses.is_dataclass(hints[name])}
 
 
-def _translated(argv: Sequence[str], known: set[str], parser) -> list[str]:
-    """The same in our names; an option that is only a switch gets its `true`."""
-    switches = {option for action in parser._actions for option in action.option_strings if _is_switch(action)}
+def _hints(fn: Callable) -> dict[str, Any]:
+    """The type of every option."""
+    own = {name: hint for name, hint in typing.get_type_hints(fn).items() if name in inspect.signature(fn).parameters}
+    of_groups = {name: hint for kind in _groups(fn).values() for name, hint in typing.get_type_hints(kind).items()}
+    return {name: hint for name, hint in own.items() if not dataclasses.is_dataclass(hint)} | of_groups
+
+
+def _translated(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """The same as `--option=value` in our names."""
     out: list[str] = []
-    for i, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        option = option.replace("-", "_").replace("__", "--", 1) if option.startswith("--") else option
-        if option.removeprefix("--") in TRL and option not in known:
-            option = "--" + TRL[option.removeprefix("--")]
-        if option.startswith("--") and option not in known and option.split(".")[0] not in known:
-            near = difflib.get_close_matches(option, [*known, *(f"--{name}" for name in TRL)], n=1)
-            raise Mistake(f"{word.partition('=')[0]} is not known" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        alone = option in switches and not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
-        out.append(option + ("=true" if alone else equals + value))
-    return out
+    theirs: dict[str, str] = {}
+    for written, words in _grouped(argv, next(iter(hints))):
+        name = written.replace("-", "_")
+        if name in TRL and name not in hints:
+            theirs[name] = words[-1] if words else ""
+            name = TRL[name]
+        if name in OURS:
+            out += [f"--{name}", *words]
+            continue
+        if name not in hints:
+            near = difflib.get_close_matches(name, [*hints, *TRL], n=1)
+            raise Mistake(f"--{written} is not known" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+        if _is_list(hints[name]) and words and not words[0].startswith("["):
+            words = [f"[{','.join(words)}]"]
+        if hints[name] is bool and not words:
+            words = ["true"]
+        if len(words) != 1:
+            raise Mistake(f"--{written} takes one value, but is given {' '.join(words) or 'none'}")
+        out.append(f"--{name}={words[0]}")
+    return out + _whole_batch(theirs)
+
+
+def _grouped(argv: Sequence[str], first: str) -> list[tuple[str, list[str]]]:
+    """Options without their dashes, and the words behind each; words before any option are `first`'s."""
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        word = "--help" if word == "-h" else word
+        if word.startswith("--"):
+            option, equals, value = word.lstrip("-").partition("=")
+            found.append((option, [value] if equals else []))
+        else:
+            found = found or [(first, [])]
+            found[-1][1].append(word)
+    return found
+
+
+def _whole_batch(theirs: dict[str, str]) -> list[str]:
+    """TRL's batch is of one device and one of several accumulated parts; ours is the whole, and the parts are cut from it."""
+    parts = theirs.get("gradient_accumulation_steps")
+    if parts is None or not parts.isdecimal():
+        return []
+    of_part = theirs.get("per_device_train_batch_size", "8")
+    return [f"--batch_size={int(of_part) * int(parts)}"] if of_part.isdecimal() else []
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is list or any(typing.get_origin(part) is list for part in typing.get_args(hint))
 
 
 def _after(argv: Sequence[str], option: str) -> str:
     """What stands behind an option."""
     words = " ".join(argv).replace(f"{option}=", f"{option} ").split()
     return words[words.index(option) + 1]
-
-
-def _is_switch(action) -> bool:
-    return getattr(action, "_typehint", None) is bool

@@ -32,8 +32,8 @@ class RunFolder:
 
     Args:
       path: made where missing.
-      options: all arguments of the recipe, `resume` among them; they are written down with the first line that is logged, or
-        compared with those of the run that goes on.
+      options: all arguments of the recipe, `resume` among them; `describe` writes them down; those of a run that goes on
+        are compared with what it began with.
 
     Raises: ValueError where it is a file, or a folder that holds something and is not to be resumed, or resumed otherwise than
       it began.
@@ -99,8 +99,7 @@ class RunFolder:
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSON-lines file of the folder; a last line that was cut off is left out."""
-        lines = (self.path / name).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return _lines(self.path / name)
 
     def samples(self, step: int, table: Mapping[str, list]) -> None:
         """What the model says at a step: `samples/STEP.parquet`."""
@@ -193,10 +192,15 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged.  Raises: ValueError where the folder is no run's, or nothing is logged yet."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        rows = _lines(folder / "metrics.jsonl")
     except OSError:
         raise ValueError(f"{folder}: no metrics.jsonl, so no run; give a run's folder") from None
-    if not lines:
+    if not rows:
         raise ValueError(f"{folder}: metrics.jsonl is empty; the run has logged nothing yet")
-    return [json.loads(line) for line in lines]
+    return rows
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]

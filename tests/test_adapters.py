@@ -24,7 +24,7 @@ LM = transformer(
 TOKENS = np.random.default_rng(0).integers(0, 13, (4, 6), np.int32)
 WHERE = dict(positions=np.tile(np.arange(6, dtype=np.int32), (4, 1)), segment_ids=np.ones_like(TOKENS))
 
-close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
 @functools.cache
@@ -85,8 +85,8 @@ def test_matmul_is_its_definition_and_so_are_its_gradients(dora):
     norm = np.linalg.norm(w.base + w.scale * w.a @ w.b, axis=0)
     with jax.enable_x64(True):
         arrays = jax.tree.map(jnp.asarray, w)
-        close(linear(x, arrays), by_definition(x, w), atol=1e-12)
-        close(linear(x, arrays.merged()), by_definition(x, w), atol=1e-12)
+        assert_close(linear(x, arrays), by_definition(x, w), atol=1e-12)
+        assert_close(linear(x, arrays.merged()), by_definition(x, w), atol=1e-12)
         gradient = lambda fn: jax.grad(lambda own: fn(arrays._replace(**own)))(
             {name: getattr(arrays, name) for name in trained}
         )
@@ -100,15 +100,15 @@ def test_matmul_is_its_definition_and_so_are_its_gradients(dora):
                 array[at] += sign * h
             up, down = ((by_definition(x, w._replace(**{name: moved[s]}), norm) ** 2).sum() for s in (1, -1))
             numeric[at] = (up - down) / (2 * h)
-        close(grads[name], numeric, atol=1e-6)
-        close(of_merged[name], numeric, atol=1e-6)
+        assert_close(grads[name], numeric, atol=1e-6)
+        assert_close(of_merged[name], numeric, atol=1e-6)
 
 
 def test_activations_keep_their_dtype():
     w = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), one_weight(np.random.default_rng(0), True))
     out = linear(jnp.ones((2, 3, 5), jnp.bfloat16), w)
     assert (out.dtype, out.shape) == (jnp.bfloat16, (2, 3, 4))
-    close(out.astype(jnp.float32), linear(jnp.ones((2, 3, 5)), w), atol=0.1)
+    assert_close(out.astype(jnp.float32), linear(jnp.ones((2, 3, 5)), w), atol=0.1)
 
 
 def test_an_output_without_weights_stays_zero_under_dora():
@@ -123,15 +123,15 @@ def test_an_output_without_weights_stays_zero_under_dora():
 def test_nothing_changes_at_the_start_and_merged_equals_unmerged(dora):
     """Through the scan that trains and, of DoRA, the loop that decodes."""
     trainable, frozen = adapters.add(base(), jax.random.key(1), rank=2, alpha=2, dora=dora)
-    close(logits(adapters.join(trainable, frozen)), logits(base()), atol=5e-6)
+    assert_close(logits(adapters.join(trainable, frozen)), logits(base()), atol=5e-6)
     trained = adapters.join(randomised(trainable), frozen)
     merged = adapters.merge(trained)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base())
     expected = logits(merged)
     assert np.abs(expected - logits(base())).max() > 0.5
-    close(logits(trained), expected)
+    assert_close(logits(trained), expected)
     if dora:
-        close(logits(trained, cached=True), expected)
+        assert_close(logits(trained, cached=True), expected)
 
 
 def test_only_adapters_have_gradients_and_moments():
@@ -178,7 +178,7 @@ def after_a_step():
 
 
 def assert_the_step_was_the_same(params):
-    jax.tree.map(lambda x, y: close(y, x, atol=1e-5 * np.abs(x).max()), after_a_step(), jax.device_get(params))
+    jax.tree.map(lambda x, y: assert_close(y, x, atol=1e-5 * np.abs(x).max()), after_a_step(), jax.device_get(params))
 
 
 def test_micro_batches_and_a_dropout_of_nothing_give_the_same_step():
@@ -198,7 +198,7 @@ def test_start_and_scale():
     assert a.dtype == np.float32
     assert 0.19 < a.max() <= 0.2  # 25 ** -0.5, as torch's kaiming_uniform_(a=√5)
     assert -0.2 <= a.min() < -0.19
-    close(a.std(), 0.2 / 3**0.5, atol=0.01)
+    assert_close(a.std(), 0.2 / 3**0.5, atol=0.01)
     assert not np.array_equal(a[0], a[1])
     assert not trainable["layers"]["q"]["b"].any()
 
@@ -225,11 +225,11 @@ def test_dropout_drops_the_adapter_s_inputs():
     x = 1 + jax.random.uniform(jax.random.key(0), (200, 50))
     seen = lambda key, rate, at="w": np.asarray(linear(x, adapters.dropout(params, jax.random.key(key), rate)[at]))
     out = seen(1, 0.2)
-    close(out[out != 0], np.asarray(x / 0.8)[out != 0])
-    close((out == 0).mean(), 0.2, atol=0.02)
+    assert_close(out[out != 0], np.asarray(x / 0.8)[out != 0])
+    assert_close((out == 0).mean(), 0.2, atol=0.02)
     np.testing.assert_array_equal(out, seen(1, 0.2))
     for other in (seen(2, 0.2), seen(1, 0.2, "v")):
-        close(((out == 0) & (other == 0)).mean(), 0.04, atol=0.01)
+        assert_close(((out == 0) & (other == 0)).mean(), 0.04, atol=0.01)
     np.testing.assert_array_equal(seen(1, 0.0), x)
 
 
@@ -241,7 +241,7 @@ def test_dropout_of_dora_is_peft_s():
     dropping = adapters.dropout(w, jax.random.key(0), 0.5)
     through = np.asarray(linear(x, LoRAWeight(jnp.zeros((5, 5)), jnp.eye(5), jnp.eye(5), jnp.float32(1), None, *dropping[5:])))
     assert (through == 0).any()
-    close(linear(x, dropping), x @ w.base + through @ (w.merged() - w.base))
+    assert_close(linear(x, dropping), x @ w.base + through @ (w.merged() - w.base))
 
 
 def test_layers_and_adapters_drop_for_themselves():
@@ -368,9 +368,9 @@ def test_a_quantised_base_computes_as_its_plain_matrices():
     loss = lambda own, frozen: (logits(adapters.join(own, frozen)) ** 2).sum()
     results = [jax.jit(jax.value_and_grad(loss))(where(tree), frozen) for tree, frozen in trees]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        close(a, b, atol=1e-4 * np.abs(b).max())
+        assert_close(a, b, atol=1e-4 * np.abs(b).max())
     merged = [adapters.merge(adapters.join(where(tree), frozen)) for tree, frozen in trees]
-    close(merged[0]["layers"]["q"], merged[1]["layers"]["q"])
+    assert_close(merged[0]["layers"]["q"], merged[1]["layers"]["q"])
 
 
 def test_a_quantised_base_is_smaller_and_never_wide_as_a_whole():
@@ -440,7 +440,7 @@ def test_fused_queries_keys_and_values_are_one_module(name, targets, dora, tmp_p
     again = adapters.join(*peft_files.load(tmp_path, lm, params, name.removesuffix("_new")))
     assert again["layers"]["q"].a.shape[-1] == (6 if targets == adapters.BLOCKS else 2)
     merged, expected = (adapters.merge(tree) for tree in (again, joined))
-    jax.tree.map(lambda x, y: close(x, y, atol=2e-6), merged, expected)
+    jax.tree.map(lambda x, y: assert_close(x, y, atol=2e-6), merged, expected)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] == (name == "gpt2")
     assert set(config["rank_pattern"].values()) == ({6} if targets == adapters.BLOCKS else set())
@@ -506,10 +506,10 @@ def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
     ours = adapters.join(state.params, frozen)
     peft_files.save(tmp_path / "ours", lm, ours, name.removesuffix("_new"))
     model = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
-    close(peft_logits(model), logits(ours, TOKENS, lm), atol=2e-4)
+    assert_close(peft_logits(model), logits(ours, TOKENS, lm), atol=2e-4)
     huggingface.save(tmp_path / "merged", lm, adapters.merge(ours), like=CHECKPOINTS / name)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    close(peft_logits(merged), logits(ours, TOKENS, lm), atol=2e-4)
+    assert_close(peft_logits(merged), logits(ours, TOKENS, lm), atol=2e-4)
 
     torch.manual_seed(0)
     targets = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "falcon_new": ["query_key_value"]}[
@@ -524,4 +524,4 @@ def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
     loaded = adapters.join(*peft_files.load(tmp_path / "theirs", lm, params, name.removesuffix("_new")))
     expected = peft_logits(model)
     assert np.abs(expected - logits(params, TOKENS, lm)).max() > 0.1
-    close(logits(loaded, TOKENS, lm), expected, atol=2e-4)
+    assert_close(logits(loaded, TOKENS, lm), expected, atol=2e-4)

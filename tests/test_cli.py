@@ -24,7 +24,7 @@ SMALL = ["--dataset_size", "64", "--batch_size", "8", "--learning_rate", "1e-3",
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
-    assert cli.main(["new", "--output", str(folder), "--hidden_size", "16", "--num_heads", "2"]) == 0
+    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2"]) == 0
     return str(folder)
 
 
@@ -82,7 +82,7 @@ def test_reward_and_dpo_with_adapters(base, tmp_path):
     assert cli.main(["reward", *ask, "--output", str(tmp_path / "reward")]) == 0
     *_, params, _ = huggingface.load_classifier(tmp_path / "reward" / "model")
     assert np.abs(params["head"]["weight"]).max() > 0
-    extra = ["--loss", "[sigmoid,sft]", "--loss_weights", "[1,0.5]", "--eval_dataset", "task:reverse"]
+    extra = ["--loss", "sigmoid", "sft", "--loss_weights=[1,0.5]", "--eval_dataset", "task:reverse"]
     assert cli.main(["dpo", *ask, *extra, "--output", str(tmp_path / "dpo")]) == 0
     first, second = logged(tmp_path / "dpo", "train")
     assert first["margin"] == 0  # policy and reference are one
@@ -121,7 +121,7 @@ def test_figures_go_to_trackers_too(tmp_path, monkeypatch):
 
 def test_chat_answers_line_after_line(base, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc=\ncd=\n\nnever\n"))
-    assert cli.main(["chat", "--model", base, "--max_new_tokens", "3", "--top_k", "2"]) == 0
+    assert cli.main(["chat", base, "--max_new_tokens", "3", "--top_k", "2"]) == 0
     said = capsys.readouterr()
     assert said.err.count("> ") == 3
     answers = said.out.splitlines()
@@ -146,6 +146,11 @@ def test_options_from_a_file_and_from_the_command_line(tmp_path, capsys):
         cli.main(["sft", "--model_name_or_path", "m", "--dataset-name", "d", "--output_dir=o", "--resume", "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["model"], shown["dataset"], shown["output"], shown["resume"]) == ("m", "d", "o", True)
+    theirs = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--loss_type", "ipo"]
+    with pytest.raises(SystemExit):
+        cli.main(["dpo", "--model", "m", "--dataset", "d", "--output", "o", *theirs, "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["batch_size"], shown["micro_batches"], shown["loss"]) == (8, 2, ["ipo"])  # the batch of TRL's step
 
 
 def test_help_names_options_and_defaults(capsys):
@@ -158,7 +163,7 @@ def test_help_names_options_and_defaults(capsys):
         assert "1e-05" in text
     assert cli.main(["--help"]) == 0
     assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
-    assert cli.main(["help", "--topic", "trl"]) == 0
+    assert cli.main(["help", "trl"]) == 0
     assert "--model_name_or_path" in capsys.readouterr().out
 
 
@@ -174,7 +179,9 @@ MISTAKES = [
     (["frobnicate"], "frobnicate is no command; see rlhf --help"),
     ([*SFT, *TASK, "--lerning_rate", "1"], "--lerning_rate is not known; did you mean --learning_rate?"),
     ([*SFT, *TASK, "--zzzz", "1"], "--zzzz is not known; see --help"),
-    ([*SFT, *TASK, "stray"], "unrecognized arguments: stray"),
+    ([*SFT, *TASK, "stray"], "--dataset takes one value, but is given task:reverse stray"),
+    ([*SFT, *TASK, "--steps"], "--steps takes one value, but is given none"),
+    (["chat", "a", "b"], "--model takes one value, but is given a b"),
     (["sft", *TASK, "--output", "OUT"], "the following arguments are required: model"),
     (["sft", "--model", "BASE", *TASK], "the following arguments are required: output"),
     ([*SFT], "the following arguments are required: dataset"),
@@ -231,7 +238,7 @@ MISTAKES = [
     ([*GRPO, *TASK, "--top_p", "1.5"], "p is a probability, 0 < p <= 1, but it is 1.5"),
     (["sft", "--model", "no/such-model", *TASK, "--output", "OUT"], "no/such-model is no folder, and no name that the Hub"),
     (["sft", "--model", "BASE", *TASK, "--output", bad("fine.jsonl")], "already holds a run or other files"),
-    (["plot", "--folders", "[nowhere]"], "nowhere: no metrics.jsonl, so no run"),
+    (["plot", "nowhere", "elsewhere"], "nowhere: no metrics.jsonl, so no run"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -17,7 +18,6 @@ from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import reward, setup
 from rlhf.rollouts import Pairs
 from rlhf.runs import RunFolder
-from rlhf.train import train_step
 
 LENGTHS = ("chosen_length", "rejected_length")
 
@@ -93,6 +93,7 @@ def main(
     laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     rows, held_out = source.rows(tasks.preferences)
     train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    total = training.total_steps(len(train.tokens))
     most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=mixed, max_segments=most))
@@ -110,13 +111,10 @@ def main(
 
     train, test = with_reference(train), test and with_reference(test)
 
-    def make_step(optimizer):
-        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
-        return jax.jit(lambda state, pairs: step(state, reward.prepare(pairs, max_segments=most)), donate_argnums=0)
-
     state, figures = fit(
-        run, training, make_step, policy.params, lambda number, size: setup.take(train, training.seed, number, size),
-        rows=len(train.tokens), context=policy.context(), shown=("loss", "accuracy", "margin"),
+        run, training, setup.offline_step(loss_fn, partial(reward.prepare, max_segments=most), training), policy.params,
+        lambda number, size: setup.take(train, training.seed, number, size),
+        total=total, context=policy.context(), shown=("loss", "accuracy", "margin"),
         evaluate=setup.evaluation(loss_fn, test and reward.prepare(test, max_segments=most), training.batch_size),
     )  # fmt: skip
     policy.export(run.path, state, tokenizer)

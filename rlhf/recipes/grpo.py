@@ -121,6 +121,7 @@ def main(
     judge = scoring.judge(source, tokenizer)
     rows, held_out = source.rows(tasks.prompts)
     train, test = online.Questions.of(tokenizer, rows), online.Questions.of(tokenizer, held_out) if held_out else None
+    total = training.total_steps(len(train.rows))
     policy = setup.policy(model, training.seed)
     sample = online.sampler(policy, sampling, tokenizer)
     loss_fn = policy.of_whole(objective(policy.lm, loss=algorithm.loss, kl_coef=beta))
@@ -150,7 +151,7 @@ def main(
 
     state, figures = fit(
         run, training, make_step, policy.params, lambda number, size: train.take(training.seed, number, size),
-        rows=len(train.rows), context=policy.context(with_reference=beta > 0), updates=mini_batches * updates_per_batch,
+        total=total, context=policy.context(with_reference=beta > 0), updates=mini_batches * updates_per_batch,
         shown=("reward", "completion_length"),
         evaluate=test and online.evaluation(run, sample, judge, test, training, tokenizer),
     )  # fmt: skip

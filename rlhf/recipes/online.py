@@ -151,11 +151,16 @@ class Questions(NamedTuple):
         return Asked(setup.select(self.prompts, np.asarray(chosen)), columns, key)
 
 
+def ends(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer.  Raises: ValueError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so that no answer would end; set eos_token in tokenizer_config.json")
+    return (tokenizer.eos_token_id,)
+
+
 def sampler(policy: setup.Policy, sampling: Sampling, tokenizer: Any) -> Callable:
     """`(state, prompts, key) -> Rollout` of `num_samples` answers a prompt."""
-    settings: dict[str, Any] = dict(
-        sampler=sampling.sampler(), eos_ids=(tokenizer.eos_token_id,), num_samples=sampling.num_samples
-    )
+    settings: dict[str, Any] = dict(sampler=sampling.sampler(), eos_ids=ends(tokenizer), num_samples=sampling.num_samples)
 
     def sample(state: TrainState, prompts: Prompts, key) -> Rollout:
         params = policy.whole(state.params, state.context)
@@ -174,13 +179,12 @@ def figures(rollout: Rollout) -> dict[str, Any]:
 
 
 def rollout_metrics(rollout: Rollout, rewards, ref_logprobs) -> dict:
-    """What people watch: mean reward, KL to the reference in nats a sequence, tokens a completion, share that ended."""
+    """`figures`, the mean reward, and the KL to the reference in nats a sequence."""
     kl = losses.segment_sum(losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask), rollout.mask)
     return {
         "reward": jnp.nanmean(rewards),
         "kl_to_reference": kl.mean(),
-        "completion_length": rollout.mask.sum(-1).mean(),
-        "finished": rollout.finished.mean(),
+        **figures(rollout),
     }
 
 

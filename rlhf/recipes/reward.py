@@ -1,9 +1,9 @@
 """Reward modelling: Bradley–Terry on preference pairs, a head on the hidden state of the last token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts, tasks
@@ -14,7 +14,6 @@ from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch, Pairs, Rollout
 from rlhf.runs import RunFolder
-from rlhf.train import train_step
 
 
 def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
@@ -65,17 +64,15 @@ def main(
     laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     rows, held_out = source.rows(tasks.preferences)
     train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    total = training.total_steps(len(train.tokens))
     most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
     judge, head = setup.reward_model(model, training.seed)
     loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most))
 
-    def make_step(optimizer):
-        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
-        return jax.jit(lambda state, pairs: step(state, prepare(pairs, max_segments=most)), donate_argnums=0)
-
     state, figures = fit(
-        run, training, make_step, judge.params, lambda number, size: setup.take(train, training.seed, number, size),
-        rows=len(train.tokens), context=judge.context(), shown=("loss", "accuracy"),
+        run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), judge.params,
+        lambda number, size: setup.take(train, training.seed, number, size),
+        total=total, context=judge.context(), shown=("loss", "accuracy"),
         evaluate=setup.evaluation(loss_fn, test and prepare(test, max_segments=most), training.batch_size),
     )  # fmt: skip
     judge.export(run.path, state, tokenizer)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,9 @@ from rlhf import adapters, peft_files, tasks
 from rlhf.data import batch_indices, read_rows, renamed
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
+from rlhf.loop import Training
 from rlhf.models import huggingface, scalar_head
-from rlhf.train import TrainState, reference
+from rlhf.train import TrainState, reference, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Data:
       dataset_config: of a dataset on the Hub that has several.
       dataset_size: rows of a generated task.
       eval_dataset: rows to judge by, from elsewhere.
-      eval_split: rows to judge by, another split of the dataset.
+      eval_split: rows to judge by, another split of the dataset; of a generated task there are 256.
       columns: names of the files' columns and what they are here, such as {question: prompt, answer: solution}.
     """
 
@@ -160,6 +162,22 @@ def named(name: str, known: Mapping[str, Any], what: str) -> Any:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"{what} {name!r} is not known; {hint}known: {', '.join(known)}")
     return known[name]
+
+
+def offline_step(loss_fn: Callable, prepare: Callable, training: Training) -> Callable:
+    """`make_step` of `rlhf.loop.fit` for batches that are there before the step: prepared, and taken in one program."""
+
+    def make_step(optimizer):
+        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
+
+        @partial(jax.jit, donate_argnums=0)
+        def update(state, batch):
+            state, metrics = step(state, prepare(batch))
+            return state, {**metrics, "tokens": (batch.segment_ids != 0).sum()}
+
+        return update
+
+    return make_step
 
 
 def take(arrays: Any, seed: int, number: int, size: int) -> Any:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import jax
-
 from rlhf import data, losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.lm import LM
@@ -13,7 +11,6 @@ from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch
 from rlhf.runs import RunFolder
-from rlhf.train import train_step
 
 
 def prepare(batch: Batch) -> Batch:
@@ -76,16 +73,14 @@ def main(
     laid_out = lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say)
     rows, held_out = source.rows(tasks.demonstrations)
     train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    total = training.total_steps(len(train.tokens))
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(objective(policy.lm))
 
-    def make_step(optimizer):
-        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
-        return jax.jit(lambda state, batch: step(state, prepare(batch)), donate_argnums=0)
-
     state, figures = fit(
-        run, training, make_step, policy.params, lambda number, size: setup.take(train, training.seed, number, size),
-        rows=len(train.tokens), context=policy.context(),
+        run, training, setup.offline_step(loss_fn, prepare, training), policy.params,
+        lambda number, size: setup.take(train, training.seed, number, size),
+        total=total, context=policy.context(),
         evaluate=setup.evaluation(loss_fn, test and prepare(test), training.batch_size),
     )  # fmt: skip
     policy.export(run.path, state, tokenizer)

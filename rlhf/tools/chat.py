@@ -5,7 +5,7 @@ import sys
 import jax
 
 from rlhf import data, rollouts
-from rlhf.recipes.online import Sampling
+from rlhf.recipes.online import Sampling, ends
 from rlhf.tools.evaluate import load_run
 
 
@@ -24,7 +24,7 @@ def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
         prompts = data.prompts(data.tokenize_prompts(tokenizer, [row]))
         rollout = rollouts.generate(
             lm, params, prompts, jax.random.key(seed + number), max_new_tokens=sampling.max_new_tokens,
-            sampler=sampling.sampler(), eos_ids=(tokenizer.eos_token_id,),
+            sampler=sampling.sampler(), eos_ids=ends(tokenizer),
         )  # fmt: skip
         answer = rollouts.text.completions(tokenizer, rollout)[0]
         messages.append({"role": "assistant", "content": answer})

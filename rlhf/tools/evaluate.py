@@ -26,6 +26,8 @@ def main(
 ) -> dict[str, float]:  # fmt: skip
     """Scores a model's answers to the questions of a data set: the likeliest ones, and `num_samples` drawn ones as pass@k.
 
+    An answer passes with a reward of at least 1.
+
     Args:
       model: a run's folder, or a model's folder or name.
       batch_size: prompts at a time.
@@ -35,7 +37,7 @@ def main(
     lm, params, tokenizer = load_run(model)
     judge = scoring.judge(source, tokenizer)
     questions = online.Questions.of(tokenizer, source.rows(tasks.prompts)[0])
-    answer = partial(rollouts.generate, lm, params, max_new_tokens=sampling.max_new_tokens, eos_ids=(tokenizer.eos_token_id,))
+    answer = partial(rollouts.generate, lm, params, max_new_tokens=sampling.max_new_tokens, eos_ids=online.ends(tokenizer))
     likeliest, drawn, lines = [], [], []
     for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):
         asked = questions.asked(chosen, jax.random.fold_in(jax.random.key(seed), number))

@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(0).integers(0, 13, (2, LENGTH), np.int32)
 POSITIONS = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
 ONES = np.ones_like(TOKENS)
 
-close = functools.partial(np.testing.assert_allclose, rtol=0, atol=3e-6)
+assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=3e-6)
 
 
 def random_params(lm, seed=0):
@@ -96,7 +96,7 @@ def test_cached_equals_uncached(name):
         here = slice(t, t + 1)
         hidden, cache = run(lm, params, TOKENS[:, here], POSITIONS[:, here], ONES[:, here], cache)
         out.append(hidden)
-    close(np.concatenate(out, axis=1), expected)
+    assert_close(np.concatenate(out, axis=1), expected)
     np.testing.assert_array_equal(cache.written, [LENGTH, LENGTH])
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(cache))
 
@@ -112,15 +112,15 @@ def test_each_layer_is_of_its_kind(layer):
     alone = transformer(dataclasses.replace(CONFIG, num_layers=1, kinds=KINDS[layer % 2 :][:1]))
     kept = {**PARAMS, "layers": {name: x[layer : layer + 1] for name, x in PARAMS["layers"].items()}}
     expected, _ = run(alone, kept, TOKENS, POSITIONS, ONES)
-    close(run(LM, {**PARAMS, "layers": silent}, TOKENS, POSITIONS, ONES)[0], expected)
+    assert_close(run(LM, {**PARAMS, "layers": silent}, TOKENS, POSITIONS, ONES)[0], expected)
 
 
 def test_padding_on_the_left_changes_nothing():
     """In the row that is scored, and in the row that is decoded with a cache: the pads come first there too."""
     pad = lambda x, value: np.concatenate([np.full((2, 2), value, np.int32), x[:, : LENGTH - 2]], axis=1)
     padded = (pad(TOKENS, 5), pad(POSITIONS, 0), pad(ONES, 0))
-    close(run(LM, PARAMS, *padded)[0][:, 2:], whole()[:, : LENGTH - 2])
-    close(run(LM, PARAMS, *padded, LM.init_cache(2, LENGTH + 2))[0][:, 2:], whole()[:, : LENGTH - 2])
+    assert_close(run(LM, PARAMS, *padded)[0][:, 2:], whole()[:, : LENGTH - 2])
+    assert_close(run(LM, PARAMS, *padded, LM.init_cache(2, LENGTH + 2))[0][:, 2:], whole()[:, : LENGTH - 2])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -131,8 +131,8 @@ def test_packed_sequences_equal_separate_rows(name):
     ids = np.array([[1, 1, 1, 1, 2, 2, 2]] * 2, np.int32)
     hidden = run(lm, params, packed, np.array([[0, 1, 2, 3, 0, 1, 2]] * 2, np.int32), ids)[0]
     padded = lambda tokens, n: run(lm, params, tokens, POSITIONS, (np.arange(LENGTH) < n) * ONES)[0][:, :n]
-    close(hidden[:, :4], padded(TOKENS, 4))
-    close(hidden[:, 4:], padded(TOKENS[::-1], 3))
+    assert_close(hidden[:, :4], padded(TOKENS, 4))
+    assert_close(hidden[:, 4:], padded(TOKENS[::-1], 3))
 
 
 def test_routing_is_counted_over_sparse_layers_and_real_tokens():
@@ -141,10 +141,10 @@ def test_routing_is_counted_over_sparse_layers_and_real_tokens():
     real = ONES * (np.arange(LENGTH) < np.array([[LENGTH], [3]]))
     caches = None, lm.init_cache(2, LENGTH + 2)
     both = [run_all(lm, params, TOKENS, POSITIONS, real, cache)[2]["routing"] for cache in caches]
-    jax.tree.map(close, *both)
+    jax.tree.map(assert_close, *both)
     np.testing.assert_array_equal(both[0].tokens, [LENGTH, 3])  # one sparse layer of three
-    close(both[0].choices.sum(1), 2 * both[0].tokens)
-    close(both[0].probs.sum(1), both[0].tokens)
+    assert_close(both[0].choices.sum(1), 2 * both[0].tokens)
+    assert_close(both[0].probs.sum(1), both[0].tokens)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -152,11 +152,11 @@ def test_a_row_does_not_depend_on_its_neighbours():
     lm, params, expected = variant("longrope")
     short = ONES * (np.arange(LENGTH) < np.array([[LENGTH], [3]]))
     both = np.asarray(run(lm, params, TOKENS, POSITIONS * short, short)[0])
-    close(both[0], expected[0])
+    assert_close(both[0], expected[0])
     plain = LONG.short  # as if there were no other factors
     narrow = dataclasses.replace(LONG, long=plain)
     alone = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(rope=Rope(100.0, scaling=narrow)),)))
-    close(both[1, :3], run(alone, params, TOKENS, POSITIONS, ONES)[0][1, :3])
+    assert_close(both[1, :3], run(alone, params, TOKENS, POSITIONS, ONES)[0][1, :3])
 
 
 def test_nothing_of_the_future_or_behind_the_windows_is_seen():
@@ -181,7 +181,7 @@ def gradients(**fields):
 
 
 def assert_same_gradients(a, b):
-    jax.tree.map(lambda a, b: close(a, b, atol=1e-5 * np.abs(a).max()), a, b)
+    jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-5 * np.abs(a).max()), a, b)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(a))
 
 
@@ -253,7 +253,7 @@ def test_scalar_head():
     hidden = jnp.arange(8.0).reshape(2, 4).astype(jnp.bfloat16)
     out = head.apply({**params, "bias": jnp.float32(2)}, hidden)
     assert out.dtype == jnp.float32
-    close(out, np.asarray(hidden, np.float32) @ np.asarray(params["weight"]) + 2)
+    assert_close(out, np.asarray(hidden, np.float32) @ np.asarray(params["weight"]) + 2)
 
 
 def test_q_head():
@@ -266,7 +266,7 @@ def test_q_head():
     inner = np.maximum(hidden @ weights["inner"] + weights["inner_bias"], 0)
     assert inner.shape == (3, 8)
     assert (inner == 0).any()
-    close(head.apply(params, jnp.asarray(hidden)), inner @ weights["weight"] + weights["bias"])
+    assert_close(head.apply(params, jnp.asarray(hidden)), inner @ weights["weight"] + weights["bias"])
     assert state.apply(state.init(jax.random.key(1)), jnp.asarray(hidden)).shape == (3,)
 
 
@@ -349,12 +349,12 @@ def test_attention_is_its_definition(window, softcap, kv_heads):
     out = np.asarray(attention(q, k, v, positions=positions, segment_ids=segment_ids, **knobs))
     expected = attention_by_definition(q, k, v, **where, **knobs)
     real = segment_ids != 0
-    close(np.swapaxes(out, 1, 2)[real], np.swapaxes(expected, 1, 2)[real])
+    assert_close(np.swapaxes(out, 1, 2)[real], np.swapaxes(expected, 1, 2)[real])
     assert np.isfinite(out).all()
 
     last = {**where, "positions": positions[:1, -2:], "segment_ids": segment_ids[:1, -2:]}
     last = {name: x[:1] for name, x in last.items()}
-    close(attention(q[:1, :, -2:], k[:1], v[:1], **last, **knobs), expected[:1, :, -2:])
+    assert_close(attention(q[:1, :, -2:], k[:1], v[:1], **last, **knobs), expected[:1, :, -2:])
 
 
 def test_a_window_is_a_mask_in_value_and_gradient():
@@ -369,7 +369,7 @@ def test_a_window_is_a_mask_in_value_and_gradient():
         return jnp.sum(attention(*qkv, positions=positions, segment_ids=ones, scale=0.7, **knobs) ** 3)
 
     windowed, pushed = (jax.value_and_grad(loss)((q, k, v), **knobs) for knobs in (dict(window=3), dict(bias=bias)))
-    jax.tree.map(lambda a, b: close(a, b, atol=1e-5), windowed, pushed)
+    jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-5), windowed, pushed)
 
 
 def test_splash_attention_is_ours():
@@ -386,7 +386,7 @@ def test_splash_attention_is_ours():
     real = (segment_ids != 0)[:, None, :, None]
     loss = lambda f: lambda qkv: jnp.sum(jnp.where(real, jnp.sin(f(*qkv)), 0.0))
     a, b = (jax.value_and_grad(loss(f))((q, k, v)) for f in (ours, theirs))
-    jax.tree.map(lambda a, b: close(a, b, atol=2e-5), a, b)
+    jax.tree.map(lambda a, b: assert_close(a, b, atol=2e-5), a, b)
 
 
 @pytest.mark.parametrize(
