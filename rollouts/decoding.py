@@ -27,9 +27,9 @@ class Rows(NamedTuple):
     """Completions in the making; N new tokens at most, T columns."""
 
     tokens: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32, of what stands before the first new token
     logprobs: Array  # [B, N] float32, of new tokens, of softmax(logits / temperature)
-    sampling_logprobs: Array  # [B, N] float32
+    sampling_logprobs: Array  # [B, N] float32, where the sampler has transforms; else they are the same
     chances: Array  # [B, N] float32 in [0, 1), what decides each new token
     start: Array  # [B] int32, column of the first new token
     first: Array  # [B] int32, its position: how many tokens stand before it
@@ -82,7 +82,7 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callabl
             tokens=extend(tokens, settings.pad_id),
             segment_ids=extend(segment_ids, 0),
             logprobs=zeros,
-            sampling_logprobs=zeros,
+            sampling_logprobs=zeros if sampler.transforms else None,
             chances=chances(keys, first, settings),
             start=jnp.full_like(first, length),
             first=first,
@@ -104,9 +104,8 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callabl
     def emit(rows: Rows, hidden: Array) -> Rows:
         """Samples a token a row from the last hidden states, and writes it."""
         going, column = alive(rows, settings), rows.start + rows.new
-        here = rows.segment_ids != 0
         step = samplers.Step(
-            tokens=rows.tokens, here=here, sampled=here & (jnp.arange(width)[None, :] >= rows.start[:, None]), column=column,
+            tokens=rows.tokens, here=(rows.segment_ids != 0) | new_columns(rows), sampled=new_columns(rows), column=column,
             new=rows.new, hidden=hidden, temperature=jnp.asarray(sampler.temperature),
         )  # fmt: skip
         logits = lm.unembed(params, hidden)
@@ -126,9 +125,8 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callabl
             ends |= state == stop.shape[1] - 1
         return rows._replace(
             tokens=put(rows.tokens, column, sampled),
-            segment_ids=put(rows.segment_ids, column, jnp.ones_like(sampled)),
             logprobs=put(rows.logprobs, rows.new, of_token(tempered)),
-            sampling_logprobs=put(rows.sampling_logprobs, rows.new, of_token(filtered)),
+            sampling_logprobs=put(rows.sampling_logprobs, rows.new, of_token(filtered)) if sampler.transforms else None,
             new=rows.new + going,
             last=sampled,
             stop=state,
@@ -141,6 +139,17 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callabl
         return emit(*hear(rows, rows.last[:, None], going[:, None], (rows.first + rows.new - 1)[:, None]))
 
     return read, hear, emit, decode
+
+
+def new_columns(rows: Rows) -> Array:
+    """`[B, T]` bool, where the new tokens stand."""
+    columns = jnp.arange(rows.tokens.shape[1])[None, :]
+    return (columns >= rows.start[:, None]) & (columns < (rows.start + rows.new)[:, None])
+
+
+def logprobs_of(rows: Rows) -> tuple[Array, Array]:
+    """Log-probs of new tokens `[B, N]` before and after the sampler's transforms."""
+    return rows.logprobs, rows.logprobs if rows.sampling_logprobs is None else rows.sampling_logprobs
 
 
 def complete(decode: Callable, rows: Rows, settings: Settings, early_end: bool) -> Rows:

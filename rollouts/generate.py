@@ -11,7 +11,19 @@ import jax.numpy as jnp
 
 from rlhf.lm import LM, Params
 from rlhf.rollouts import samplers
-from rlhf.rollouts.decoding import Rows, Settings, align_right, alive, checked, complete, decoder, repeat, row_keys
+from rlhf.rollouts.decoding import (
+    Rows,
+    Settings,
+    align_right,
+    alive,
+    checked,
+    complete,
+    decoder,
+    logprobs_of,
+    new_columns,
+    repeat,
+    row_keys,
+)
 from rlhf.rollouts.types import Array, Prompts, Rollout
 
 
@@ -172,7 +184,8 @@ def _flush(done: Rows, rows: Rows, of_row: Array) -> Rows:
 
 def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) -> Rollout:
     start = prompts.tokens.shape[1]
-    tokens, segment_ids = rows.tokens, rows.segment_ids
+    tokens, segment_ids = rows.tokens, rows.segment_ids | new_columns(rows)
+    logprobs, sampling_logprobs = logprobs_of(rows)
     if prefix is not None:  # the prefix moves to its prompt, so that padding is on the left
         before = Prompts(
             jnp.concatenate([jnp.broadcast_to(prefix, (tokens.shape[0], prefix.shape[0])), tokens[:, :start]], axis=1),
@@ -191,8 +204,8 @@ def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) 
         mask=sampled,
         positions=positions.astype(jnp.int32),
         segment_ids=segment_ids,
-        logprobs=widen(rows.logprobs),
-        sampling_logprobs=widen(rows.sampling_logprobs),
+        logprobs=widen(logprobs),
+        sampling_logprobs=widen(sampling_logprobs),
         finished=rows.finished,
         temperature=jnp.asarray(sampler.temperature, jnp.float32),
         inputs=repeat(prompts.inputs, settings.num_samples),

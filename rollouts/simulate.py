@@ -12,7 +12,18 @@ import jax.numpy as jnp
 
 from rlhf.lm import LM, Params
 from rlhf.rollouts import samplers
-from rlhf.rollouts.decoding import Rows, align_right, chances, checked, complete, decoder, repeat, row_keys
+from rlhf.rollouts.decoding import (
+    Rows,
+    align_right,
+    chances,
+    checked,
+    complete,
+    decoder,
+    logprobs_of,
+    new_columns,
+    repeat,
+    row_keys,
+)
 from rlhf.rollouts.types import Array, Prompts, Rollout
 
 
@@ -132,6 +143,7 @@ def _simulate(lm, settings, step, max_turns, early_end, params, prompts, states,
         heard = reply.mask & going[:, None]
         end, position = rows.start + rows.new, rows.first + rows.new  # of what comes next
         places = end[:, None] + jnp.cumsum(heard, axis=1) - 1
+        logprobs, sampling_logprobs = logprobs_of(rows)
         last = jnp.take_along_axis(tokens, jnp.maximum(rows.new - 1, 0)[:, None], axis=1)  # sampled, and not read yet
         unread = Prompts(jnp.concatenate([last, reply.tokens], axis=1), jnp.concatenate([going[:, None], heard], axis=1))
         aligned, real, further = align_right(unread)
@@ -139,7 +151,7 @@ def _simulate(lm, settings, step, max_turns, early_end, params, prompts, states,
         first = position + heard.sum(axis=1)
         rows = rows._replace(
             tokens=put(rows.tokens, places, heard, reply.tokens),
-            segment_ids=put(rows.segment_ids, places, heard, heard),
+            segment_ids=put(rows.segment_ids | new_columns(rows), places, heard, heard),
         )
         rows, hidden = hear(rows, aligned, real, further)
         rows = rows._replace(
@@ -156,8 +168,8 @@ def _simulate(lm, settings, step, max_turns, early_end, params, prompts, states,
             going,
             finished=stays(reply.done & whole, talks.finished),
             mask=put(talks.mask, columns, said, said),
-            logprobs=put(talks.logprobs, columns, said, rows.logprobs),
-            sampling_logprobs=put(talks.sampling_logprobs, columns, said, rows.sampling_logprobs),
+            logprobs=put(talks.logprobs, columns, said, logprobs),
+            sampling_logprobs=put(talks.sampling_logprobs, columns, said, sampling_logprobs),
             rewards=put(talks.rewards, end[:, None] - 1, talks.going[:, None], reply.reward[:, None]),
             turns=talks.turns + talks.going,
             states=jax.tree.map(stays, reply.state, talks.states),

@@ -139,7 +139,10 @@ class LongRope:
 def turns(
     ropes: Sequence[Rope], width: int, positions: Array, segment_ids: Array, kv_positions: Array | None, kv_segment_ids
 ) -> dict[Rope | None, Turn]:
-    """cos and sin for every kind of rotation in use; `kv_...` are a cache's, None without one."""
+    """cos and sin for every kind of rotation in use; `kv_...` are a cache's, None without one.
+
+    Positions beyond a cache's columns give NaN: a row has no more tokens than columns.
+    """
     here = lengths(positions, segment_ids) if kv_positions is None else lengths(kv_positions, kv_segment_ids)
 
     def one(rope, positions, segment_ids):
@@ -147,9 +150,14 @@ def turns(
         of_row = jnp.take_along_axis(here, segment_ids, axis=1, mode="fill", fill_value=0) if by_length else None
         size = rope.size(width)
         f = plain(rope.theta, size) if rope.scaling is None else rope.scaling.frequencies(rope.theta, size, of_row)
-        angles = positions[:, None, :, None].astype(jnp.float32) * (f[:, None] if by_length else f.reshape(1, 1, 1, -1))
+        table = kv_positions is not None and not by_length
+        at = jnp.arange(kv_positions.shape[1])[None] if table else positions
+        angles = at[:, None, :, None].astype(jnp.float32) * (f[:, None] if by_length else f.reshape(1, 1, 1, -1))
         factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
-        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+        cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
+        # one query a row: XLA would take sines anew for every layer's q and k, but reads a table of all positions once
+        look = lambda x: jnp.take(x[0, 0], positions, axis=0, mode="fill", fill_value=jnp.nan)[:, None]
+        return (look(cos), look(sin)) if table else (cos, sin)
 
     def turn(rope):
         later = kv_positions is not None and rope.scaling is not None and rope.scaling.by_length
