@@ -101,6 +101,13 @@ def test_cached_equals_uncached(name):
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(cache))
 
 
+def test_a_position_beyond_the_cache_is_nan():
+    """Never a wrong angle: angles are read from a table of the cache's columns."""
+    lm, params, _ = variant("windows")
+    at = lambda start: run(lm, params, TOKENS[:, :2], POSITIONS[:, :2] + start, ONES[:, :2], lm.init_cache(2, 4))[0]
+    assert np.isfinite(at(2)).all() and np.isnan(at(3)).all()
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_each_layer_is_of_its_kind(layer):
     """A layer that adds nothing is as good as absent, so that one is left, which has a window and a rotary base of its own."""
