@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf.averages import AVERAGES, averaging
 from rlhf.checkpoint import Checkpoints
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
@@ -36,9 +37,11 @@ class Training:
       warmup_steps: optimizer steps in which it rises from 0.
       weight_decay: of matrices, as AdamW has it.
       max_grad_norm: longer gradients are cut to this length.
+      average: of the parameters over the steps, which is judged and exported in place of the last ones.
       seed: of everything random.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations; there is one at the end too.  0: only there.
+      patience: evaluations without a better result after which training ends; 0: it never does.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that stay.
       track: where the figures go beside metrics.jsonl.
@@ -53,16 +56,19 @@ class Training:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    average: Literal["none", "ema", "bema"] = "none"
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
+    patience: int = 0
     save_every: int = 0
     keep: int = 2
     track: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         check(self.track)
-        least = dict(batch_size=1, micro_batches=1, log_every=1, keep=1, eval_every=0, save_every=0, warmup_steps=0, seed=0)
+        least = dict(batch_size=1, micro_batches=1, log_every=1, keep=1)
+        least |= dict(eval_every=0, patience=0, save_every=0, warmup_steps=0, seed=0)
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, but is {getattr(self, name)}")
@@ -70,6 +76,10 @@ class Training:
             raise ValueError(f"steps must be at least 1 and epochs above 0, but they are {self.steps} and {self.epochs}")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0 or self.weight_decay < 0:
             raise ValueError("learning_rate and max_grad_norm must be above 0, and weight_decay at least 0")
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"patience {self.patience} counts evaluations, but there are none before the end; give --eval_every"
+            )
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be taken in {self.micro_batches} equal parts; change --micro_batches"
@@ -109,8 +119,10 @@ def fit(
     inputs: Callable[[int, int], Any],
     total: int,
     *,
-    context: Any = (),
+    context: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Any] | None = None,
     updates: int = 1,
+    hooks: Sequence[Callable[[int, TrainState], TrainState]] = (),
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     shown: tuple[str, ...] = ("loss",),
     console: Console | None = None,
@@ -124,18 +136,29 @@ def fit(
       params: what is trained.
       inputs: `(number, size) -> batch` of step `number`, from 0: a pure function of it.
       total: steps, of `training.total_steps`.
-      context: what the step needs and does not train.
+      context: what the step needs and does not train, but may move.
+      fixed: further entries of the context that no step changes, such as what adapters sit on; they are not saved, since a
+        resumed run begins with the same.
       updates: optimizer steps that one step of the loop takes.
+      hooks: `(number, state) -> state` after every step, in their order, such as those of `rlhf.averages`.
       evaluate: `(state) -> figures`, every `training.eval_every` steps and at the end.
       shown: figures that stand beside the progress bar, and in `curves.png`.
 
-    Returns: the last state and the last figures.
+    Returns: the last state, with the averaged parameters where there are, and the last figures.
     """
-    optimizer = optimizer_of(training, total * updates)
-    state = init_state(params, optimizer, jax.random.key(training.seed), context)
+    if training.patience and evaluate is None:
+        raise ValueError(f"patience {training.patience} but no rows to judge by; give --eval_dataset")
+    optimizer, context, judged = optimizer_of(training, total * updates), dict(context or {}), lambda state: state
+    if training.average != "none":
+        average = AVERAGES[training.average]()
+        context["average"], hooks = average.init(params), [*hooks, averaging(average)]
+        judged = lambda state: state._replace(params=average.value(state.context["average"], state.params))
+    state = init_state(params, optimizer, jax.random.key(training.seed), {**context, **(fixed or {})})
+    saved = lambda state: state._replace(context={name: state.context[name] for name in context})
     checkpoints = Checkpoints(run.path / "checkpoints", keep=training.keep)
     if run.resumed and checkpoints.latest() is not None:
-        state = checkpoints.restore(state)
+        kept = checkpoints.restore(saved(state))
+        state = kept._replace(context={**state.context, **kept.context})
     done = int(state.step) // updates
     run.describe()
     run.forget_after(done)
@@ -147,15 +170,24 @@ def fit(
             run.log(phase, number, figures)
             track(number, figures)
 
-        def after(number: int, state: TrainState) -> None:
+        def after(number: int, state: TrainState) -> bool:
             final = number == total
             if evaluate is not None and (final or (training.eval_every and number % training.eval_every == 0)):
-                log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(state).items()})
+                log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
+                final = final or _is_stuck(run, f"eval_{shown[0]}", training.patience)
             if final or (training.save_every and number % training.save_every == 0):
-                checkpoints.save(state)
+                checkpoints.save(saved(state))
+            return final
 
-        batches = ((inputs(number, training.batch_size),) for number in range(done, total))
-        step = make_step(optimizer)
+        batches = ((number + 1, inputs(number, training.batch_size)) for number in range(done, total))
+        made = make_step(optimizer)
+
+        def step(state: TrainState, number: int, batch: Any) -> tuple[TrainState, dict]:
+            state, metrics = made(state, batch)
+            for hook in hooks:
+                state = hook(number, state)
+            return state, metrics
+
         state = run_steps(
             "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
             shown=shown, every=training.log_every, size=_size(params),
@@ -163,7 +195,14 @@ def fit(
     if last:
         run.plot(shown)
         run.card(last)
-    return state, last
+    return judged(state), last
+
+
+def _is_stuck(run: RunFolder, name: str, patience: int) -> bool:
+    """Whether so many evaluations have brought nothing better; of a loss the lower is better, of all else the higher."""
+    found = [row[name] for row in run.read("metrics.jsonl") if name in row]
+    best = found.index((min if name.endswith("loss") else max)(found)) if found else 0
+    return 0 < patience <= len(found) - 1 - best
 
 
 def run_steps(
@@ -178,7 +217,7 @@ def run_steps(
     shown: tuple[str, ...] = ("loss",),
     every: int = 1,
     start: int = 0,
-    after: Callable[[int, Any], None] | None = None,
+    after: Callable[[int, Any], bool | None] | None = None,
     size: int = 0,
 ) -> Any:
     """Takes steps `start + 1` to `total`, `state, metrics = step(state, *next(inputs))`, under a progress bar.
@@ -186,7 +225,7 @@ def run_steps(
     Args:
       log: called with the phase, the step's number from 1, and its metrics as floats, every `every` steps and at the end.
       shown: metrics that stand beside the bar.
-      after: called with every step's number and the state.
+      after: called with every step's number and the state; where it returns True, that step was the last.
       size: trained parameters; with a metric `tokens`, the share of the device's peak is logged where it is known.
 
     Returns: the last state.
@@ -208,10 +247,11 @@ def run_steps(
                 tokens.clear()
                 log(phase, number, figures)
                 progress.update(task, figures="  ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures))
-            if after is not None:
-                after(number, state)
-                begin = time.perf_counter() if not tokens else begin
             progress.advance(task)
+            if after is not None:
+                if after(number, state):
+                    break
+                begin = time.perf_counter() if not tokens else begin
     return state
 
 

@@ -114,7 +114,7 @@ def main(
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, partial(reward.prepare, max_segments=most), training), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, context=policy.context(), shown=("loss", "accuracy", "margin"),
+        total=total, fixed=policy.context(), shown=("loss", "accuracy", "margin"),
         evaluate=setup.evaluation(loss_fn, test and reward.prepare(test, max_segments=most), training.batch_size),
     )  # fmt: skip
     policy.export(run.path, state, tokenizer)

@@ -72,7 +72,7 @@ def main(
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), judge.params,
         lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, context=judge.context(), shown=("loss", "accuracy"),
+        total=total, fixed=judge.context(), shown=("loss", "accuracy"),
         evaluate=setup.evaluation(loss_fn, test and prepare(test, max_segments=most), training.batch_size),
     )  # fmt: skip
     judge.export(run.path, state, tokenizer)

@@ -80,7 +80,7 @@ def main(
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, prepare, training), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, context=policy.context(),
+        total=total, fixed=policy.context(),
         evaluate=setup.evaluation(loss_fn, test and prepare(test), training.batch_size),
     )  # fmt: skip
     policy.export(run.path, state, tokenizer)

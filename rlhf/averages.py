@@ -1,0 +1,103 @@
+"""Parameters that follow those trained: averages over a run, which often judge better than its last step, and references."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf.losses.offline import polyak
+from rlhf.train import TrainState, reference
+
+
+class Average(NamedTuple):
+    """An average in the making: `init(params) -> state`, `update(state, params) -> state`, `value(state, params) -> params`."""
+
+    init: Callable
+    update: Callable
+    value: Callable
+
+
+def ema(*, decay: float = 0.999) -> Average:
+    """`EMA ← decay · EMA + (1 - decay) θ`, from the first parameters on.
+
+    Args:
+      decay: in [0, 1]; an average over about `1 / (1 - decay)` steps.
+
+    Raises: ValueError for a decay outside [0, 1].
+
+    >>> average = ema(decay=0.75)
+    >>> average.update(average.init(jnp.array(0.0)), jnp.array(1.0)).item()
+    0.25
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is a share of the average that stays, in [0, 1], but is {decay}")
+    return Average(reference, partial(polyak, rate=1 - decay), lambda state, params: state)
+
+
+class BemaState(NamedTuple):
+    """What BEMA keeps."""
+
+    count: jax.Array  # [] int32, updates
+    start: Any  # θ_0
+    ema: Any
+
+
+def bema(*, ema_power: float = 0.5, bias_power: float = 0.2, lag: float = 10.0, multiplier: float = 1.0) -> Average:
+    """`α_t (θ_t - θ_0) + EMA_t` with `EMA_t = (1 - β_t) EMA_{t-1} + β_t θ_t`: an average without its lag  (arXiv:2508.00180).
+
+    Args:
+      ema_power: κ in `β_t = (ρ + γ t)^-κ`.
+      bias_power: η in `α_t = (ρ + γ t)^-η`.
+      lag: ρ, at least 1.
+      multiplier: γ, above 0.
+
+    Raises: ValueError for a lag below 1, or a multiplier that is not above 0.
+
+    >>> average = bema(lag=3.0, ema_power=0.5, bias_power=0.5)
+    >>> state = average.update(average.init(jnp.array(0.0)), jnp.array(1.0))
+    >>> average.value(state, jnp.array(1.0)).item()  # 1/2 · 1 + 1/2
+    1.0
+    """
+    if lag < 1 or multiplier <= 0:
+        raise ValueError(f"lag must be at least 1 and multiplier above 0, but they are {lag} and {multiplier}")
+    falling = lambda count, power: (lag + multiplier * count.astype(jnp.float32)) ** -power
+
+    def init(params):
+        return BemaState(jnp.zeros((), jnp.int32), reference(params), reference(params))
+
+    def update(state, params):
+        count = state.count + 1
+        return BemaState(count, state.start, polyak(state.ema, params, rate=falling(count, ema_power)))
+
+    def value(state, params):
+        alpha = falling(state.count, bias_power)
+        ahead = lambda theta, start, ema: (alpha * (theta - start) + ema).astype(ema.dtype)
+        return jax.tree.map(ahead, params, state.start, state.ema)
+
+    return Average(init, update, value)
+
+
+def averaging(average: Average) -> Callable[[int, TrainState], TrainState]:
+    """A hook of `rlhf.loop.fit`: the average in `context["average"]` takes in what a step made."""
+    update = jax.jit(average.update, donate_argnums=0)
+    follow = lambda context, params: context | {"average": update(context["average"], params)}
+    return lambda number, state: state._replace(context=follow(state.context, state.params))
+
+
+def following(every: int, share: float) -> Callable[[int, TrainState], TrainState]:
+    """A hook of `rlhf.loop.fit`: every so many steps the reference moves towards the policy  (TR-DPO, arXiv:2404.09656).
+
+    `θ_ref ← (1 - share) θ_ref + share θ`, in `context["reference"]`; a share of 1 copies the policy.
+
+    Raises: ValueError for less than one step, or a share outside (0, 1].
+    """
+    if every < 1 or not 0 < share <= 1:
+        raise ValueError(f"a reference follows every 1 or more steps by a share in (0, 1], not every {every} by {share}")
+    move = jax.jit(partial(polyak, rate=share), donate_argnums=0)
+    follow = lambda context, params: context | {"reference": move(context["reference"], params)}
+    return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))
+
+
+AVERAGES = {"ema": ema, "bema": bema}

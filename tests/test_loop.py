@@ -1,0 +1,108 @@
+"""The host's loop: averages, hooks, early end, and what a checkpoint leaves out; all of them over a resumed run too."""
+
+import dataclasses
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rlhf import averages, runs
+from rlhf.checkpoint import Checkpoints
+from rlhf.loop import Training, fit
+
+STEPS = 6
+CONSTANT = Training(steps=STEPS, batch_size=1, learning_rate=0.5, schedule="constant", max_grad_norm=1e9)
+QUIET = Console(file=io.StringIO())
+
+
+def run(folder, training=CONSTANT, *, stop=None, resume=False, inputs=lambda number, size: jnp.ones(size), **options):
+    """A run on `(w - 1)² / 2` from 0; `stop` breaks it off after that step."""
+
+    def broken(number, size):
+        if number == stop:
+            raise KeyboardInterrupt
+        return inputs(number, size)
+
+    defaults = dict(fixed={"shift": jnp.zeros(())}, console=QUIET)
+    begun = runs.RunFolder(folder, {"resume": resume})
+    return fit(begun, training, lambda _: quarter, {"w": jnp.zeros(1)}, broken, STEPS, **{**defaults, **options})
+
+
+def quarter(state, batch):
+    """`w ← w - 1/4 (w - x + shift)`, in place of an optimizer's step."""
+    error = state.params["w"] - batch + state.context["shift"]
+    params = {"w": state.params["w"] - 0.25 * error}
+    return state._replace(step=state.step + 1, params=params), {"loss": 0.5 * (error**2).sum(), "reward": 0.0}
+
+
+W = 1 - 0.75 ** np.arange(STEPS + 1)  # by hand: what `quarter` makes of 0
+
+
+def test_the_average_is_judged_and_returned(tmp_path):
+    seen = []
+    judge = lambda state: seen.append(float(state.params["w"][0])) or {"loss": 0.0}
+    training = dataclasses.replace(CONSTANT, average="bema", eval_every=2)
+    state, _ = run(tmp_path / "whole", training, evaluate=judge)
+    ema, expected = 0.0, []
+    for t in range(1, STEPS + 1):
+        ema += (10 + t) ** -0.5 * (W[t] - ema)
+        expected.append((10 + t) ** -0.2 * W[t] + ema)
+    np.testing.assert_allclose(seen, expected[1::2], rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], expected[-1], rtol=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "halves", dataclasses.replace(training, save_every=2), stop=5, evaluate=judge)
+    resumed, _ = run(tmp_path / "halves", dataclasses.replace(training, save_every=2), resume=True, evaluate=judge)
+    np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
+
+
+def test_ema_is_its_definition():
+    average = averages.ema(decay=0.9)
+    state = average.init(jnp.array(2.0))
+    for theta in (1.0, 5.0):
+        state = average.update(state, jnp.array(theta))
+    np.testing.assert_allclose(average.value(state, jnp.array(5.0)), 0.9 * (0.9 * 2 + 0.1) + 0.5, rtol=1e-6)
+
+
+def test_a_reference_follows(tmp_path):
+    hooks = [averages.following(4, 0.5)]
+    context = {"reference": {"w": jnp.zeros(1)}}
+    state, _ = run(tmp_path / "run", context=context, hooks=hooks)
+    np.testing.assert_allclose(state.context["reference"]["w"], 0.5 * W[4], rtol=1e-6)
+
+
+def test_what_is_fixed_is_not_saved(tmp_path):
+    shift = {"shift": jnp.full((), 0.5)}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", dataclasses.replace(CONSTANT, save_every=1), stop=3, fixed=shift, context={"n": jnp.ones(1)})
+    written = (tmp_path / "run" / "checkpoints" / "3" / "default" / "_METADATA").read_text()
+    assert "'context', 'n'" in written
+    assert "shift" not in written
+    state, _ = run(tmp_path / "run", CONSTANT, resume=True, fixed=shift, context={"n": jnp.zeros(1)})
+    np.testing.assert_allclose(state.params["w"], 0.5 * W[-1], rtol=1e-6)
+    assert state.context["n"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("name", "values", "steps"), [("loss", [3, 2, 2, 4, 1, 0], 4), ("reward", [1, 5, 4, 6, 6, 5], 6)])
+def test_training_ends_when_nothing_gets_better(name, values, steps, tmp_path):
+    left = iter(values)
+    training = dataclasses.replace(CONSTANT, eval_every=1, patience=2)
+    evaluate = lambda state: {name: next(left)}
+    state, figures = run(tmp_path / "run", training, evaluate=evaluate, shown=(name,))
+    assert int(state.step) == steps
+    assert figures[f"eval_{name}"] == values[steps - 1]
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == steps
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="patience 1 but no rows to judge by"):
+        run(tmp_path / "run", dataclasses.replace(CONSTANT, eval_every=1, patience=1))
+    with pytest.raises(ValueError, match="patience 2 counts.*give --eval_every"):
+        Training(patience=2)
+    with pytest.raises(ValueError, match="by a share in"):
+        averages.following(1, 0.0)
+    with pytest.raises(ValueError, match="decay is a share"):
+        averages.ema(decay=1.5)
+    with pytest.raises(ValueError, match="lag must be at least 1"):
+        averages.bema(lag=0.5)
