@@ -39,7 +39,7 @@ def ema(*, decay: float = 0.999) -> Average:
 class BemaState(NamedTuple):
     """What BEMA keeps."""
 
-    count: jax.Array  # [] int32, updates
+    updates: jax.Array  # [] int32, how many
     start: Any  # θ_0
     ema: Any
 
@@ -62,17 +62,17 @@ def bema(*, ema_power: float = 0.5, bias_power: float = 0.2, lag: float = 10.0, 
     """
     if lag < 1 or multiplier <= 0:
         raise ValueError(f"lag must be at least 1 and multiplier above 0, but they are {lag} and {multiplier}")
-    falling = lambda count, power: (lag + multiplier * count.astype(jnp.float32)) ** -power
+    falling = lambda updates, power: (lag + multiplier * updates.astype(jnp.float32)) ** -power
 
     def init(params):
         return BemaState(jnp.zeros((), jnp.int32), reference(params), reference(params))
 
     def update(state, params):
-        count = state.count + 1
-        return BemaState(count, state.start, polyak(state.ema, params, rate=falling(count, ema_power)))
+        updates = state.updates + 1
+        return BemaState(updates, state.start, polyak(state.ema, params, rate=falling(updates, ema_power)))
 
     def value(state, params):
-        alpha = falling(state.count, bias_power)
+        alpha = falling(state.updates, bias_power)
         ahead = lambda theta, start, ema: (alpha * (theta - start) + ema).astype(ema.dtype)
         return jax.tree.map(ahead, params, state.start, state.ema)
 
@@ -100,4 +100,4 @@ def following(every: int, share: float) -> Callable[[int, TrainState], TrainStat
     return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))
 
 
-AVERAGES = {"ema": ema, "bema": bema}
+AVERAGES: dict[str, Callable[..., Average]] = {"ema": ema, "bema": bema}

@@ -9,7 +9,20 @@ COMMANDS = {  # command -> where its `main` is, and what it does
     "sft": ("rlhf.recipes.sft", "teach a model to write what a data set says"),
     "reward": ("rlhf.recipes.reward", "a reward model from preference pairs"),
     "dpo": ("rlhf.recipes.dpo", "preference pairs, without sampling: DPO and its kin"),
+    "kto": ("rlhf.recipes.kto", "answers judged good or bad, without pairs: KTO and APO-zero"),
+    "bco": ("rlhf.recipes.bco", "answers judged good or bad, told apart by the policy's own reward"),
+    "orpo": ("rlhf.recipes.orpo", "preference pairs and imitation of the chosen in one, without a reference"),
+    "cpo": ("rlhf.recipes.cpo", "preference pairs without a reference: CPO, SimPO, AlphaPO, TPO"),
     "grpo": ("rlhf.recipes.grpo", "sample groups, score them, compare within: GRPO and its kin"),
+    "rloo": ("rlhf.recipes.rloo", "sample several, compare each with the others: REINFORCE leave-one-out"),
+    "ppo": ("rlhf.recipes.ppo", "sample, score, compare with a value head's expectation"),
+    "online_dpo": ("rlhf.recipes.online_dpo", "sample, and prefer the best answer to the worst"),
+    "xpo": ("rlhf.recipes.xpo", "answers of the policy against the reference's, with optimism"),
+    "nash_md": ("rlhf.recipes.nash_md", "answers of the policy against a mixture of it and the reference"),
+    "prm": ("rlhf.recipes.prm", "a process reward model from answers judged step by step"),
+    "gkd": ("rlhf.recipes.gkd", "distil a teacher into a student, on data and on the student's own answers"),
+    "rft": ("rlhf.recipes.rft", "sample answers, keep the best, learn to write them"),
+    "ilql": ("rlhf.recipes.ilql", "values of logged answers, by which a model then samples"),
     "new": ("rlhf.tools.new", "a small model with random weights, to train from scratch"),
     "eval": ("rlhf.tools.evaluate", "score a model's answers: greedy, and pass@k"),
     "chat": ("rlhf.tools.chat", "talk to a model in the terminal"),
@@ -46,6 +59,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def overview() -> str:
     """All commands, one a line."""
-    lines = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
     start = "usage: rlhf COMMAND [options]\n\nPost-train language models in JAX."
     return f"{start}\n\n{lines}\n\nrlhf COMMAND --help lists its options."

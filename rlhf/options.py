@@ -28,18 +28,31 @@ TRL = {  # what TRL's users type -> what it is here
     "lora_r": "lora_rank",
     "use_dora": "dora",
     "loss_type": "loss",
+    "cpo_alpha": "nll_coef",
+    "tpo_alpha": "nll_coef",
+    "simpo_gamma": "gamma",
+    "tpo_l_gamma": "gamma",
     "num_generations": "num_samples",
     "max_completion_length": "max_new_tokens",
     "response_length": "max_new_tokens",
     "reward_funcs": "reward",
     "epsilon": "clip_low",
     "epsilon_high": "clip_high",
-    "cliprange": "clip_low",
+    "cliprange": "clip",
+    "cliprange_value": "value_clip",
+    "vf_coef": "value_coef",
+    "gamma": "discount",
+    "num_mini_batches": "mini_batches",
+    "missing_eos_penalty": "missing_end_penalty",
+    "reward_model_path": "reward",
+    "reward_model_name_or_path": "reward",
     "num_ppo_epochs": "updates_per_batch",
     "num_iterations": "updates_per_batch",
     "resume_from_checkpoint": "resume",
     "assistant_only_loss": "assistant_only",
     "completion_only_loss": "completion_only",
+    "train_on_last_step_only": "last_step_only",
+    "teacher_model_name_or_path": "teacher",
 }
 
 OURS = ("config", "print_config", "help")  # options of every command
@@ -101,11 +114,14 @@ def _translated(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """The same as `--option=value` in our names."""
     out: list[str] = []
     theirs: dict[str, str] = {}
+    typed: dict[str, str] = {}
     for written, words in _grouped(argv, next(iter(hints))):
         name = written.replace("-", "_")
         if name in TRL and name not in hints:
             theirs[name] = words[-1] if words else ""
             name = TRL[name]
+        if typed.setdefault(name, written) != written:
+            raise Mistake(f"--{written} and --{typed[name]} are both --{name}; give one of them")
         if name in OURS:
             out += [f"--{name}", *words]
             continue

@@ -1,6 +1,7 @@
 """The command line: options out of signatures, one line for every mistake, runs that resume bit for bit."""
 
 import contextlib
+import importlib
 import io
 import json
 import subprocess
@@ -12,10 +13,10 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rlhf import cli, loop, runs, track
+from rlhf import cli, loop, runs, tasks, track
 from rlhf.models import huggingface
 from rlhf.options import TRL, parser_of
-from rlhf.recipes import dpo, grpo, reward, sft
+from rlhf.recipes import setup
 
 HERE = Path(__file__).parent / "bad_inputs"
 SMALL = ["--dataset_size", "64", "--batch_size", "8", "--learning_rate", "1e-3", "--max_length", "32"]
@@ -106,6 +107,20 @@ def test_grpo_samples_scores_and_resumes(base, tmp_path):
     assert cli.main([*ask, "--resume"]) == 2  # it is over: its model is there, and is not written again
 
 
+def test_data_sets_are_mixed_and_cut_short():
+    fine, task = bad("fine.jsonl"), "task:reverse"
+    rows = lambda **options: setup.Data(**options).rows(tasks.demonstrations)[0]
+    alone = rows(dataset=fine)
+    assert rows(dataset=fine, max_rows=1) == alone[:1]
+    assert len(alone) > 1
+    both = rows(dataset=fine, more_datasets=[task], dataset_size=10)
+    assert both == alone + rows(dataset=task, dataset_size=10)
+    assert rows(dataset=task, dataset_accuracy=0.0) != rows(dataset=task)
+    mixed = rows(dataset=fine, more_datasets=[task], dataset_size=10, fractions=[0.5, 0.5])
+    assert mixed[: len(alone)] == alone
+    assert len(mixed) == 2 * len(alone)
+
+
 def test_figures_go_to_trackers_too(tmp_path, monkeypatch):
     seen = []
 
@@ -131,7 +146,7 @@ def test_chat_answers_line_after_line(base, capsys, monkeypatch):
 
 def test_every_name_of_trl_is_an_option_here():
     known = set()
-    for fn in (sft.main, dpo.main, grpo.main, reward.main):
+    for fn in (importlib.import_module(module).main for module, _ in cli.COMMANDS.values() if ".recipes." in module):
         known |= {option.removeprefix("--") for action in parser_of(fn, "x")._actions for option in action.option_strings}
     assert set(TRL.values()) <= known, set(TRL.values()) - known
 
@@ -199,6 +214,13 @@ MISTAKES = [
     ([*SFT, *TASK, "--lora_rank", "-1"], "lora_rank -1"),
     ([*SFT, *TASK, "--dora"], "DoRA is of adapters, give --lora_rank 16"),
     ([*SFT, *TASK, "--log_every", "0"], "log_every must be at least 1, but is 0"),
+    ([*SFT, *TASK, "--patience", "2"], "patience 2 counts evaluations, but there are none before the end; give --eval_every"),
+    ([*SFT, *TASK, "--patience", "2", "--eval_every", "1"], "patience 2 but no rows to judge by; give --eval_dataset"),
+    ([*GRPO, *TASK, "--dataset_accuracy", "0.5"], "dataset_accuracy 0.5 is of answers, but prompts have none; leave it out"),
+    ([*GRPO, *TASK, "--reward_funcs", "a", "--reward_model_path", "b"], "--reward_funcs are both --reward; give one"),
+    ([*SFT, *TASK, "--max_rows", "0"], "max_rows must be at least 1, but is 0"),
+    ([*SFT, *TASK, "--fractions", "0.5", "0.5"], "2 fractions of task:reverse; give one of each"),
+    ([*SFT, *TASK, "--more_datasets", "task:sort", "--fractions", "0.5", "0.4"], "must be above 0 and sum to 1"),
     ([*SFT, *TASK, "--track", "[tensorboard]"], "track needs tensorboardX, not installed here; pip install tensorboardX"),
     ([*SFT, *TASK, "--config", bad("missing.yaml")], "File does not exist"),
     ([*SFT, *TASK, "--config", bad("unknown.yaml")], "'lerning_rate' is not accepted"),

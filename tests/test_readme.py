@@ -4,18 +4,17 @@ import dataclasses
 import json
 import pkgutil
 import re
-import shlex
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import objectives_table
+from run_commands import commands, run, shortened
 
 import rlhf
-from rlhf import cli, losses, rollouts
+from rlhf import losses, rollouts
 from rlhf.models import transformer
 from rlhf.models.families import FAMILIES
 from rlhf.models.huggingface_config import config_of
@@ -109,23 +108,16 @@ def test_quoted_memory_is_the_committed_result():
             assert f"{row['beyond gradient MiB']:,.0f} MiB" in README
 
 
-def commands(text: str) -> list[list[str]]:
-    """The `rlhf` commands of a page, with few steps and rows."""
-    found = [shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    small = {"--steps": "2", "--batch_size": "8", "--dataset_size": "16", "--num_samples": "2", "--max_new_tokens": "4"}
-    return [[small.get(before, word) for before, word in pairwise(argv)] for argv in found if argv[0] == "rlhf"]
-
-
 def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for argv in commands(README):
-        assert cli.main(argv) == 0, (argv, capsys.readouterr().err)
+        run(shortened(argv))
     assert (tmp_path / "final" / "config.json").exists()
     assert (tmp_path / "curves.png").exists()
     assert "pass@2" in capsys.readouterr().out
 
 
-def test_commands_for_gsm8k_run(tmp_path, monkeypatch, capsys):
+def test_commands_for_gsm8k_run(tmp_path, monkeypatch):
     """On rows of the same form."""
     page = (ROOT / "examples" / "gsm8k.md").read_text()
     rows = (ROOT / "tests" / "data" / "sums.jsonl").read_text() * 16
@@ -135,14 +127,12 @@ def test_commands_for_gsm8k_run(tmp_path, monkeypatch, capsys):
     solutions = {"question": "1 + 1?", "a": {"solution": "2", "is_correct": True}, "b": {"solution": "3", "is_correct": False}}
     (tmp_path / "gsm8k" / "example_model_solutions.jsonl").write_text(8 * (json.dumps(solutions) + "\n"))
     monkeypatch.chdir(tmp_path)
-    [conversion] = [line for line in page.splitlines() if line.startswith("python -c")]
-    exec(shlex.split(conversion)[2])
-    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
     for part in ("tokenizer", "qwen2"):
         shutil.copytree(ROOT / "tests" / "checkpoints" / part, tmp_path / "base", dirs_exist_ok=True)
     for argv in commands(page.replace("BASE", "base")):
-        extra = [] if argv[0] in ("eval", "export") else ["--steps", "1"]
-        assert cli.main([*argv, *extra]) == 0, (argv, capsys.readouterr().err)
+        trains = argv[0] == "rlhf" and argv[1] not in ("eval", "export")
+        run([*shortened(argv), "--steps", "1"] if trains else shortened(argv))
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
     assert (tmp_path / "final" / "config.json").exists()
 
 

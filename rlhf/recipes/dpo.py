@@ -6,28 +6,23 @@ from functools import partial
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.losses import preference
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.recipes import coupled, reward, setup
 from rlhf.recipes import pairs as pairs_of
-from rlhf.recipes import reward, setup
 from rlhf.rollouts import Pairs
 from rlhf.runs import RunFolder
-
-LENGTHS = ("chosen_length", "rejected_length")
 
 
 def sequence_logprobs(lm: LM, params, pairs: Pairs, *, max_segments: int = 1):
     """`[R, N, 2]`: the sums of completion log-probs, chosen and rejected."""
     rows = rollouts.pair_rows(pairs)
     logprobs = rollouts.token_logprobs(lm, params, rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
-    sums = losses.segment_sum(logprobs, rows.mask, rows.segment_ids, max_segments=max_segments)
-    return sums.reshape(pairs.tokens.shape[0], -1, 2)
+    return pairs_of.sums(logprobs, pairs, max_segments=max_segments)
 
 
 def prepare(lm: LM, ref_params, pairs: Pairs, *, max_segments: int = 1) -> Pairs:
@@ -36,33 +31,35 @@ def prepare(lm: LM, ref_params, pairs: Pairs, *, max_segments: int = 1) -> Pairs
     return reward.prepare(pairs, max_segments=max_segments)._replace(ref_logprobs=jax.lax.stop_gradient(logprobs))
 
 
-def objective(lm: LM, *, beta: float = 0.1, max_segments: int = 1, loss: Callable = preference.sigmoid) -> Callable:
-    """The `loss_fn` of prepared `Pairs`; `params` are the policy's.
+def comparison(*, beta: float = 0.1, max_segments: int = 1, loss: Callable = preference.sigmoid) -> Callable:
+    """`(sequence log-probs [R, N, 2], context, prepared pairs) -> (loss, metrics)`.
 
-    `loss` is an elementwise preference objective; one that takes `chosen_length` and `rejected_length` is given them.
+    `loss` is a preference objective; one that takes `chosen_length` and `rejected_length` is given them.  With one that couples
+    rows, such as `preference.aot`, this is the `objective` of `rlhf.coupled_train_step`.
     """
     by_length = "chosen_length" in inspect.signature(loss).parameters
 
-    def loss_fn(params, context, pairs, key):
-        logprobs = sequence_logprobs(lm, params, pairs, max_segments=max_segments)
-        (chosen, rejected), (ref_chosen, ref_rejected) = (jnp.moveaxis(x, -1, 0) for x in (logprobs, pairs.ref_logprobs))
-        lengths = dict(zip(LENGTHS, jnp.moveaxis(tokens_trained(pairs, max_segments), -1, 0), strict=True)) if by_length else {}
-        per_pair = loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **lengths)
+    def compare(logprobs, context, pairs):
+        sides = lambda x: (x[..., 0].reshape(-1), x[..., 1].reshape(-1))
+        (chosen, rejected), (ref_chosen, ref_rejected) = sides(logprobs), sides(pairs.ref_logprobs)
+        lengths = sides(pairs_of.lengths(pairs, max_segments=max_segments)) if by_length else ()
+        knobs = dict(zip(pairs_of.LENGTHS, lengths, strict=False))
+        per_pair = loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **knobs)
         margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-        metrics = {
-            "accuracy": losses.weighted_sum(margin > 0, pairs.weights),
-            "margin": losses.weighted_sum(margin, pairs.weights),
-        }
-        return losses.weighted_sum(per_pair, pairs.weights), metrics
+        mean = lambda values: losses.weighted_sum(values, pairs.weights.reshape(-1))
+        return mean(per_pair), {"accuracy": mean(margin > 0), "margin": mean(margin)}
+
+    return compare
+
+
+def objective(lm: LM, *, max_segments: int = 1, **knobs) -> Callable:
+    """The `loss_fn` of prepared `Pairs`; `params` are the policy's, and `knobs` those of `comparison`, row by row."""
+    compare = comparison(max_segments=max_segments, **knobs)
+
+    def loss_fn(params, context, pairs, key):
+        return compare(sequence_logprobs(lm, params, pairs, max_segments=max_segments), context, pairs)
 
     return loss_fn
-
-
-def tokens_trained(pairs: Pairs, max_segments: int):
-    """`[R, N, 2]`: the trained tokens of each completion."""
-    rows = rollouts.pair_rows(pairs)
-    sums = losses.segment_sum(rows.mask.astype(jnp.float32), rows.mask, rows.segment_ids, max_segments=max_segments)
-    return sums.reshape(pairs.tokens.shape[0], -1, 2)
 
 
 def main(
@@ -77,7 +74,7 @@ def main(
     Args:
       output: a new folder for the run.
       loss: null for sigmoid, or a list of sigmoid, sigmoid_norm, hinge, ipo, exo, robust, discopop, nca, bco_pair, sppo,
-        apo_zero, apo_down, sft.
+        apo_zero, apo_down, aot, aot_unpaired, sft.
       loss_weights: of each loss in a mixture; null: 1 each.
       beta: strength of the pull towards the reference, per nat.
       label_smoothing: the share of pairs thought to be labelled the wrong way round; null: the loss's own.
@@ -89,6 +86,10 @@ def main(
     names = loss or ["sigmoid"]
     knobs = {} if label_smoothing is None else {"label_smoothing": label_smoothing}
     mixed = pairs_of.mixture(names, loss_weights or [1.0] * len(names), **knobs)
+    pairs_of.check(mixed, beta=beta)
+    coupling = [name for name in names if name in pairs_of.COUPLED]
+    if coupling and packing != "none":
+        raise ValueError(f"{coupling[0]} sorts the pairs of a batch, and packed rows have places without a pair; leave it out")
     tokenizer = load_tokenizer(model.model)
     laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     rows, held_out = source.rows(tasks.preferences)
@@ -96,26 +97,30 @@ def main(
     total = training.total_steps(len(train.tokens))
     most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
     policy = setup.policy(model, training.seed)
-    loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=mixed, max_segments=most))
+    scores = lambda params, context, pairs, key: sequence_logprobs(policy.lm, params, pairs, max_segments=most)
+    referenced = jax.jit(lambda context, pairs: scores(policy.reference(context), context, pairs, None))
 
-    @jax.jit
-    def referenced(context, pairs):  # once for every row, before the first step
-        return prepare(policy.lm, policy.reference(context), pairs, max_segments=most).ref_logprobs
-
-    def with_reference(pairs):
+    def with_reference(pairs):  # once for every row, before the first step
         context = policy.context() or {"reference": policy.params}
-        parts = (
-            setup.select(pairs, slice(i, i + training.batch_size)) for i in range(0, len(pairs.tokens), training.batch_size)
-        )
-        return pairs._replace(ref_logprobs=np.concatenate([np.asarray(referenced(context, part)) for part in parts]))
+        logprobs = coupled.in_parts(lambda part: referenced(context, part), pairs, training.batch_size)
+        return pairs._replace(ref_logprobs=logprobs)
 
     train, test = with_reference(train), test and with_reference(test)
+    weighted = partial(reward.prepare, max_segments=most)
+    held = test and weighted(test)
+    if coupling:
+        compare = comparison(beta=beta, loss=mixed, max_segments=most)
+        scores_fn = policy.of_whole(scores)
+        make_step = coupled.step(scores_fn, compare, training, prepare=weighted)
+        evaluate = coupled.evaluation(scores_fn, compare, held, training.batch_size)
+    else:
+        loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=mixed, max_segments=most))
+        make_step = setup.offline_step(loss_fn, weighted, training)
+        evaluate = setup.evaluation(loss_fn, held, training.batch_size)
 
     state, figures = fit(
-        run, training, setup.offline_step(loss_fn, partial(reward.prepare, max_segments=most), training), policy.params,
-        lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, fixed=policy.context(), shown=("loss", "accuracy", "margin"),
-        evaluate=setup.evaluation(loss_fn, test and reward.prepare(test, max_segments=most), training.batch_size),
+        run, training, make_step, policy.params, lambda number, size: setup.take(train, training.seed, number, size),
+        total=total, fixed=policy.context(), shown=("loss", "accuracy", "margin"), evaluate=evaluate,
     )  # fmt: skip
     policy.export(run.path, state, tokenizer)
     return figures

@@ -4,18 +4,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from rlhf import losses, rollouts, tasks
+from rlhf import losses, rollouts
 from rlhf.lm import LM
-from rlhf.loop import Training, fit
-from rlhf.models.huggingface import load_tokenizer
-from rlhf.recipes import online, setup
+from rlhf.loop import Training
+from rlhf.recipes import online, online_steps, setup
 from rlhf.recipes.online import Sampling, Scoring
-from rlhf.rollouts import Batch, Prompts, Rollout
+from rlhf.rollouts import Batch, Rollout
 from rlhf.runs import RunFolder
-from rlhf.train import TrainState, minibatches, train_step
 
 
 def prepare(batch: Batch, weights: Callable = losses.weights.token_mean) -> Batch:
@@ -51,11 +48,8 @@ def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: in
       num_samples: completions a prompt.
     """
     advantages = losses.group_relative(rewards.reshape(-1, num_samples)).reshape(-1, 1)
-    where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
-    ref_logprobs = rollouts.token_logprobs(lm, ref_params, rollout.tokens, **where)
-    batch = rollouts.batch_of(
-        rollout, advantages=jnp.where(rollout.mask, advantages, 0.0), ref_logprobs=jax.lax.stop_gradient(ref_logprobs)
-    )
+    ref_logprobs = online.logprobs(lm, ref_params, rollout)
+    batch = rollouts.batch_of(rollout, advantages=jnp.where(rollout.mask, advantages, 0.0), ref_logprobs=ref_logprobs)
     return batch, online.rollout_metrics(rollout, rewards, ref_logprobs)
 
 
@@ -64,36 +58,19 @@ def iteration(
     reward_fn: Callable,
     optimizer,
     *,
-    max_new_tokens: int,
     num_samples: int = 8,
-    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),
-    eos_ids: tuple[int, ...] = (),
-    epochs: int = 1,
-    mini_batches: int = 1,
-    micro_batches: int = 1,
-    early_end: bool = True,
-    **knobs,
+    loss: Callable = losses.clipped_surrogate,
+    kl_coef: float = 0.04,
+    **how,
 ) -> Callable:
-    """One pure iteration, `(state, prompts, key) -> (state, metrics)`: sample, score, compare, and take the optimizer steps.
+    """`online_steps.iteration`, with its arguments; `state.context["reference"]` holds the reference's params."""
 
-    `state.context["reference"]` holds the reference's params; `reward_fn(context, rollout, key) -> [B]`; `knobs` are those of
-    `objective`.
-    """
-    step = train_step(objective(lm, **knobs), optimizer, micro_batches=micro_batches)
-
-    def iterate(state: TrainState, prompts: Prompts, key) -> tuple[TrainState, dict]:
-        sample_key, reward_key, order_key = jax.random.split(key, 3)
-        rollout = rollouts.generate(
-            lm, state.params, prompts, sample_key, max_new_tokens=max_new_tokens, num_samples=num_samples,
-            sampler=sampler, eos_ids=eos_ids, early_end=early_end,
-        )  # fmt: skip
-        rewards = reward_fn(state.context, rollout, reward_key)
+    def compared(state, rollout, rewards):
         batch, seen = experience(lm, state.context["reference"], rollout, rewards, num_samples=num_samples)
-        batches = minibatches(order_key, batch, mini_batches, epochs)
-        state, metrics = jax.lax.scan(lambda state, batch: step(state, prepare(batch)), state, batches)
-        return state, {**jax.tree.map(jnp.mean, metrics), **seen}
+        return state, batch, seen
 
-    return iterate
+    loss_fn = objective(lm, loss=loss, kl_coef=kl_coef)
+    return online_steps.iteration(lm, reward_fn, optimizer, compared, prepare, loss_fn, num_samples=num_samples, **how)
 
 
 def main(
@@ -115,45 +92,24 @@ def main(
       mini_batches: optimizer steps of a pass.
       resume: go on with the run in the folder.
     """
-    run = RunFolder(output, options=locals())
+    run, groups = RunFolder(output, options=locals()), sampling.num_samples
     algorithm = online.algorithm(loss, sampling.max_new_tokens, clip_low=clip_low, clip_high=clip_high)
-    tokenizer = load_tokenizer(model.model)
-    judge = scoring.judge(source, tokenizer)
-    rows, held_out = source.rows(tasks.prompts)
-    train, test = online.Questions.of(tokenizer, rows), online.Questions.of(tokenizer, held_out) if held_out else None
-    total = training.total_steps(len(train.rows))
+    begin = online_steps.start(
+        run, model, source, training, scoring,
+        rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
+    )  # fmt: skip
     policy = setup.policy(model, training.seed)
-    sample = online.sampler(policy, sampling, tokenizer)
+    sample = online.sampler(policy, sampling, begin.tokenizer)
     loss_fn = policy.of_whole(objective(policy.lm, loss=algorithm.loss, kl_coef=beta))
 
-    def make_step(optimizer):
-        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
+    def compared(state, rollout, rewards):
+        advantages = algorithm.advantages(rewards.reshape(-1, groups), rollout.mask)
+        reference = online.logprobs(policy.lm, policy.reference(state.context), rollout) if beta else None
+        return state, rollouts.batch_of(rollout, advantages=advantages, ref_logprobs=reference), {}
 
-        @partial(jax.jit, donate_argnums=0)
-        def update(state, rollout, rewards, key):
-            where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
-            reference = lambda: rollouts.token_logprobs(
-                policy.lm, policy.reference(state.context), rollout.tokens, temperature=rollout.temperature, **where
-            )
-            advantages = algorithm.advantages(rewards.reshape(-1, sampling.num_samples), rollout.mask)
-            batch = rollouts.batch_of(rollout, advantages=advantages, ref_logprobs=reference() if beta else None)
-            batches = minibatches(key, batch, mini_batches, updates_per_batch)
-            state, metrics = jax.lax.scan(lambda state, b: step(state, prepare(b, algorithm.weights)), state, batches)
-            return state, jax.tree.map(jnp.mean, metrics)
-
-        def iterate(state, asked: online.Asked):
-            rollout = sample(state, asked.prompts, asked.key)
-            rewards, figures = judge(rollout, asked.columns, sampling.num_samples)
-            state, metrics = update(state, rollout, rewards, jax.random.fold_in(asked.key, 1))
-            return state, {**metrics, **figures, **online.figures(rollout)}
-
-        return iterate
-
-    state, figures = fit(
-        run, training, make_step, policy.params, lambda number, size: train.take(training.seed, number, size),
-        total=total, context=policy.context(with_reference=beta > 0), updates=mini_batches * updates_per_batch,
-        shown=("reward", "completion_length"),
-        evaluate=test and online.evaluation(run, sample, judge, test, training, tokenizer),
+    state, figures = online_steps.learn(
+        begin, policy, sample, compared, partial(prepare, weights=algorithm.weights), loss_fn,
+        fixed=policy.context(with_reference=beta > 0),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
+    policy.export(run.path, state, begin.tokenizer)
     return figures

@@ -1,41 +1,32 @@
-"""What recipes that sample share: questions, how answers are drawn, and what judges them."""
+"""What recipes that sample share: questions, how answers are drawn, and what judges them (`online_scoring`)."""
 
 import dataclasses
-import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import data, losses, rollouts, tasks
+from rlhf import data, losses, rollouts
 from rlhf.data.types import Row
+from rlhf.lm import LM
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.recipes import setup
-from rlhf.rollouts import Prompts, Rollout, reward_functions, rewards, samplers
+from rlhf.recipes.online_scoring import Judge as Judge
+from rlhf.recipes.online_scoring import Scoring as Scoring
+from rlhf.rollouts import Prompts, Rollout, samplers
 from rlhf.runs import RunFolder
 from rlhf.train import TrainState
 
-REWARDS = {
-    "accuracy": reward_functions.numeric_accuracy,
-    "exact": reward_functions.exact_accuracy,
-    "reasoning_accuracy": reward_functions.reasoning_accuracy(),
-    "think_format": reward_functions.think_format,
-    "length": reward_functions.length,
-}
-Judge = Callable[[Rollout, Mapping[str, list], int], tuple[Any, dict[str, float]]]
-
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Drawing:
     """How answers are drawn.
 
     Args:
-      num_samples: answers a prompt.
       max_new_tokens: the most tokens of an answer.
       temperature: divides the logits.
       top_k: the likeliest tokens only; 0: all.
@@ -43,7 +34,6 @@ class Sampling:
       min_p: tokens at least this share as likely as the likeliest.
     """
 
-    num_samples: int = 8
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 0
@@ -52,7 +42,7 @@ class Sampling:
 
     def __post_init__(self):
         self.sampler()
-        if self.num_samples < 1 or self.max_new_tokens < 1 or self.top_k < 0:
+        if getattr(self, "num_samples", 1) < 1 or self.max_new_tokens < 1 or self.top_k < 0:
             raise ValueError("num_samples and max_new_tokens must be at least 1, and top_k at least 0")
 
     def sampler(self) -> samplers.Sampler:
@@ -64,60 +54,14 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
-    """What answers are worth.
+class Sampling(Drawing):
+    """How many answers are drawn, and how.
 
     Args:
-      reward: accuracy, exact, reasoning_accuracy, think_format, length, or a function of your own as module:function; null for
-        a generated task's own score.
-      reward_weights: of each reward; null: 1 each.
+      num_samples: answers a prompt.
     """
 
-    reward: list[str] | None = None
-    reward_weights: list[float] | None = None
-
-    def judge(self, source: setup.Data, tokenizer: Any) -> Judge:
-        """`(rollout, columns, samples a prompt) -> (rewards [B], figures)`.
-
-        Raises: ValueError for a reward that is not known, and a missing column.
-        """
-        if self.reward is None:
-            if not source.dataset.startswith(tasks.PREFIX):
-                raise ValueError(
-                    f"reward is not given; for a dataset of files choose from {', '.join(REWARDS)}, or module:function"
-                )
-            score = tasks.find(source.dataset).score
-            return lambda rollout, columns, samples: _with_mean(score(rollout))
-        weights = self.reward_weights or [1.0] * len(self.reward)
-        if len(weights) != len(self.reward):
-            raise ValueError(f"{len(self.reward)} rewards but {len(weights)} reward_weights; give one each")
-        functions = rewards.combine(
-            {name: _function(name) for name in self.reward}, weights=dict(zip(self.reward, weights, strict=True))
-        )
-        return partial(_of_texts, functions, tokenizer)
-
-
-def _function(name: str) -> Callable:
-    module, colon, function = name.partition(":")
-    if not colon:
-        return setup.named(name, REWARDS, "reward")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: {error}; is it on the Python path?") from None
-
-
-def _of_texts(functions, tokenizer, rollout: Rollout, columns: Mapping[str, list], samples: int):
-    each = {name: [value for value in column for _ in range(samples)] for name, column in columns.items()}
-    texts = rollouts.text.prompts(tokenizer, rollout), rollouts.text.completions(tokenizer, rollout)
-    found = rewards.score_texts(functions, *texts, columns=each | rewards.token_columns(rollout))
-    parts = {name: value for name, value in rewards.metrics(found).items() if name.startswith("rewards/")}
-    total, figures = _with_mean(jnp.asarray(found.total))
-    return total, {**parts, **figures}
-
-
-def _with_mean(scores) -> tuple[Any, dict[str, Any]]:
-    return scores, {"reward": jnp.nanmean(scores)}
+    num_samples: int = 8
 
 
 class Asked(NamedTuple):
@@ -159,12 +103,38 @@ def ends(tokenizer: Any) -> tuple[int, ...]:
 
 
 def sampler(policy: setup.Policy, sampling: Sampling, tokenizer: Any) -> Callable:
-    """`(state, prompts, key) -> Rollout` of `num_samples` answers a prompt."""
-    settings: dict[str, Any] = dict(sampler=sampling.sampler(), eos_ids=ends(tokenizer), num_samples=sampling.num_samples)
+    """`(state, prompts, key) -> Rollout` of `num_samples` answers a prompt by the policy as it is."""
+    return player(policy.lm, params_of(policy), sampling, tokenizer, sampling.num_samples)
+
+
+def params_of(policy: setup.Policy) -> Callable:
+    """`(state) -> params` of the policy as it is."""
+    return lambda state: policy.whole(state.params, state.context)
+
+
+def player(lm: LM, params_of: Callable, drawing: Drawing, tokenizer: Any, num_samples: int = 1) -> Callable:
+    """`(state, prompts, key) -> Rollout` of `num_samples` answers a prompt; `params_of(state)` are the parameters of `lm`."""
+    settings: dict[str, Any] = dict(max_new_tokens=drawing.max_new_tokens, sampler=drawing.sampler(), eos_ids=ends(tokenizer))
 
     def sample(state: TrainState, prompts: Prompts, key) -> Rollout:
-        params = policy.whole(state.params, state.context)
-        return rollouts.generate(policy.lm, params, prompts, key, max_new_tokens=sampling.max_new_tokens, **settings)
+        return rollouts.generate(lm, params_of(state), prompts, key, num_samples=num_samples, **settings)
+
+    return sample
+
+
+def logprobs(lm: LM, params: Any, rollout: Rollout) -> Any:
+    """`[B, T]` of a rollout's tokens at its own temperature, without gradient."""
+    where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
+    return jax.lax.stop_gradient(rollouts.token_logprobs(lm, params, rollout.tokens, **where))
+
+
+def two_players(first: Callable, second: Callable) -> Callable:
+    """`(state, prompts, key) -> Rollout` of two answers a prompt, one of each sampler: row 2p is the first's."""
+
+    def sample(state: TrainState, prompts: Prompts, key) -> Rollout:
+        keys = jax.random.split(key)
+        both = (player(state, prompts, k) for player, k in zip((first, second), keys, strict=True))
+        return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]) if a.ndim else a, *both)
 
     return sample
 
@@ -188,6 +158,13 @@ def rollout_metrics(rollout: Rollout, rewards, ref_logprobs) -> dict:
     }
 
 
+def duel_figures(rollout: Rollout, rewards) -> dict:
+    """`figures` and the mean reward of the first of `two_players`, and the other's reward."""
+    own, other = (setup.select((rollout, rewards), slice(player, None, 2)) for player in (0, 1))
+    seen = {"reward": jnp.nanmean(own[1]), "opponent_reward": jnp.nanmean(other[1]), **figures(own[0])}
+    return seen | {"tokens": figures(rollout)["tokens"]}
+
+
 PRESETS = {
     fn.__name__: fn
     for fn in (
@@ -207,7 +184,15 @@ def algorithm(name: str, length: int, **knobs: float | None) -> presets.Objectiv
     given = {knob: value for knob, value in knobs.items() if value is not None}
     if useless := [knob for knob in given if knob not in takes]:
         raise ValueError(f"{', '.join(useless)} means nothing to {name}, whose knobs are {', '.join(takes)}; leave it out")
-    return preset(**given, **({"length": length} if "length" in takes else {}))
+    objective = preset(**given, **({"length": length} if "length" in takes else {}))
+    check(objective.loss)
+    return objective
+
+
+def check(loss: Callable, **knobs) -> None:
+    """Raises what a loss on tokens raises of its knobs, before a model is there."""
+    one = jnp.zeros((1, 1))
+    loss(one, one, one, one == 0, **knobs)
 
 
 def evaluation(run: RunFolder, sample: Callable, judge: Judge, test: Questions, training: Training, tokenizer) -> Callable:

@@ -2,22 +2,51 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 
-from rlhf import data
+import jax
+import jax.numpy as jnp
+
+from rlhf import data, losses, rollouts
 from rlhf.data.types import Row
 from rlhf.losses import preference
 from rlhf.rollouts import Pairs
 
+COLUMNS = ("chosen", "rejected")
+LENGTHS = ("chosen_length", "rejected_length")
 
-def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable) -> Pairs:
-    """Preference rows as pairs; what is cut or left out is said."""
-    rows = [data.extract_prompt(row) if "prompt" not in row else row for row in data.checked(rows, data.IMPLICIT_PREFERENCE)]
-    sides = (data.tokenize_completions(tokenizer, rows, column=column) for column in ("chosen", "rejected"))
-    kept = data.truncate(*sides, length=length)
+
+def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS) -> Pairs:
+    """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed."""
+    kind = data.TRIPLE if "reference" in columns else data.IMPLICIT_PREFERENCE
+    rows = [data.extract_prompt(row) if "prompt" not in row else row for row in data.checked(rows, kind)]
+    kept = data.truncate(*(data.tokenize_completions(tokenizer, rows, column=column) for column in columns), length=length)
     if kept.rows_cut or kept.rows_removed:
         cut = f"{kept.rows_cut} sequences lost {kept.tokens_cut} tokens beyond {length}"
         say(f"{cut}; {kept.rows_removed} pairs with a side that has nothing to train on were left out")
-    return data.best_fit_pairs(*kept.sides, length=2 * length) if packing == "bfd" else data.pairs(*kept.sides)
+    if packing == "bfd":
+        return data.best_fit_pairs(*kept.sides, length=2 * length)
+    arrays = data.batch([side for row in zip(*kept.sides, strict=True) for side in row])
+    together = lambda x: x.reshape(-1, len(columns), x.shape[-1])
+    return Pairs(*map(together, (arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids)))
+
+
+def sums(per_token, pairs: Pairs, mask=None, *, max_segments: int = 1):
+    """Sums over the trained tokens of each completion, chosen and rejected: `[R * K, T]` -> `[R, N, 2]`; of triples 3.
+
+    Args:
+      mask: `[R * K, T]` bool, where other tokens count.
+    """
+    rows = rollouts.pair_rows(pairs)
+    of_sequences = losses.segment_sum(
+        per_token, rows.mask if mask is None else mask, rows.segment_ids, max_segments=max_segments
+    )
+    return of_sequences.reshape(pairs.tokens.shape[0], -1, max(pairs.tokens.shape[1], 2))
+
+
+def lengths(pairs: Pairs, *, max_segments: int = 1):
+    """`[R, N, 2]` float32: the trained tokens of each completion."""
+    return sums(rollouts.pair_rows(pairs).mask.astype(jnp.float32), pairs, max_segments=max_segments)
 
 
 def segments(pairs: Pairs) -> int:
@@ -35,9 +64,27 @@ LOSSES = {
     for fn in (
         preference.sigmoid, preference.sigmoid_norm, preference.hinge, preference.ipo, preference.exo, preference.robust,
         preference.discopop, preference.nca, preference.bco_pair, preference.sppo, preference.apo_zero,
-        preference.apo_down, sft,
+        preference.apo_down, preference.aot, preference.aot_unpaired, sft,
     )
 }  # fmt: skip
+COUPLED = ("aot", "aot_unpaired")  # they sort over the mini-batch
+
+
+def without_reference(loss: Callable) -> Callable:
+    """A loss on pairs, `(chosen, rejected)`, of one that takes the reference's log-probs too: all 0."""
+
+    @wraps(loss)
+    def free(chosen, rejected, **knobs):
+        return loss(chosen, rejected, jnp.zeros_like(chosen), jnp.zeros_like(rejected), **knobs)
+
+    return free
+
+
+def check(loss: Callable, *, references: int = 2, **knobs) -> None:
+    """Raises what a loss on pairs raises of its knobs, before a model is there."""
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    taken = inspect.signature(loss).parameters
+    jax.eval_shape(partial(loss, **knobs), *[one] * (2 + references), **{name: one for name in LENGTHS if name in taken})
 
 
 def mixture(names: Sequence[str], weights: Sequence[float], **knobs) -> Callable:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from rlhf import losses, rollouts
 from rlhf.lm import LM, Head
-from rlhf.recipes.online import rollout_metrics
-from rlhf.rollouts import Batch, Prompts, Rollout
-from rlhf.train import TrainState, minibatches, train_step
+from rlhf.loop import Training
+from rlhf.recipes import online, online_steps, setup
+from rlhf.recipes.online import Drawing, Scoring
+from rlhf.rollouts import Batch, Rollout
+from rlhf.runs import RunFolder
 
 
 def prepare(batch: Batch) -> Batch:
@@ -28,12 +30,10 @@ def objective(lm: LM, head: Head, *, clip: float = 0.2, value_clip: float = 0.2,
         s = evaluate(lm, head, params, batch)
         pg = losses.clipped_surrogate(s.logprobs, batch.logprobs, batch.advantages, batch.mask, clip_low=clip, clip_high=clip)
         value = losses.clipped_value_loss(s.values["value"], batch.values, batch.returns, batch.mask, clip=value_clip)
-        metrics = {
-            "policy_loss": losses.weighted_sum(pg, batch.weights),
-            "value_loss": losses.weighted_sum(value, batch.weights),
-            "entropy": losses.weighted_sum(s.entropy, batch.weights),
-        }
-        return losses.weighted_sum(pg + value_coef * value, batch.weights), metrics
+        moved = losses.kl.k3(batch.logprobs, jax.lax.stop_gradient(s.logprobs), batch.mask)
+        each = {"policy_loss": pg, "value_loss": value, "entropy": s.entropy, "approx_kl": moved}
+        metrics = {name: losses.weighted_sum(x, batch.weights) for name, x in each.items()}
+        return metrics["policy_loss"] + value_coef * metrics["value_loss"], metrics
 
     return loss_fn
 
@@ -45,8 +45,9 @@ def evaluate(lm: LM, head: Head, params, batch: Batch | Rollout) -> rollouts.Sco
 
 
 def experience(
-    lm: LM, head: Head, params, ref_params, rollout: Rollout, scores, *, kl_coef: float = 0.05, discount=1.0, lam=0.95
-) -> tuple[Batch, dict]:
+    lm: LM, head: Head, params, ref_params, rollout: Rollout, scores, *, kl_coef=0.05, discount=1.0, lam=0.95,
+    whiten_rewards: bool = False,
+) -> tuple[Batch, dict]:  # fmt: skip
     """A rollout as a `Batch`: rewards `score at the end - kl_coef · k1`, advantages and returns by GAE.
 
     A score stands for all that follows.  A row without one (NaN: it was cut, say, and only whole answers are scored) goes on
@@ -55,62 +56,95 @@ def experience(
     Args:
       scores: `[B]`, the reward model's; centre them near 0, or let `lam` be 1: with less, a value head that starts at 0 makes
         early tokens see less of the score.
+      whiten_rewards: rewards of deviation 1 over the batch's tokens, their mean as it is.
     """
     s = evaluate(lm, head, params, rollout)
-    where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
-    ref_logprobs = rollouts.token_logprobs(lm, ref_params, rollout.tokens, **where)
+    ref_logprobs = online.logprobs(lm, ref_params, rollout)
     kl = losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask)
     rewards = losses.token_rewards(scores, kl_coef * kl, rollout.mask)
+    rewards = losses.advantages.whiten_rewards(rewards, rollout.mask) if whiten_rewards else rewards
+    values = jax.lax.stop_gradient(s.values["value"])
     bootstrap = jnp.where(jnp.isnan(scores), s.last_value["value"], 0.0)
-    advantages, returns = losses.gae(rewards, s.values["value"], rollout.mask, bootstrap=bootstrap, discount=discount, lam=lam)
-    batch = rollouts.batch_of(
-        rollout,
-        values=jax.lax.stop_gradient(s.values["value"]),
-        ref_logprobs=jax.lax.stop_gradient(ref_logprobs),
-        advantages=advantages,
-        returns=returns,
-    )
-    return batch, rollout_metrics(rollout, scores, ref_logprobs)
+    advantages, returns = losses.gae(rewards, values, rollout.mask, bootstrap=bootstrap, discount=discount, lam=lam)
+    seen = online.rollout_metrics(rollout, scores, ref_logprobs)
+    seen["explained_variance"] = losses.value.explained_variance(values, returns, rollout.mask)
+    arrays = dict(values=values, ref_logprobs=ref_logprobs, advantages=advantages, returns=returns)
+    return rollouts.batch_of(rollout, **arrays), seen
 
 
 def iteration(
-    lm: LM,
-    head: Head,
-    reward_fn: Callable,
-    optimizer,
-    *,
-    max_new_tokens: int,
-    num_samples: int = 1,
-    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),
-    eos_ids: tuple[int, ...] = (),
-    kl_coef: float = 0.05,
-    discount: float = 1.0,
-    lam: float = 0.95,
-    epochs: int = 4,
-    mini_batches: int = 1,
-    micro_batches: int = 1,
-    early_end: bool = True,
-    **knobs,
-) -> Callable:
-    """One pure iteration, `(state, prompts, key) -> (state, metrics)`: sample, score, estimate, and take the optimizer steps.
+    lm: LM, head: Head, reward_fn: Callable, optimizer, *, kl_coef: float = 0.05, discount: float = 1.0, lam: float = 0.95,
+    clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1, epochs: int = 4, **how,
+) -> Callable:  # fmt: skip
+    """`online_steps.iteration`, with its arguments; `state.params` is `{"lm": …, "head": …}`, `state.context["reference"]` the
+    reference's params."""
 
-    `state.params` is `{"lm": …, "head": …}`, `state.context["reference"]` the reference's params;
-    `reward_fn(context, rollout, key) -> [B]`; `knobs` are those of `objective`.
+    def estimated(state, rollout, scores):
+        reference, knobs = state.context["reference"], dict(kl_coef=kl_coef, discount=discount, lam=lam)
+        return state, *experience(lm, head, state.params, reference, rollout, scores, **knobs)
+
+    loss_fn, of_lm = objective(lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef), lambda params: params["lm"]
+    return online_steps.iteration(lm, reward_fn, optimizer, estimated, prepare, loss_fn, epochs=epochs, of_lm=of_lm, **how)
+
+
+def main(
+    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    num_samples: int = 1, kl_coef: float = 0.05, kl_target: float | None = None, kl_horizon: int = 10_000,
+    discount: float = 1.0, lam: float = 0.95, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1,
+    updates_per_batch: int = 4, mini_batches: int = 1, target_kl: float | None = None, whiten_rewards: bool = False,
+    scale_rewards: bool = False, resume: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Proximal policy optimisation: samples answers, and a value head says how much better than expected they are.
+
+    Rows have `prompt`, and the columns that the reward functions read.  The value head is not in `model/`.
+
+    Args:
+      output: a new folder for the run.
+      num_samples: answers a prompt.
+      kl_coef: what the KL to the model as it was costs, per nat; with a kl_target at the start.
+      kl_target: nats an answer that the coefficient holds the KL at; null: the coefficient stays.
+      kl_horizon: answers in which the coefficient changes by at most a fifth.
+      discount: of a reward, per token.
+      lam: of generalised advantages; 1: what came of it, 0: what the value head expects of the next token.
+      clip: half-width of the trust region.
+      value_clip: half-width of the value's trust region, in units of reward.
+      value_coef: weight of the value loss.
+      updates_per_batch: passes over the sampled answers.
+      mini_batches: optimizer steps of a pass.
+      target_kl: nats a token by which the policy may move on one batch; once it is beyond, the other steps are left out.
+      whiten_rewards: rewards of deviation 1 over the batch's tokens.
+      scale_rewards: scores less the mean of all so far, divided by their deviation.
+      resume: go on with the run in the folder.
     """
-    step = train_step(objective(lm, head, **knobs), optimizer, micro_batches=micro_batches)
+    run = RunFolder(output, options=locals())
+    online.check(losses.clipped_surrogate, clip_low=clip, clip_high=clip)
+    online.check(losses.clipped_value_loss, clip=value_clip)
+    controller = losses.controllers.fixed(kl_coef)
+    if kl_target is not None:
+        controller = losses.controllers.adaptive_kl(target=kl_target, horizon=kl_horizon, init_coef=kl_coef)
+    rows, moments = training.batch_size * num_samples, losses.moments.running()
+    begin = online_steps.start(
+        run, model, source, training, scoring, rows=rows, mini_batches=mini_batches, epochs=updates_per_batch
+    )  # fmt: skip
+    policy, head = setup.reward_model(model, training.seed)  # its head starts at 0, as a value head should
+    actor, whole = policy._replace(params=policy.params["lm"], head=None), online.params_of(policy)
+    sample = online.player(policy.lm, lambda state: whole(state)["lm"], drawing, begin.tokenizer, num_samples)
+    loss_fn = policy.of_whole(objective(policy.lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef))
 
-    def iterate(state: TrainState, prompts: Prompts, key) -> tuple[TrainState, dict]:
-        sample_key, reward_key, order_key = jax.random.split(key, 3)
-        rollout = rollouts.generate(
-            lm, state.params["lm"], prompts, sample_key, max_new_tokens=max_new_tokens, num_samples=num_samples,
-            sampler=sampler, eos_ids=eos_ids, early_end=early_end,
-        )  # fmt: skip
-        scores = reward_fn(state.context, rollout, reward_key)
+    def estimated(state, rollout, scores):
+        so_far, kl = moments.update(state.context["scores"], scores), state.context["kl"]
+        scaled = (scores - so_far.mean) * jax.lax.rsqrt(so_far.variance + 1e-8) if scale_rewards else scores
         batch, seen = experience(
-            lm, head, state.params, state.context["reference"], rollout, scores, kl_coef=kl_coef, discount=discount, lam=lam
-        )
-        batches = minibatches(order_key, batch, mini_batches, epochs)
-        state, metrics = jax.lax.scan(lambda state, batch: step(state, prepare(batch)), state, batches)
-        return state, {**jax.tree.map(jnp.mean, metrics), **seen}
+            policy.lm, head, whole(state), actor.reference(state.context), rollout, scaled,
+            kl_coef=kl.coef, discount=discount, lam=lam, whiten_rewards=whiten_rewards,
+        )  # fmt: skip
+        observed = seen["kl_to_reference"], *(() if kl_target is None else (rows,))
+        context = state.context | {"kl": controller.update(kl, *observed), "scores": so_far}
+        return state._replace(context=context), batch, {**seen, "reward": jnp.nanmean(scores), "kl_coef": kl.coef}
 
-    return iterate
+    state, figures = online_steps.learn(
+        begin, policy, sample, estimated, prepare, loss_fn, fixed=actor.context(with_reference=True),
+        context={"kl": controller.init(), "scores": moments.init()}, target_kl=target_kl, shown=("reward", "kl_to_reference"),
+    )  # fmt: skip
+    actor.export(run.path, state._replace(params=state.params["lm"]), begin.tokenizer)
+    return figures

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf import adapters, peft_files, tasks
-from rlhf.data import batch_indices, read_rows, renamed
+from rlhf.data import batch_indices, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
@@ -68,6 +69,10 @@ class Data:
       split: of the dataset.
       dataset_config: of a dataset on the Hub that has several.
       dataset_size: rows of a generated task.
+      dataset_accuracy: how often the answers in a generated task's rows are right; null: as its kind of rows has it.
+      max_rows: read so many rows of a dataset, from its start, and download no more than those; null: all.
+      more_datasets: further ones, trained on together with the first.
+      fractions: the share of each in the mixture, no row twice; null: all rows of all.
       eval_dataset: rows to judge by, from elsewhere.
       eval_split: rows to judge by, another split of the dataset; of a generated task there are 256.
       columns: names of the files' columns and what they are here, such as {question: prompt, answer: solution}.
@@ -77,13 +82,26 @@ class Data:
     split: str = "train"
     dataset_config: str | None = None
     dataset_size: int = 4096
+    dataset_accuracy: float | None = None
+    max_rows: int | None = None
+    more_datasets: list[str] = dataclasses.field(default_factory=list)
+    fractions: list[float] | None = None
     eval_dataset: str | None = None
     eval_split: str | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, but is {self.max_rows}")
+        if self.fractions and len(self.fractions) != 1 + len(self.more_datasets):
+            names = ", ".join([self.dataset, *self.more_datasets])
+            raise ValueError(f"{len(self.fractions)} fractions of {names}; give one of each")
+
     def rows(self, kind: Callable, **knobs) -> tuple[list[Row], list[Row]]:
         """Rows to train on, and rows to judge by, none where none were asked for; `kind` makes those of a generated task."""
-        train = self._rows(self.dataset, self.split, kind, self.dataset_size, 0, knobs)
+        names = [self.dataset, *self.more_datasets]
+        sources = [self._rows(name, self.split, kind, self.dataset_size, 0, knobs) for name in names]
+        train = mix(sources, self.fractions).rows if self.fractions else [row for rows in sources for row in rows]
         if self.eval_dataset is None and self.eval_split is None:
             return train, []
         source = self.eval_dataset or self.dataset
@@ -91,8 +109,15 @@ class Data:
 
     def _rows(self, source: str, split: str, kind: Callable, number: int, seed: int, knobs) -> list[Row]:
         if source.startswith(tasks.PREFIX):
+            if self.dataset_accuracy is not None:
+                if kind is tasks.prompts:
+                    raise ValueError(
+                        f"dataset_accuracy {self.dataset_accuracy} is of answers, but prompts have none; leave it out"
+                    )
+                knobs = knobs | {"accuracy": self.dataset_accuracy}
             return tasks.load(source, kind, number, seed=seed, **knobs)
-        rows = read_rows(source, split=split, config=self.dataset_config)
+        read = read_rows if self.max_rows is None else stream_rows
+        rows = list(islice(read(source, split=split, config=self.dataset_config), self.max_rows))
         if missing := [name for name in self.columns if name not in rows[0]]:
             raise ValueError(f"columns renames {', '.join(missing)}, but {source} has {', '.join(rows[0])}")
         return [renamed(row, **self.columns) for row in rows]
@@ -147,12 +172,21 @@ def policy(options: Model, seed: int) -> Policy:
 
 def reward_model(options: Model, seed: int) -> tuple[Policy, Head]:
     """Loads the model as the trunk of a reward model with a head that starts at 0.  Raises: as `rlhf.load`."""
+    return with_head(options, seed, scalar_head)
+
+
+def with_head(options: Model, seed: int, make: Callable[[int], Head]) -> tuple[Policy, Head]:
+    """Loads the model as a trunk with a new head, `make(size of a hidden state)`.  Raises: as `rlhf.load`."""
     lm, params, _ = huggingface.load(options.model, **options.precision())
-    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    size = jax.eval_shape(lambda p, x: lm.hidden(p, x, positions=x, segment_ids=x)[0], params, one).shape[-1]
-    head = scalar_head(size)
+    head = make(hidden_size(lm, params))
     trained, frozen = options.trained(params, seed)
     return Policy(lm, {"lm": trained, "head": head.init(jax.random.key(seed))}, frozen, options.model, head), head
+
+
+def hidden_size(lm: LM, params: Any) -> int:
+    """D, the size of what a head reads."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(lambda p, x: lm.hidden(p, x, positions=x, segment_ids=x)[0], params, one).shape[-1]
 
 
 def named(name: str, known: Mapping[str, Any], what: str) -> Any:

@@ -1,0 +1,71 @@
+"""Binary classifier optimisation: is an answer good?  The reward says, measured from the mean of all rewards so far."""
+
+from collections.abc import Callable
+
+from rlhf import losses, tasks
+from rlhf.loop import Training, fit
+from rlhf.losses import moments
+from rlhf.losses.moments import MomentsState
+from rlhf.models.huggingface import load_tokenizer
+from rlhf.recipes import coupled, setup, unpaired
+from rlhf.runs import RunFolder
+
+
+def objective(*, beta: float = 0.1, moving: bool = True) -> Callable:
+    """The `objective` of `rlhf.coupled_train_step` on `unpaired.scores` of the whole mini-batch.
+
+    `context["rewards"]` holds the moments of all rewards so far; `moving` ones count those of the mini-batch first.
+    """
+
+    def classify(scores, context, answers):
+        logprobs, ref_logprobs = scores[:, 0], answers.ref_logprobs[:, 0]
+        rewards = beta * (logprobs - ref_logprobs)
+        seen = moments.running().update(context["rewards"], rewards) if moving else context["rewards"]
+        per_row = losses.unpaired.bco(logprobs, ref_logprobs, answers.desirable, seen.mean, beta=beta)
+        metrics = {"delta": seen.mean, "rewards_seen": seen.number, "rewards_variance": seen.variance}
+        return per_row.mean(), metrics | unpaired.figures(rewards, answers.desirable)
+
+    return classify
+
+
+def move(context, params, metrics):
+    """The `update_context` that keeps the moments of the rewards."""
+    seen = MomentsState(metrics["rewards_seen"], metrics["delta"], metrics["rewards_variance"])
+    return context | {"rewards": seen}
+
+
+def main(
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, beta: float = 0.1, max_length: int = 1024,
+    resume: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Answers with a verdict, good or bad, told apart by a classifier that is the policy itself: BCO.
+
+    Rows have `prompt`, `completion` and `label`; preference rows are taken apart.
+
+    Args:
+      output: a new folder for the run.
+      beta: strength of the pull towards the reference, per nat.
+      max_length: tokens of a prompt with its answer; longer ones are cut.
+      resume: go on with the run in the folder.
+    """
+    run = RunFolder(output, options=locals())
+    begun = {"rewards": moments.running().init()}
+    unpaired.check(objective(beta=beta), begun)
+    tokenizer = load_tokenizer(model.model)
+    laid_out = lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say)
+    rows, held_out = source.rows(tasks.unpaired)
+    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    total = training.total_steps(len(train.tokens))
+    policy = setup.policy(model, training.seed)
+    with_reference = lambda answers: unpaired.with_reference(policy, answers, training.batch_size)
+    train, test = with_reference(train), test and with_reference(test)
+    scores_fn = policy.of_whole(unpaired.scores(policy.lm))
+
+    state, figures = fit(
+        run, training, coupled.step(scores_fn, objective(beta=beta), training, update_context=move), policy.params,
+        lambda number, size: setup.take(train, training.seed, number, size),
+        total=total, fixed=policy.context(), context=begun, shown=("loss", "margin", "delta"),
+        evaluate=coupled.evaluation(scores_fn, objective(beta=beta, moving=False), test, training.batch_size),
+    )  # fmt: skip
+    policy.export(run.path, state, tokenizer)
+    return figures

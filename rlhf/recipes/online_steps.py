@@ -1,0 +1,179 @@
+"""The frame of recipes that sample: what a run starts from, the optimizer steps on a batch of answers, and the loop."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf import rollouts, tasks
+from rlhf.lm import LM
+from rlhf.loop import Training, fit
+from rlhf.models.huggingface import load_tokenizer
+from rlhf.recipes import online, setup
+from rlhf.rollouts import Prompts
+from rlhf.runs import RunFolder
+from rlhf.train import TrainState, minibatches, train_step
+
+
+class Start(NamedTuple):
+    """What a run has before its policy is loaded."""
+
+    run: RunFolder
+    training: Training
+    tokenizer: Any
+    train: online.Questions
+    test: online.Questions | None
+    total: int  # steps
+    judge: online.Judge
+    mini_batches: int
+    epochs: int
+
+
+def start(
+    run: RunFolder, model: setup.Model, source: setup.Data, training: Training, scoring: online.Scoring, *,
+    rows: int, mini_batches: int = 1, epochs: int = 1,
+) -> Start:  # fmt: skip
+    """The questions and what judges the answers, all of it checked.
+
+    Args:
+      rows: of a step's batch: answers, or pairs of them.
+      mini_batches: optimizer mini-batches that they are cut into.
+      epochs: passes over them.
+
+    Raises: ValueError for options, questions and rewards that cannot be.
+    """
+    if min(mini_batches, epochs) < 1 or rows % (mini_batches * training.micro_batches):
+        cut = f"{mini_batches} mini-batches of {training.micro_batches} equal parts, {epochs} times"
+        raise ValueError(f"a step's {rows} rows cannot be taken in {cut}; change --mini_batches or --batch_size")
+    tokenizer = load_tokenizer(model.model)
+    online.ends(tokenizer)
+    asked, held_out = source.rows(tasks.prompts)
+    train, test = online.Questions.of(tokenizer, asked), online.Questions.of(tokenizer, held_out) if held_out else None
+    total = training.total_steps(len(asked))
+    return Start(run, training, tokenizer, train, test, total, scoring.judge(source, tokenizer), mini_batches, epochs)
+
+
+def learn(
+    begin: Start,
+    policy: setup.Policy,
+    sample: Callable,
+    experience: Callable,
+    prepare: Callable,
+    loss_fn: Callable,
+    *,
+    fixed: dict[str, Any],
+    context: dict[str, Any] | None = None,
+    answer: Callable | None = None,
+    target_kl: float | None = None,
+    shown: tuple[str, ...] = ("reward", "completion_length"),
+) -> tuple[TrainState, dict[str, float]]:
+    """The loop: answers are drawn and judged, made a batch of, and learnt from.
+
+    Args:
+      policy: whose parameters are trained.
+      sample: `(state, prompts, key) -> Rollout`, what is learnt from.
+      experience: `(state, rollout, rewards [B]) -> (state, batch, figures)`; what of the state's context moves, moves here.
+      prepare: `(mini-batch) -> mini-batch`, with its weights and all else that couples its rows.
+      loss_fn: of the prepared mini-batch, for `train_step`.
+      fixed, context: of the state, as in `rlhf.loop.fit`.
+      answer: as `sample`, for evaluations; None: `sample`.
+      target_kl: as in `updates`.
+
+    Returns: the last state and the last figures.
+    """
+    run, training = begin.run, begin.training
+
+    def make_step(optimizer):
+        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
+
+        @partial(jax.jit, donate_argnums=0)
+        def update(state, rollout, rewards, key):
+            state, batch, seen = experience(state, rollout, rewards)
+            batches = minibatches(key, batch, begin.mini_batches, begin.epochs)
+            state, metrics = updates(step, prepare, state, batches, target_kl=target_kl)
+            return state, {**metrics, **online.figures(rollout), **seen}
+
+        def iterate(state, asked: online.Asked):
+            rollout = sample(state, asked.prompts, asked.key)
+            rewards, figures = begin.judge(rollout, asked.columns, len(rollout.tokens) // len(asked.prompts.tokens))
+            state, metrics = update(state, rollout, rewards, jax.random.fold_in(asked.key, 1))
+            return state, {**figures, **metrics}
+
+        return iterate
+
+    evaluate = begin.test and online.evaluation(run, answer or sample, begin.judge, begin.test, training, begin.tokenizer)
+    return fit(
+        run, training, make_step, policy.params, lambda number, size: begin.train.take(training.seed, number, size),
+        total=begin.total, fixed=fixed, context=context, updates=begin.mini_batches * begin.epochs, shown=shown,
+        evaluate=evaluate,
+    )  # fmt: skip
+
+
+def updates(
+    step: Callable, prepare: Callable, state: TrainState, batches: Any, *, target_kl: float | None = None
+) -> tuple[TrainState, dict]:
+    """Optimizer steps over mini-batches `[N, rows, ...]`; metrics are means over the steps that were taken.
+
+    Where a step sees an `approx_kl` above `target_kl`, it is the last: the others are counted in `state.step`, and change
+    nothing else.
+    """
+    taken = lambda state, batch: step(state, prepare(batch))
+    if target_kl is None:
+        state, metrics = jax.lax.scan(taken, state, batches)
+        return state, jax.tree.map(jnp.mean, metrics)
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(taken, state, jax.tree.map(lambda x: x[0], batches))[1])
+
+    def unless_far(carry, batch):
+        state, far = carry
+        passed = lambda state, batch: (state._replace(step=state.step + 1), nothing)
+        new, metrics = jax.lax.cond(far, passed, taken, state, batch)
+        return (new, far | (metrics["approx_kl"] > target_kl)), {**metrics, "updates": 1.0 - far}
+
+    (state, _), metrics = jax.lax.scan(unless_far, (state, jnp.array(False)), batches)
+    number = metrics.pop("updates").sum()
+    return state, {**jax.tree.map(lambda x: x.sum() / number, metrics), "updates": number}
+
+
+def iteration(
+    lm: LM,
+    reward_fn: Callable,
+    optimizer,
+    experience: Callable,
+    prepare: Callable,
+    loss_fn: Callable,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    sampler: rollouts.samplers.Sampler = rollouts.samplers.Sampler(),
+    eos_ids: tuple[int, ...] = (),
+    epochs: int = 1,
+    mini_batches: int = 1,
+    micro_batches: int = 1,
+    early_end: bool = True,
+    of_lm: Callable = lambda params: params,
+) -> Callable:
+    """One pure iteration, `(state, prompts, key) -> (state, metrics)`: sample, score, compare, and take the optimizer steps.
+
+    Args:
+      reward_fn: `(context, rollout, key) -> [B]`.
+      experience, prepare, loss_fn: as in `learn`.
+      max_new_tokens, num_samples, sampler, eos_ids, early_end: of `rollouts.generate`.
+      epochs, mini_batches: of `rlhf.train.minibatches`.  micro_batches: of `rlhf.train_step`.
+      of_lm: the language model's parameters, of those that are trained.
+    """
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+
+    def iterate(state: TrainState, prompts: Prompts, key) -> tuple[TrainState, dict]:
+        sample_key, reward_key, order_key = jax.random.split(key, 3)
+        rollout = rollouts.generate(
+            lm, of_lm(state.params), prompts, sample_key, max_new_tokens=max_new_tokens, num_samples=num_samples,
+            sampler=sampler, eos_ids=eos_ids, early_end=early_end,
+        )  # fmt: skip
+        rewards = reward_fn(state.context, rollout, reward_key)
+        state, batch, seen = experience(state, rollout, rewards)
+        state, metrics = updates(step, prepare, state, minibatches(order_key, batch, mini_batches, epochs))
+        return state, {**metrics, **seen}
+
+    return iterate

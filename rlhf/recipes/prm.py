@@ -1,0 +1,99 @@
+"""Process reward modelling: the cross-entropy of right and wrong at the end of every step, on a two-class head."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+from rlhf import data, losses, rollouts, tasks
+from rlhf.data.types import Row
+from rlhf.lm import LM, Head
+from rlhf.loop import Training, fit
+from rlhf.models import classifier_head
+from rlhf.models.huggingface import load_tokenizer
+from rlhf.recipes import setup
+from rlhf.rollouts.types import Array
+from rlhf.runs import RunFolder
+
+
+class Solutions(NamedTuple):
+    """Answers in steps, with a verdict where a step ends."""
+
+    tokens: Array  # [B, T] int32
+    mask: Array  # [B, T] bool, True on the last token of every step
+    positions: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32, 0 = padding
+    labels: Array  # [B, T] int32, there 1 for a right step, 0 for a wrong one
+    weights: Array | None = None  # [B, T] float32, of the whole optimizer mini-batch
+
+
+def prepare(batch: Solutions, *, last_step_only: bool = False) -> Solutions:
+    """The optimizer mini-batch with its weights: every step counts the same, or of each solution the last alone."""
+    mask = losses.segments.last_trained(batch.mask, batch.segment_ids) if last_step_only else batch.mask
+    return batch._replace(mask=mask, weights=losses.weights.token_mean(mask, batch.segment_ids))
+
+
+def objective(lm: LM, head: Head) -> Callable:
+    """The `loss_fn` of prepared `Solutions`; `params` is `{"lm": …, "head": …}`.  Its `right` is the share of right labels."""
+
+    def loss_fn(params, context, batch, key):
+        where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
+        logits = rollouts.classify(lm, head, params, batch.tokens, **where)
+        per_step = losses.reward_model.process_reward(logits, batch.labels, batch.mask)
+        metrics = {
+            "accuracy": losses.weighted_sum(losses.logits.is_top1(logits, batch.labels), batch.weights),
+            "right": losses.weighted_sum(batch.labels, batch.weights),
+        }
+        return losses.weighted_sum(per_step, batch.weights), metrics
+
+    return loss_fn
+
+
+def lay_out(tokenizer, rows: list[Row], separator: str, packing: str, length: int, say: Callable) -> Solutions:
+    """Stepwise rows as arrays; what is cut or left out is said."""
+    kept = data.truncate(data.tokenize_steps(tokenizer, rows, separator=separator), length=length)
+    if kept.rows_cut or kept.rows_removed:
+        cut = f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}"
+        say(f"{cut}; {kept.rows_removed} rows without a whole step were left out")
+    steps = kept.sides[0]
+    arranged = partial(data.best_fit, length=length) if packing == "bfd" else data.batch
+    labels = arranged([step._replace(tokens=step.labels) for step in steps]).tokens  # they lie as their tokens do
+    return Solutions(*arranged(steps)[:4], labels)
+
+
+def main(
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, step_separator: str | None = None,
+    last_step_only: bool = False, max_length: int = 1024, packing: Literal["none", "bfd"] = "none", resume: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Process reward modelling: teaches a model to tell, after every step of an answer, whether it was right.
+
+    Rows have `prompt`, `completions` and `labels`: a list of steps, and a list of true and false, one a step.
+
+    Args:
+      output: a new folder for the run.
+      step_separator: ends a step, and the model judges at its last token; null: a new line, for a generated task its own.
+      last_step_only: train on the last step of each answer alone.
+      max_length: tokens of a prompt with its answer; longer ones are cut.
+      packing: several answers in a row: bfd (best fit).
+      resume: go on with the run in the folder.
+    """
+    run = RunFolder(output, options=locals())
+    tokenizer = load_tokenizer(model.model)
+    generated = source.dataset.startswith(tasks.PREFIX)
+    if step_separator is None:
+        step_separator = tasks.find(source.dataset).step_separator if generated else "\n"
+    laid_out = lambda rows: lay_out(tokenizer, rows, step_separator, packing, max_length, run.say)
+    rows, held_out = source.rows(tasks.stepwise)
+    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    total = training.total_steps(len(train.tokens))
+    head_of = lambda size: classifier_head(size, 2, bias=True, reads="every")
+    judge, head = setup.with_head(model, training.seed, head_of)
+    loss_fn, prepared = judge.of_whole(objective(judge.lm, head)), partial(prepare, last_step_only=last_step_only)
+
+    state, figures = fit(
+        run, training, setup.offline_step(loss_fn, prepared, training), judge.params,
+        lambda number, size: setup.take(train, training.seed, number, size),
+        total=total, fixed=judge.context(), shown=("loss", "accuracy"),
+        evaluate=setup.evaluation(loss_fn, test and prepared(test), training.batch_size),
+    )  # fmt: skip
+    judge.export(run.path, state, tokenizer)
+    return figures

@@ -1,0 +1,93 @@
+"""Q and V on a language model's hidden states: what ILQL trains, samples with, and writes beside the model."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from rlhf.lm import Bound, Head
+from rlhf.losses.offline import polyak
+from rlhf.models import mapping
+from rlhf.models.heads import q_head
+from rlhf.rollouts.types import Array
+from rlhf.train import TrainState
+
+FILE = "heads.safetensors"
+
+
+class Heads(NamedTuple):
+    """Two Qs of every token, and V; parameters `{"q": …, "v": …}`, those of the Qs stacked, `[2, …]`."""
+
+    q: Head
+    v: Head
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Fresh parameters; `key` is consumed."""
+        q_key, v_key = jax.random.split(key)
+        return {"q": jax.vmap(self.q.init)(jax.random.split(q_key)), "v": self.v.init(v_key)}
+
+    def both(self, q_params: Any, hidden: Array) -> Array:
+        """Both Qs, `[..., D]` -> `[..., 2, V]`."""
+        return jnp.moveaxis(jax.vmap(self.q.apply, (0, None))(q_params, hidden), 0, -2)
+
+
+def heads_of(hidden_size: int, vocab_size: int) -> Heads:
+    """Heads on hidden states `[..., hidden_size]`.
+
+    >>> heads = heads_of(4, 96)
+    >>> heads.both(heads.init(jax.random.key(0))["q"], jnp.ones((3, 4))).shape
+    (3, 2, 96)
+    """
+    return Heads(q_head(hidden_size, vocab_size), q_head(hidden_size, 1))
+
+
+def shift(heads: Heads, params: dict[str, Any], beta: float | Array) -> Partial:
+    """`logits + β (min Q_target - V)`, a transform for `rollouts.sampler`  (ILQL, arXiv:2206.11871).
+
+    Args:
+      heads, params: of `load`, or a train state's; of the params `target` and `v` are read.
+      beta: β, per deviation of the logged rewards; 0 is the model itself.  A temperature divides the sum.
+
+    Returns: a transform of logits `[B, V]`; another β, or other parameters, compile nothing.
+    """
+    return Partial(Bound(_shift, (heads,)), params={name: params[name] for name in ("target", "v")}, beta=beta)
+
+
+def following(every: int, rate: float) -> Callable[[int, TrainState], TrainState]:
+    """A hook of `rlhf.loop.fit`: every so many steps `context["target"]` moves towards the Qs, by `losses.offline.polyak`.
+
+    Raises: ValueError for less than one step, or a rate outside (0, 1].
+    """
+    if every < 1 or not 0 < rate <= 1:
+        raise ValueError(f"slow Qs follow every 1 or more steps at a rate in (0, 1], not every {every} at {rate}")
+    move = jax.jit(partial(polyak, rate=rate), donate_argnums=0)
+    follow = lambda context, params: context | {"target": move(context["target"], params["q"])}
+    return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))
+
+
+def save(file: Path, params: dict[str, Any]) -> None:
+    """Writes `{"q": …, "v": …, "target": …}` as a safetensors file."""
+    from safetensors.numpy import save_file
+
+    save_file({"/".join(path): np.ascontiguousarray(leaf) for path, leaf in mapping.flat(params).items()}, file)
+
+
+def load(file: Path) -> tuple[Heads, dict[str, Any]]:
+    """What `save` wrote, and the heads whose parameters they are.
+
+    Raises: FileNotFoundError.
+    """
+    from safetensors.numpy import load_file
+
+    params = mapping.nested({tuple(name.split("/")): jnp.asarray(leaf) for name, leaf in load_file(file).items()})
+    return heads_of(params["q"]["inner"].shape[1], params["q"]["weight"].shape[-1]), params
+
+
+def _shift(heads, logits, step, *, params, beta):
+    advantages = heads.both(params["target"], step.hidden).min(-2) - heads.v.apply(params["v"], step.hidden)[:, None]
+    return logits + (beta * advantages / step.temperature).astype(logits.dtype)
