@@ -34,9 +34,29 @@ class Recipe(NamedTuple):
     task: str = TASK
 
 
+SAMPLED = "--max_new_tokens 8 --learning_rate 5e-4"
 RECIPES: dict[str, Recipe] = {
-    "sft": Recipe("--batch_size 64 --learning_rate 3e-3 --steps 100", 0.3, start="new"),
-}
+    "sft": Recipe("--batch_size 64 --learning_rate 3e-3 --steps 100", 0.35, start="new"),
+    "gkd": Recipe("--teacher TEACHER --batch_size 64 --learning_rate 2e-3 --steps 150 --max_new_tokens 8", 0.85),
+    "dpo": Recipe("--batch_size 64 --learning_rate 1e-3 --steps 100", 0.8, "eval_accuracy"),
+    "kto": Recipe("--batch_size 64 --learning_rate 1e-3 --steps 100 --beta 1 --desirable_weight 2", 0.5),
+    "bco": Recipe("--batch_size 64 --learning_rate 1e-3 --steps 100 --beta 1 --dataset_accuracy 0.75", 0.5),
+    "orpo": Recipe("--batch_size 64 --learning_rate 3e-3 --steps 100", 0.5),
+    "cpo": Recipe("--batch_size 64 --learning_rate 1e-3 --steps 100", 0.5),
+    "reward": Recipe("--batch_size 64 --learning_rate 1e-3 --steps 100", 0.8, "eval_accuracy"),
+    "prm": Recipe("--batch_size 64 --learning_rate 2e-3 --steps 200", 0.8, "eval_accuracy"),
+    "grpo": Recipe(f"{SAMPLED} --num_samples 8 --batch_size 16 --mini_batches 2 --updates_per_batch 2 --steps 100", 0.48),
+    "rloo": Recipe(f"{SAMPLED} --num_samples 8 --batch_size 16 --mini_batches 2 --updates_per_batch 2 --steps 100", 0.48),
+    "ppo": Recipe(f"{SAMPLED} --batch_size 128 --lam 1.0 --steps 80", 0.5),
+    "online_dpo": Recipe(f"{SAMPLED} --num_samples 8 --batch_size 32 --mini_batches 2 --steps 120", 0.5),
+    "xpo": Recipe(f"{SAMPLED} --batch_size 128 --steps 120", 0.46),
+    "nash_md": Recipe(f"{SAMPLED} --batch_size 128 --beta 0.01 --steps 120", 0.46),
+    "rft": Recipe("--max_new_tokens 8 --num_samples 8 --batch_size 64 --learning_rate 1e-3 --steps 50", 0.48),
+    "ilql": Recipe(
+        "--max_new_tokens 10 --num_samples 4 --batch_size 128 --learning_rate 3e-3 --target_rate 0.1 --beta 4 --steps 300",
+        0.9, "eval_reward", start="new", task="task:walks:4",
+    ),
+}  # fmt: skip
 
 
 def run(*words: str) -> None:
@@ -49,14 +69,17 @@ def run(*words: str) -> None:
 
 
 def begun(folder: Path, start: str, task: str, seed: int) -> Path:
-    """The model that a recipe begins with: new, or a weak policy of its task."""
-    new, weak = folder / f"new-{task.replace(':', '-')}-{seed}", folder / f"weak-{task.replace(':', '-')}-{seed}"
-    if not new.exists():
-        run("new", str(new), "--task", task, "--seed", str(seed))
-    if start == "weak" and not (weak / "model").exists():
-        knobs = "--batch_size 64 --learning_rate 3e-3 --steps 100 --log_every 10".split()
-        run("sft", "--model", str(new), "--dataset", task, *knobs, "--seed", str(seed), "--output", str(weak))
-    return weak / "model" if start == "weak" else new
+    """The model that recipes begin with: new, a weak policy of the task, or a teacher, which has gone on from there."""
+    target = folder / f"{start}-{task.replace(':', '-')}-{seed}"
+    if start == "new":
+        if not target.exists():
+            run("new", str(target), "--task", task, "--seed", str(seed))
+        return target
+    if not (target / "model").exists():
+        before, steps = ("new", "100") if start == "weak" else ("weak", "400")
+        options = ["--dataset", task, "--batch_size", "64", "--learning_rate", "3e-3", "--steps", steps, "--log_every", "10"]
+        run("sft", "--model", str(begun(folder, before, task, seed)), *options, "--seed", str(seed), "--output", str(target))
+    return target / "model"
 
 
 def judged(model: Path, recipe: Recipe) -> float:
@@ -70,18 +93,18 @@ def judged(model: Path, recipe: Recipe) -> float:
 def learned(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
     """Before, after and seconds of one run."""
     model, target = begun(folder, recipe.start, recipe.task, seed), folder / f"{name}-{seed}"
-    command = name.split("-")[0]
     found = target / "learned.json"
     if not found.exists():
         own = recipe.figure != "pass@1"
         begin = time.perf_counter()
         judge = ["--eval_dataset", recipe.task] if own else []
-        options = [*recipe.options.split(), *judge, "--log_every", "10", "--seed", str(seed)]
-        run(command, "--model", str(model), "--dataset", recipe.task, *options, "--output", str(target))
+        taught = lambda word: str(begun(folder, "teacher", recipe.task, seed)) if word == "TEACHER" else word
+        options = [*map(taught, recipe.options.split()), *judge, "--log_every", "10", "--seed", str(seed)]
+        run(name, "--model", str(model), "--dataset", recipe.task, *options, "--output", str(target))
         seconds = time.perf_counter() - begin
         if own:
             rows = [row[recipe.figure] for row in metrics_of(target) if recipe.figure in row]
-            figures = {"before": rows[0] if len(rows) > 1 else float("nan"), "after": rows[-1]}
+            figures = {"before": None, "after": rows[-1]}
         else:
             figures = {"before": judged(model, recipe), "after": judged(target / "model", recipe)}
         found.write_text(json.dumps({**figures, "seconds": seconds}))
@@ -100,9 +123,10 @@ def main():
             recipe = RECIPES[name]
             found = [learned(name, recipe, seed, args.runs or Path(temporary)) for seed in args.seeds]
             after = [one["after"] for one in found]
+            shown = lambda values: " ".join("–" if x is None else f"{x:.2f}" for x in values)
             rows.append(
                 {"recipe": name, "task": recipe.task.removeprefix("task:"), "figure": recipe.figure,
-                 "before": " ".join(f"{one['before']:.2f}" for one in found), "after": " ".join(f"{x:.2f}" for x in after),
+                 "before": shown(one["before"] for one in found), "after": shown(after),
                  "at least": recipe.least, "learned": "yes" if min(after) >= recipe.least else "NO",
                  "seconds": max(one["seconds"] for one in found)}
             )  # fmt: skip

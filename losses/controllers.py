@@ -32,13 +32,13 @@ def fixed(coef) -> Controller:
     Args:
       coef: β, a number or `[]`.
 
-    Returns: a controller; `update(state, observed)` takes anything and gives back the state, coefficients `[]` float32.
+    Returns: a controller; `update(state, …)` takes anything and gives back the state, coefficients `[]` float32.
 
     >>> controller = fixed(0.1)
     >>> controller.update(controller.init(), 9.0).coef.item()
     0.1
     """
-    return Controller(lambda: _state(coef, coef), lambda state, observed: state)
+    return Controller(lambda: _state(coef, coef), lambda state, *observed: state)
 
 
 def adaptive_kl(*, target=6.0, horizon=10_000, init_coef=0.2) -> Controller:

@@ -86,17 +86,25 @@ def averaging(average: Average) -> Callable[[int, TrainState], TrainState]:
     return lambda number, state: state._replace(context=follow(state.context, state.params))
 
 
-def following(every: int, share: float) -> Callable[[int, TrainState], TrainState]:
+def following(
+    every: int, share: float, *, name: str = "reference", of: Callable[[Any], Any] = lambda params: params
+) -> Callable[[int, TrainState], TrainState]:
     """A hook of `rlhf.loop.fit`: every so many steps the reference moves towards the policy  (TR-DPO, arXiv:2404.09656).
 
-    `θ_ref ← (1 - share) θ_ref + share θ`, in `context["reference"]`; a share of 1 copies the policy.
+    `θ_ref ← (1 - share) θ_ref + share θ`; a share of 1 copies the policy.
+
+    Args:
+      every: steps.
+      share: in (0, 1].
+      name: of the context's entry that moves.
+      of: which of the parameters it moves towards.
 
     Raises: ValueError for less than one step, or a share outside (0, 1].
     """
     if every < 1 or not 0 < share <= 1:
-        raise ValueError(f"a reference follows every 1 or more steps by a share in (0, 1], not every {every} by {share}")
+        raise ValueError(f"{name} follows every 1 or more steps by a share in (0, 1], not every {every} by {share}")
     move = jax.jit(partial(polyak, rate=share), donate_argnums=0)
-    follow = lambda context, params: context | {"reference": move(context["reference"], params)}
+    follow = lambda context, params: context | {name: move(context[name], of(params))}
     return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))
 
 

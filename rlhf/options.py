@@ -48,6 +48,8 @@ TRL = {  # what TRL's users type -> what it is here
     "reward_model_name_or_path": "reward",
     "num_ppo_epochs": "updates_per_batch",
     "num_iterations": "updates_per_batch",
+    "ref_model_sync_steps": "sync_every",
+    "ref_model_mixup_alpha": "sync_share",
     "resume_from_checkpoint": "resume",
     "assistant_only_loss": "assistant_only",
     "completion_only_loss": "completion_only",

@@ -93,6 +93,16 @@ def test_reward_and_dpo_with_adapters(base, tmp_path):
     assert np.linalg.matrix_rank(np.asarray(after - before)[0], tol=1e-6) == 2
 
 
+def test_a_reference_follows_its_policy(base, tmp_path):
+    ask = ["dpo", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "3"]
+    assert cli.main([*ask, "--output", str(tmp_path / "stays")]) == 0
+    assert cli.main([*ask, "--sync_every", "2", "--sync_share", "1", "--output", str(tmp_path / "follows")]) == 0
+    stays, follows = (logged(tmp_path / name, "train") for name in ("stays", "follows"))
+    assert [row["margin"] for row in follows[:2]] == pytest.approx([row["margin"] for row in stays[:2]], abs=1e-5)
+    assert stays[2]["margin"] != 0
+    assert follows[2]["margin"] == pytest.approx(0, abs=1e-5)  # after two steps the reference is the policy
+
+
 def test_grpo_samples_scores_and_resumes(base, tmp_path):
     ask = ["grpo", "--model", base, "--dataset", "task:reverse", "--dataset_size", "32", "--batch_size", "4", "--steps", "2"]
     ask += ["--num_samples", "4", "--max_new_tokens", "4", "--beta", "0.1", "--mini_batches", "2", "--loss", "dapo"]
@@ -218,6 +228,9 @@ MISTAKES = [
     ([*SFT, *TASK, "--patience", "2", "--eval_every", "1"], "patience 2 but no rows to judge by; give --eval_dataset"),
     ([*GRPO, *TASK, "--dataset_accuracy", "0.5"], "dataset_accuracy 0.5 is of answers, but prompts have none; leave it out"),
     ([*GRPO, *TASK, "--reward_funcs", "a", "--reward_model_path", "b"], "--reward_funcs are both --reward; give one"),
+    ([*DPO, *TASK, "--sync_every", "2", "--lora_rank", "2"], "with adapters the reference is the model beneath, which stays"),
+    ([*DPO, *TASK, "--sync_every", "2", "--loss", "aot"], "aot takes a reference that stays; leave out --sync_every"),
+    ([*GRPO, *TASK, "--sync_every", "2"], "sync_every 2 moves the reference, but with a beta of 0 there is none; give --beta"),
     ([*SFT, *TASK, "--max_rows", "0"], "max_rows must be at least 1, but is 0"),
     ([*SFT, *TASK, "--fractions", "0.5", "0.5"], "2 fractions of task:reverse; give one of each"),
     ([*SFT, *TASK, "--more_datasets", "task:sort", "--fractions", "0.5", "0.4"], "must be above 0 and sum to 1"),

@@ -98,7 +98,7 @@ def test_prm_says_what_it_cuts():
     tokenizer, rows, separator = stepwise()
     said = []
     prm.lay_out(tokenizer, rows, separator, "none", 8, said.append)
-    assert "rows lost" in said[0]
+    assert "sequences lost" in said[0]
 
 
 # --- distillation -------------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ MISTAKES = [
     ("rft", ["--num_samples", "1"], "num_samples at least 2, to choose from"),
     ("rft", ["--dataset", "FINE"], "reward is not given"),
     ("ilql", ["--tau", "1"], "tau must be in (0, 1)"),
-    ("ilql", ["--target_rate", "0"], "slow Qs follow every 1 or more steps at a rate in (0, 1], not every 5 at 0.0"),
+    ("ilql", ["--target_rate", "0"], "target follows every 1 or more steps by a share in (0, 1], not every 5 by 0.0"),
     ("ilql", ["--dataset", "FINE"], "row 0: reward must be a number, but is None"),
     ("ilql", ["--dataset", "FINE", "--columns", "{prompt: reward, completion: prompt}"], "row 0: reward must be a number"),
 ]

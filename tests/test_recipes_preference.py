@@ -116,7 +116,7 @@ def test_answers_keep_their_labels_and_are_held_against_other_prompts():
     single = [{"prompt": "abcdefg=", "completion": "a", "label": True}, {"prompt": "b=", "completion": "e", "label": False}]
     said = []
     answers = unpaired.lay_out(tokenizer, [*pairs, *single], 6, said.append, mismatched=True)
-    assert said == ["0 rows lost 0 tokens beyond 6; 1 rows with nothing to train on were left out"]
+    assert said == ["0 sequences lost 0 tokens beyond 6; 1 rows with nothing left to train on were left out"]
     text = lambda row, mask: tokenizer.decode(np.asarray(row)[mask], skip_special_tokens=True)
     prompts, own, others = [], [], []
     for tokens, mask, segments in zip(answers.tokens, answers.mask, answers.segment_ids, strict=True):

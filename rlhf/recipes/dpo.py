@@ -65,7 +65,7 @@ def objective(lm: LM, *, max_segments: int = 1, **knobs) -> Callable:
 def main(
     model: setup.Model, source: setup.Data, training: Training, output: str, *, loss: list[str] | None = None,
     loss_weights: list[float] | None = None, beta: float = 0.1, label_smoothing: float | None = None, max_length: int = 1024,
-    packing: Literal["none", "bfd"] = "none", resume: bool = False,
+    packing: Literal["none", "bfd"] = "none", sync_every: int = 0, sync_share: float = 0.6, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Preference pairs without sampling: DPO and its kin.
 
@@ -80,6 +80,8 @@ def main(
       label_smoothing: the share of pairs thought to be labelled the wrong way round; null: the loss's own.
       max_length: tokens of a prompt with its answer; longer ones are cut.
       packing: several pairs in a row: bfd (best fit).
+      sync_every: steps after which the reference moves towards the policy (TR-DPO), and is computed in every step; 0: it stays.
+      sync_share: how far.
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
@@ -90,6 +92,9 @@ def main(
     coupling = [name for name in names if name in pairs_of.COUPLED]
     if coupling and packing != "none":
         raise ValueError(f"{coupling[0]} sorts the pairs of a batch, and packed rows have places without a pair; leave it out")
+    hooks = setup.following(model, sync_every, sync_share)
+    if coupling and hooks:
+        raise ValueError(f"{coupling[0]} takes a reference that stays; leave out --sync_every")
     tokenizer = load_tokenizer(model.model)
     laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     rows, held_out = source.rows(tasks.preferences)
@@ -100,7 +105,9 @@ def main(
     scores = lambda params, context, pairs, key: sequence_logprobs(policy.lm, params, pairs, max_segments=most)
     referenced = jax.jit(lambda context, pairs: scores(policy.reference(context), context, pairs, None))
 
-    def with_reference(pairs):  # once for every row, before the first step
+    def with_reference(pairs):  # once for every row, before the first step; one that moves is asked in the step
+        if hooks:
+            return pairs
         context = policy.context() or {"reference": policy.params}
         logprobs = coupled.in_parts(lambda part: referenced(context, part), pairs, training.batch_size)
         return pairs._replace(ref_logprobs=logprobs)
@@ -114,13 +121,20 @@ def main(
         make_step = coupled.step(scores_fn, compare, training, prepare=weighted)
         evaluate = coupled.evaluation(scores_fn, compare, held, training.batch_size)
     else:
-        loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=mixed, max_segments=most))
+        plain = objective(policy.lm, beta=beta, loss=mixed, max_segments=most)
+
+        def compared(params, context, pairs, key):
+            moved = pairs._replace(ref_logprobs=referenced(context, pairs)) if hooks else pairs
+            return plain(params, context, moved, key)
+
+        loss_fn = policy.of_whole(compared)
         make_step = setup.offline_step(loss_fn, weighted, training)
         evaluate = setup.evaluation(loss_fn, held, training.batch_size)
 
     state, figures = fit(
         run, training, make_step, policy.params, lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, fixed=policy.context(), shown=("loss", "accuracy", "margin"), evaluate=evaluate,
+        total=total, shown=("loss", "accuracy", "margin"), evaluate=evaluate,
+        **setup.kept(policy.context(with_reference=bool(hooks)), hooks),
     )  # fmt: skip
     policy.export(run.path, state, tokenizer)
     return figures

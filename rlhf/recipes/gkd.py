@@ -13,7 +13,6 @@ from rlhf.data.types import Row
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.models import huggingface
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.models.huggingface_config import decoder_of
 from rlhf.recipes import online, setup, sft
 from rlhf.recipes.online import Sampling
@@ -33,16 +32,15 @@ def objective(lm: LM, teacher: LM, *, vocab_size: int | None = None, beta: float
     """
 
     def per_position(params, taught_by, hidden, taught):
-        logits, theirs = lm.unembed(params, hidden), teacher.unembed(taught_by, taught)
-        logits, theirs = (x[..., :vocab_size] / temperature for x in (logits, theirs))
+        both = lm.unembed(params, hidden), teacher.unembed(taught_by, taught)
+        logits, theirs = (x[..., :vocab_size] / temperature for x in both)
         agree = losses.logits.is_top1(logits, jnp.argmax(theirs, axis=-1))
         return losses.distillation.jsd(logits, theirs, beta=beta), agree.astype(jnp.float32)
 
     def loss_fn(params, context, batch, key):
         where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
         hidden, taught = (of.hidden(p, batch.tokens, **where)[0] for of, p in ((lm, params), (teacher, context)))
-        piece = partial(per_position, params, context)
-        found = losses.chunked(piece, hidden, lambda hidden: hidden, jax.lax.stop_gradient(taught))
+        found = losses.chunked(partial(per_position, params, context), hidden, lambda h: h, jax.lax.stop_gradient(taught))
         here = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))  # what position t - 1 says of tokens[:, t]
         divergence, agree = (losses.weighted_sum(here(x), batch.weights) for x in found)
         return divergence, {"agreement": agree}
@@ -55,7 +53,7 @@ def common_vocabulary(tokenizer: Any, model: str, teacher: str) -> int:
 
     Raises: ValueError where their tokenizers differ, or a model has fewer logits than tokens.
     """
-    mine, theirs = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
+    mine, theirs = tokenizer.get_vocab(), huggingface.load_tokenizer(teacher).get_vocab()
     size = min(decoder_of(huggingface.read_config(name)).vocab_size for name in (model, teacher))
     if differ := sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)):
         raise ValueError(
@@ -78,10 +76,7 @@ class Lesson(NamedTuple):
 
 def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> tuple[Batch, Prompts]:
     """Rows of prompt and completion, and their prompts alone; what is cut or left out is said."""
-    kept = data.truncate(data.tokenize_completions(tokenizer, rows), length=length)
-    if kept.rows_cut or kept.rows_removed:
-        cut = f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}"
-        say(f"{cut}; {kept.rows_removed} rows had no completion left")
+    kept = setup.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
     return data.batch(kept.sides[0]), online.Questions.of(tokenizer, [rows[i] for i in kept.kept]).prompts
 
 
@@ -117,9 +112,8 @@ def main(
     if not (0 <= lmbda <= 1 and 0 <= beta <= 1 and loss_temperature > 0):
         raise ValueError(f"lmbda {lmbda} and beta {beta} must be in [0, 1], and loss_temperature {loss_temperature} above 0")
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = huggingface.load_tokenizer(model.model)
     size = common_vocabulary(tokenizer, model.model, teacher)
-    eos_ids = online.ends(tokenizer)
     rows, held_out = source.rows(tasks.demonstrations)
     laid_out = lambda rows: lay_out(tokenizer, rows, max_length, run.say)
     train, test = laid_out(rows), laid_out(held_out)[0] if held_out else None
@@ -127,10 +121,9 @@ def main(
     policy = setup.policy(model, training.seed)
     taught_by, taught, _ = huggingface.load(teacher, dtype=jnp.dtype(model.dtype))
     distil = objective(policy.lm, taught_by, vocab_size=size, beta=beta, temperature=loss_temperature)
-    draw = partial(rollouts.generate, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), eos_ids=eos_ids)
+    draw = partial(rollouts.generate, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), eos_ids=online.ends(tokenizer))
 
-    def loss_fn(params, context, batch, key):
-        return distil(policy.whole(params, context), context["teacher"], batch, key)
+    loss_fn = lambda params, context, batch, key: distil(policy.whole(params, context), context["teacher"], batch, key)
 
     def make_step(optimizer):
         update = setup.offline_step(loss_fn, sft.prepare, training)(optimizer)

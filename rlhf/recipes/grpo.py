@@ -76,7 +76,7 @@ def iteration(
 def main(
     model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
     loss: str = "grpo", clip_low: float | None = None, clip_high: float | None = None, beta: float = 0.0,
-    updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
+    sync_every: int = 0, sync_share: float = 0.6, updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Group relative policy optimisation: samples groups of answers, scores them, and compares within each group.
 
@@ -87,13 +87,18 @@ def main(
       loss: grpo, dr_grpo, dapo, lite_ppo, gspo, luspo, gmpo, cispo, sapo, vespo, dppo or max_rl.
       clip_low: lower half-width of the trust region; null: the loss's own.
       clip_high: upper half-width; null: the loss's own.
-      beta: coefficient of the KL to the model as it was; 0: that is not computed.
+      beta: coefficient of the KL to the reference, which is the model as it was; 0: that is not computed.
+      sync_every: steps after which the reference moves towards the policy; 0: it stays.
+      sync_share: how far.
       updates_per_batch: passes over the sampled answers.
       mini_batches: optimizer steps of a pass.
       resume: go on with the run in the folder.
     """
     run, groups = RunFolder(output, options=locals()), sampling.num_samples
     algorithm = online.algorithm(loss, sampling.max_new_tokens, clip_low=clip_low, clip_high=clip_high)
+    hooks = setup.following(model, sync_every, sync_share)
+    if hooks and not beta:
+        raise ValueError(f"sync_every {sync_every} moves the reference, but with a beta of 0 there is none; give --beta")
     begin = online_steps.start(
         run, model, source, training, scoring,
         rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
@@ -109,7 +114,7 @@ def main(
 
     state, figures = online_steps.learn(
         begin, policy, sample, compared, partial(prepare, weights=algorithm.weights), loss_fn,
-        fixed=policy.context(with_reference=beta > 0),
+        **setup.kept(policy.context(with_reference=beta > 0), hooks),
     )  # fmt: skip
     policy.export(run.path, state, begin.tokenizer)
     return figures

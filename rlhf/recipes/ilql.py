@@ -2,27 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import data, losses, rollouts, tasks
+from rlhf import averages, data, losses, tasks
 from rlhf.data.types import Row
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.losses import offline
 from rlhf.models import huggingface
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.models.huggingface_config import decoder_of
 from rlhf.recipes import online, q_heads, setup
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.recipes.q_heads import Heads
-from rlhf.rollouts import Prompts, Rollout
 from rlhf.rollouts.types import Array
 from rlhf.runs import RunFolder
-from rlhf.train import TrainState, reference
+from rlhf.train import reference
 
 
 class Trajectories(NamedTuple):
@@ -88,10 +87,7 @@ def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> Trajector
         reward = row.get("reward")
         if not isinstance(reward, int | float) or not np.isfinite(reward):
             raise ValueError(f"row {number}: reward must be a number, but is {reward!r}")
-    kept = data.truncate(data.tokenize_completions(tokenizer, rows), length=length)
-    if kept.rows_cut or kept.rows_removed:
-        cut = f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}"
-        say(f"{cut}; {kept.rows_removed} rows had no completion left")
+    kept = setup.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
     rewards = np.array([row["reward"] for row in rows], np.float32)[kept.kept]
     if np.ptp(rewards) == 0:
         raise ValueError(f"the reward is {rewards[0]} in all {len(rewards)} rows, so that there is nothing to learn; check it")
@@ -125,8 +121,8 @@ def main(
     run = RunFolder(output, options=locals())
     if not (0 < tau < 1 and 0 <= discount <= 1):
         raise ValueError(f"tau must be in (0, 1) and discount in [0, 1], but they are {tau} and {discount}")
-    follow = q_heads.following(target_every, target_rate)
-    tokenizer = load_tokenizer(model.model)
+    follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
+    tokenizer = huggingface.load_tokenizer(model.model)
     eos_ids = online.ends(tokenizer)
     rows, held_out = source.rows(tasks.trajectories)
     train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None
@@ -141,14 +137,7 @@ def main(
     def loss_fn(params, context, batch, key):
         return loss({**params, "lm": policy.whole(params["lm"], context)}, context, batch, key)
 
-    def sample(state: TrainState, prompts: Prompts, key) -> Rollout:
-        temperature, filters = sampling.sampler()
-        lean = q_heads.shift(heads, state.params | state.context, beta)
-        return rollouts.generate(
-            policy.lm, policy.whole(state.params["lm"], state.context), prompts, key, max_new_tokens=sampling.max_new_tokens,
-            num_samples=sampling.num_samples, eos_ids=eos_ids, sampler=rollouts.Sampler(temperature, (lean, *filters)),
-        )  # fmt: skip
-
+    sample = q_heads.player(policy, heads, sampling, eos_ids, beta)
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, prepare, training), {"lm": policy.params, **fresh},
         lambda number, size: setup.take(train, training.seed, number, size),

@@ -1,6 +1,6 @@
 """The frame of recipes that sample: what a run starts from, the optimizer steps on a batch of answers, and the loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from rlhf import rollouts, tasks
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
+from rlhf.losses import moments
+from rlhf.losses.controllers import Controller
 from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import online, setup
 from rlhf.rollouts import Prompts
 from rlhf.runs import RunFolder
 from rlhf.train import TrainState, minibatches, train_step
+
+RUNNING = moments.running()
 
 
 class Start(NamedTuple):
@@ -63,8 +67,9 @@ def learn(
     prepare: Callable,
     loss_fn: Callable,
     *,
-    fixed: dict[str, Any],
+    fixed: dict[str, Any] | None = None,
     context: dict[str, Any] | None = None,
+    hooks: Sequence[Callable] = (),
     answer: Callable | None = None,
     target_kl: float | None = None,
     shown: tuple[str, ...] = ("reward", "completion_length"),
@@ -77,7 +82,7 @@ def learn(
       experience: `(state, rollout, rewards [B]) -> (state, batch, figures)`; what of the state's context moves, moves here.
       prepare: `(mini-batch) -> mini-batch`, with its weights and all else that couples its rows.
       loss_fn: of the prepared mini-batch, for `train_step`.
-      fixed, context: of the state, as in `rlhf.loop.fit`.
+      fixed, context, hooks: as in `rlhf.loop.fit`.
       answer: as `sample`, for evaluations; None: `sample`.
       target_kl: as in `updates`.
 
@@ -106,7 +111,7 @@ def learn(
     evaluate = begin.test and online.evaluation(run, answer or sample, begin.judge, begin.test, training, begin.tokenizer)
     return fit(
         run, training, make_step, policy.params, lambda number, size: begin.train.take(training.seed, number, size),
-        total=begin.total, fixed=fixed, context=context, updates=begin.mini_batches * begin.epochs, shown=shown,
+        total=begin.total, fixed=fixed, context=context, hooks=hooks, updates=begin.mini_batches * begin.epochs, shown=shown,
         evaluate=evaluate,
     )  # fmt: skip
 
@@ -134,6 +139,30 @@ def updates(
     (state, _), metrics = jax.lax.scan(unless_far, (state, jnp.array(False)), batches)
     number = metrics.pop("updates").sum()
     return state, {**jax.tree.map(lambda x: x.sum() / number, metrics), "updates": number}
+
+
+def moving(controller: Controller) -> dict[str, Any]:
+    """What `adapted` keeps in the context: the KL coefficient, and the moments of all scores."""
+    return {"kl": controller.init(), "scores": RUNNING.init()}
+
+
+def adapted(
+    experience: Callable, context: Any, scores: Any, controller: Controller, *, scale_scores: bool = False,
+    score_clip: float | None = None,
+) -> tuple[Any, Any, dict]:  # fmt: skip
+    """`(context, batch, figures)`: `experience(scores, kl_coef=…)` with what moves from batch to batch.
+
+    Args:
+      controller: of the KL coefficient, which moves by the KL seen.
+      scale_scores: less the mean of all so far, divided by their deviation.
+      score_clip: scores beyond ± this are cut, after scaling.
+    """
+    so_far, kl = RUNNING.update(context["scores"], scores), context["kl"]
+    scaled = (scores - so_far.mean) * jax.lax.rsqrt(so_far.variance + 1e-8) if scale_scores else scores
+    scaled = scaled if score_clip is None else jnp.clip(scaled, -score_clip, score_clip)
+    batch, seen = experience(scaled, kl_coef=kl.coef)
+    moved = {"kl": controller.update(kl, seen["kl_to_reference"], len(scores)), "scores": so_far}
+    return context | moved, batch, {**seen, "reward": jnp.nanmean(scores), "kl_coef": kl.coef}
 
 
 def iteration(

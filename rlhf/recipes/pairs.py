@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rlhf import data, losses, rollouts
 from rlhf.data.types import Row
 from rlhf.losses import preference
+from rlhf.recipes import setup
 from rlhf.rollouts import Pairs
 
 COLUMNS = ("chosen", "rejected")
@@ -20,10 +21,8 @@ def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable
     """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed."""
     kind = data.TRIPLE if "reference" in columns else data.IMPLICIT_PREFERENCE
     rows = [data.extract_prompt(row) if "prompt" not in row else row for row in data.checked(rows, kind)]
-    kept = data.truncate(*(data.tokenize_completions(tokenizer, rows, column=column) for column in columns), length=length)
-    if kept.rows_cut or kept.rows_removed:
-        cut = f"{kept.rows_cut} sequences lost {kept.tokens_cut} tokens beyond {length}"
-        say(f"{cut}; {kept.rows_removed} pairs with a side that has nothing to train on were left out")
+    sides = (data.tokenize_completions(tokenizer, rows, column=column) for column in columns)
+    kept = setup.truncated(*sides, length=length, say=say)
     if packing == "bfd":
         return data.best_fit_pairs(*kept.sides, length=2 * length)
     arrays = data.batch([side for row in zip(*kept.sides, strict=True) for side in row])

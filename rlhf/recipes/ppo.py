@@ -1,6 +1,7 @@
 """Proximal policy optimisation for language models: value head on the policy's trunk, KL to the reference in the reward."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -122,9 +123,9 @@ def main(
     controller = losses.controllers.fixed(kl_coef)
     if kl_target is not None:
         controller = losses.controllers.adaptive_kl(target=kl_target, horizon=kl_horizon, init_coef=kl_coef)
-    rows, moments = training.batch_size * num_samples, losses.moments.running()
     begin = online_steps.start(
-        run, model, source, training, scoring, rows=rows, mini_batches=mini_batches, epochs=updates_per_batch
+        run, model, source, training, scoring,
+        rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy, head = setup.reward_model(model, training.seed)  # its head starts at 0, as a value head should
     actor, whole = policy._replace(params=policy.params["lm"], head=None), online.params_of(policy)
@@ -132,19 +133,16 @@ def main(
     loss_fn = policy.of_whole(objective(policy.lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef))
 
     def estimated(state, rollout, scores):
-        so_far, kl = moments.update(state.context["scores"], scores), state.context["kl"]
-        scaled = (scores - so_far.mean) * jax.lax.rsqrt(so_far.variance + 1e-8) if scale_rewards else scores
-        batch, seen = experience(
-            policy.lm, head, whole(state), actor.reference(state.context), rollout, scaled,
-            kl_coef=kl.coef, discount=discount, lam=lam, whiten_rewards=whiten_rewards,
+        learn_from = partial(
+            experience, policy.lm, head, whole(state), actor.reference(state.context), rollout,
+            discount=discount, lam=lam, whiten_rewards=whiten_rewards,
         )  # fmt: skip
-        observed = seen["kl_to_reference"], *(() if kl_target is None else (rows,))
-        context = state.context | {"kl": controller.update(kl, *observed), "scores": so_far}
-        return state._replace(context=context), batch, {**seen, "reward": jnp.nanmean(scores), "kl_coef": kl.coef}
+        context, batch, seen = online_steps.adapted(learn_from, state.context, scores, controller, scale_scores=scale_rewards)
+        return state._replace(context=context), batch, seen
 
     state, figures = online_steps.learn(
         begin, policy, sample, estimated, prepare, loss_fn, fixed=actor.context(with_reference=True),
-        context={"kl": controller.init(), "scores": moments.init()}, target_kl=target_kl, shown=("reward", "kl_to_reference"),
+        context=online_steps.moving(controller), target_kl=target_kl, shown=("reward", "kl_to_reference"),
     )  # fmt: skip
     actor.export(run.path, state._replace(params=state.params["lm"]), begin.tokenizer)
     return figures

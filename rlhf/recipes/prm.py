@@ -50,10 +50,7 @@ def objective(lm: LM, head: Head) -> Callable:
 
 def lay_out(tokenizer, rows: list[Row], separator: str, packing: str, length: int, say: Callable) -> Solutions:
     """Stepwise rows as arrays; what is cut or left out is said."""
-    kept = data.truncate(data.tokenize_steps(tokenizer, rows, separator=separator), length=length)
-    if kept.rows_cut or kept.rows_removed:
-        cut = f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}"
-        say(f"{cut}; {kept.rows_removed} rows without a whole step were left out")
+    kept = setup.truncated(data.tokenize_steps(tokenizer, rows, separator=separator), length=length, say=say)
     steps = kept.sides[0]
     arranged = partial(data.best_fit, length=length) if packing == "bfd" else data.batch
     labels = arranged([step._replace(tokens=step.labels) for step in steps]).tokens  # they lie as their tokens do

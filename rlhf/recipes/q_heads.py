@@ -1,7 +1,6 @@
 """Q and V on a language model's hidden states: what ILQL trains, samples with, and writes beside the model."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from rlhf import rollouts
 from rlhf.lm import Bound, Head
-from rlhf.losses.offline import polyak
 from rlhf.models import mapping
 from rlhf.models.heads import q_head
+from rlhf.recipes import setup
+from rlhf.recipes.online import Sampling
+from rlhf.rollouts import Prompts, Rollout
 from rlhf.rollouts.types import Array
 from rlhf.train import TrainState
 
@@ -58,16 +60,18 @@ def shift(heads: Heads, params: dict[str, Any], beta: float | Array) -> Partial:
     return Partial(Bound(_shift, (heads,)), params={name: params[name] for name in ("target", "v")}, beta=beta)
 
 
-def following(every: int, rate: float) -> Callable[[int, TrainState], TrainState]:
-    """A hook of `rlhf.loop.fit`: every so many steps `context["target"]` moves towards the Qs, by `losses.offline.polyak`.
+def player(policy: setup.Policy, heads: Heads, sampling: Sampling, eos_ids: tuple[int, ...], beta: float) -> Callable:
+    """`(state, prompts, key) -> Rollout` of answers that lean to what is valued; `state` is ILQL's."""
 
-    Raises: ValueError for less than one step, or a rate outside (0, 1].
-    """
-    if every < 1 or not 0 < rate <= 1:
-        raise ValueError(f"slow Qs follow every 1 or more steps at a rate in (0, 1], not every {every} at {rate}")
-    move = jax.jit(partial(polyak, rate=rate), donate_argnums=0)
-    follow = lambda context, params: context | {"target": move(context["target"], params["q"])}
-    return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))
+    def sample(state: TrainState, prompts: Prompts, key) -> Rollout:
+        temperature, filters = sampling.sampler()
+        lean = shift(heads, state.params | state.context, beta)
+        return rollouts.generate(
+            policy.lm, policy.whole(state.params["lm"], state.context), prompts, key, max_new_tokens=sampling.max_new_tokens,
+            num_samples=sampling.num_samples, eos_ids=eos_ids, sampler=rollouts.Sampler(temperature, (lean, *filters)),
+        )  # fmt: skip
+
+    return sample
 
 
 def save(file: Path, params: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import adapters, peft_files, tasks
+from rlhf import adapters, averages, data, peft_files, tasks
 from rlhf.data import batch_indices, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
@@ -107,6 +107,10 @@ class Data:
         source = self.eval_dataset or self.dataset
         return train, self._rows(source, self.eval_split or "train", kind, 256, 1, knobs)
 
+    def questions(self) -> list[Row]:
+        """Rows to judge by alone; of a generated task not those that are trained on."""
+        return self._rows(self.dataset, self.split, tasks.prompts, self.dataset_size, 1, {})
+
     def _rows(self, source: str, split: str, kind: Callable, number: int, seed: int, knobs) -> list[Row]:
         if source.startswith(tasks.PREFIX):
             if self.dataset_accuracy is not None:
@@ -189,6 +193,21 @@ def hidden_size(lm: LM, params: Any) -> int:
     return jax.eval_shape(lambda p, x: lm.hidden(p, x, positions=x, segment_ids=x)[0], params, one).shape[-1]
 
 
+def following(options: Model, every: int, share: float) -> list[Callable]:
+    """The `hooks` of `rlhf.loop.fit` that move the reference every so many steps; none for 0.
+
+    Raises: ValueError where there are adapters, and as `rlhf.averages.following`.
+    """
+    if every and options.lora_rank:
+        raise ValueError(f"sync_every {every}, but with adapters the reference is the model beneath, which stays; leave it out")
+    return [averages.following(every, share)] if every else []
+
+
+def kept(context: dict[str, Any], hooks: list[Callable]) -> dict[str, Any]:
+    """`context`, `fixed` and `hooks` of `rlhf.loop.fit`: what moves is saved, what does not is not."""
+    return {"context": context, "hooks": hooks} if hooks else {"fixed": context}
+
+
 def named(name: str, known: Mapping[str, Any], what: str) -> Any:
     """What a name stands for.  Raises: ValueError for one that is not known, with the nearest that is."""
     if name not in known:
@@ -196,6 +215,15 @@ def named(name: str, known: Mapping[str, Any], what: str) -> Any:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"{what} {name!r} is not known; {hint}known: {', '.join(known)}")
     return known[name]
+
+
+def truncated(*sides: Any, length: int, say: Callable) -> data.Truncated:
+    """`data.truncate`; what is cut or left out is said."""
+    kept = data.truncate(*sides, length=length)
+    if kept.rows_cut or kept.rows_removed:
+        cut = f"{kept.rows_cut} sequences lost {kept.tokens_cut} tokens beyond {length}"
+        say(f"{cut}; {kept.rows_removed} rows with nothing left to train on were left out")
+    return kept
 
 
 def offline_step(loss_fn: Callable, prepare: Callable, training: Training) -> Callable:

@@ -43,11 +43,7 @@ def lay_out(rows: list[data.Tokenized], packing: str, length: int, say: Callable
         return data.wrapped(rows, length=length)
     if packing == "split":
         return data.best_fit(data.split(rows, length=length), length=length)
-    kept = data.truncate(rows, length=length)
-    if kept.rows_cut or kept.rows_removed:
-        say(
-            f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}; {kept.rows_removed} rows had none to train on"
-        )
+    kept = setup.truncated(rows, length=length, say=say)
     return data.best_fit(kept.sides[0], length=length) if packing == "bfd" else data.batch(kept.sides[0])
 
 

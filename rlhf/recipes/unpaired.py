@@ -31,12 +31,8 @@ class Answers(NamedTuple):
 def lay_out(tokenizer, rows: list[Row], length: int, say: Callable, *, mismatched: bool = False) -> Answers:
     """Rows with a label as arrays, those of preferences and steps taken apart; what is cut or left out is said."""
     rows = [new for row in rows for new in ([row] if data.type_of(row) == data.UNPAIRED_PREFERENCE else data.unpaired(row))]
-    kept = data.truncate(
-        data.tokenize_completions(tokenizer, list(data.checked(rows, data.UNPAIRED_PREFERENCE))), length=length
-    )
-    if kept.rows_cut or kept.rows_removed:
-        cut = f"{kept.rows_cut} rows lost {kept.tokens_cut} tokens beyond {length}"
-        say(f"{cut}; {kept.rows_removed} rows with nothing to train on were left out")
+    rows = list(data.checked(rows, data.UNPAIRED_PREFERENCE))
+    kept = setup.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
     order = prompts_in_turn(kept.sides[0])
     own = [kept.sides[0][i] for i in order]
     sides = (own, *data.truncate(data.mismatched(own), length=length).sides) if mismatched else (own,)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf import rollouts, tasks
+from rlhf import rollouts
 from rlhf.models import huggingface
 from rlhf.recipes import online, setup
 from rlhf.recipes.online import Sampling, Scoring
@@ -36,7 +36,7 @@ def main(
     """
     lm, params, tokenizer = load_run(model)
     judge = scoring.judge(source, tokenizer)
-    questions = online.Questions.of(tokenizer, source.rows(tasks.prompts)[0])
+    questions = online.Questions.of(tokenizer, source.questions())
     answer = partial(rollouts.generate, lm, params, max_new_tokens=sampling.max_new_tokens, eos_ids=online.ends(tokenizer))
     likeliest, drawn, lines = [], [], []
     for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):

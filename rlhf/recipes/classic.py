@@ -1,0 +1,94 @@
+"""PPO as classic TRL had it: you sample and score as you like, and `step(state, queries, responses, scores)` learns from it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf import data, losses, rollouts
+from rlhf.lm import LM, Head
+from rlhf.losses.controllers import Controller
+from rlhf.recipes import online_steps, ppo
+from rlhf.rollouts import Rollout
+from rlhf.train import TrainState, init_state, minibatches, reference, train_step
+
+ADAPTIVE = losses.controllers.adaptive_kl()
+
+
+def start(params: Any, optimizer, key, *, controller: Controller = ADAPTIVE) -> TrainState:
+    """The state of `ppo_step`: `params` is `{"lm": …, "head": …}`, and a copy of the model as it is becomes the reference."""
+    context = {"reference": reference(params["lm"]), **online_steps.moving(controller)}
+    return init_state(params, optimizer, key, context)
+
+
+def ppo_step(
+    lm: LM, head: Head, optimizer, *, length: int, controller: Controller = ADAPTIVE, scale_scores: bool = False,
+    score_clip: float | None = None, target_kl: float | None = None, epochs: int = 4, mini_batches: int = 1,
+    micro_batches: int = 1, discount: float = 1.0, lam: float = 0.95, **knobs,
+) -> Callable:  # fmt: skip
+    """`step(state, queries, responses, scores) -> (state, figures)`: PPO on answers that you have drawn from `state.params`.
+
+    Queries and responses are lists of lists of tokens, scores numbers, one each (NaN: could not be scored).  The KL to the
+    reference is paid per token, with a coefficient that the controller moves by what it sees.
+
+    Args:
+      lm, head: the policy and its value head.
+      optimizer: any optax transformation.
+      length: columns of a row; one compiled program serves all that fit.
+      controller: of the KL coefficient, such as `losses.controllers.fixed(0.2)`.
+      scale_scores: less the mean of all so far, divided by their deviation.
+      score_clip: scores beyond ± this are cut, after scaling.
+      target_kl: nats a token by which the policy may move on one batch; beyond it the other optimizer steps are left out.
+      epochs, mini_batches, micro_batches: passes over the answers, the optimizer steps of each, and the parts of a step.
+      discount, lam: of generalised advantages.
+      knobs: of `ppo.objective`: clip, value_clip, value_coef.
+
+    Raises: from `step`, ValueError for unequal numbers of queries, responses and scores, for one without tokens, and for more
+      tokens than `length`.
+    """
+    train = train_step(ppo.objective(lm, head, **knobs), optimizer, micro_batches=micro_batches)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state, rows, scores, key):
+        where: dict[str, Any] = dict(positions=rows.positions, segment_ids=rows.segment_ids)
+        logprobs = rollouts.token_logprobs(lm, state.params["lm"], rows.tokens, **where) * rows.mask
+        ended = jnp.ones(len(scores), bool)
+        rollout = Rollout(*rows[:4], logprobs, logprobs, ended, jnp.float32(1.0))
+        learn_from = partial(
+            ppo.experience, lm, head, state.params, state.context["reference"], rollout, discount=discount, lam=lam
+        )
+        scaling = dict(scale_scores=scale_scores, score_clip=score_clip)
+        context, batch, seen = online_steps.adapted(learn_from, state.context, scores, controller, **scaling)
+        state = state._replace(context=context)
+        batches = minibatches(key, batch, mini_batches, epochs)
+        state, metrics = online_steps.updates(train, ppo.prepare, state, batches, target_kl=target_kl)
+        return state, {**metrics, **seen}
+
+    def step(state, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores) -> tuple[TrainState, dict]:
+        rows = rows_of(queries, responses, length)
+        scores = jnp.asarray(scores, jnp.float32)
+        if scores.shape != (len(queries),):
+            raise ValueError(f"{len(queries)} queries but scores {list(scores.shape)}; give one number each")
+        return update(state, rows, scores, jax.random.fold_in(state.key, state.step))
+
+    return step
+
+
+def rows_of(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], length: int):
+    """Queries with their responses as a `Batch` of `length` columns, responses trained.  Raises: as `ppo_step`'s step."""
+    if len(queries) != len(responses):
+        raise ValueError(f"{len(queries)} queries but {len(responses)} responses; give one each")
+    for name, texts in (("query", queries), ("response", responses)):
+        if empty := [i for i, tokens in enumerate(texts) if not len(tokens)]:
+            raise ValueError(f"{name} {empty[0]} has no tokens; give at least one")
+    whole = [
+        data.Tokenized([*map(int, query), *map(int, response)], [False] * len(query) + [True] * len(response))
+        for query, response in zip(queries, responses, strict=True)
+    ]
+    longest = int(np.max([len(row.tokens) for row in whole]))
+    if longest > length:
+        raise ValueError(f"a query with its response has {longest} tokens, but length is {length}; raise it, or sample fewer")
+    return jax.tree.map(jnp.asarray, data.batch(whole, length=length))
