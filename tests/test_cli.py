@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,38 @@ def test_chat_answers_line_after_line(base, capsys, monkeypatch):
     assert all(set(answer) <= set("abcdefghijklmnopqrstuvwxyz0123456789=+-:\n ") for answer in answers)
 
 
+def shorter(prompts, answers, others):
+    """A judge: the shorter answer wins."""
+    return [0.5 if len(a) == len(b) else float(len(a) < len(b)) for a, b in zip(answers, others, strict=True)]
+
+
+def test_a_model_wins_against_another(base, tmp_path, capsys):
+    other = str(tmp_path / "other")
+    assert cli.main(["new", other, "--hidden_size", "16", "--num_heads", "2", "--seed", "1"]) == 0
+    ask = ["--dataset", "task:reverse", "--dataset_size", "16", "--max_new_tokens", "4", "--num_samples", "1"]
+
+    def rate(model, against, *more):
+        assert cli.main(["eval", model, *ask, "--against", against, *more]) == 0
+        words = capsys.readouterr().out.split()
+        return float(words[words.index("win_rate") + 1])
+
+    assert rate(base, base) == 0.5
+    assert rate(base, other, "--reward", "length") == pytest.approx(1 - rate(other, base, "--reward", "length"))
+    by_judge = rate(base, other, "--judge", f"{__name__}:shorter")
+    assert by_judge != 0.5
+    assert by_judge == pytest.approx(1 - rate(other, base, "--judge", f"{__name__}:shorter"))
+
+
+def test_several_tokens_may_end_an_answer(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer, file = huggingface.load_tokenizer(base), tmp_path / "base" / "generation_config.json"
+    assert huggingface.end_ids(base, tokenizer) == (2,)
+    file.write_text(json.dumps({"eos_token_id": [7, 5]}))
+    assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2, 5, 7)
+    file.unlink()
+    assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2,)
+
+
 def test_every_name_of_trl_is_an_option_here():
     known = set()
     for fn in (importlib.import_module(module).main for module, _ in cli.COMMANDS.values() if ".recipes." in module):
@@ -268,6 +301,7 @@ MISTAKES = [
     ([*GRPO, *TASK, "--reward", "[my.rewards:score]"], "reward 'my.rewards:score': No module named"),
     ([*GRPO, *TASK, "--reward", "[accuracy]", "--reward_weights", "[1,2]"], "1 rewards but 2 reward_weights"),
     ([*GRPO, "--dataset", bad("fine.jsonl")], "reward is not given"),
+    ([*GRPO, *TASK, "--more_datasets", "task:sort"], "reward is not given; for files, and for several datasets, choose from"),
     ([*GRPO, *TASK, "--num_samples", "0"], "num_samples and max_new_tokens must be at least 1"),
     ([*GRPO, *TASK, "--temperature", "0"], "temperature must be above 0"),
     ([*GRPO, *TASK, "--top_p", "1.5"], "p is a probability, 0 < p <= 1, but it is 1.5"),

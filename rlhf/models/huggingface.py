@@ -132,6 +132,14 @@ def load_tokenizer(path_or_name) -> Any:
     return tokenizer
 
 
+def end_ids(path_or_name, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's end token, and those that generation_config.json names (some models have
+    several)."""
+    file = _folder(path_or_name) / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    return tuple(sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}))
+
+
 def model_type(path_or_name) -> str:
     """The family that config.json names, a key of `FAMILIES`."""
     return configs.transformers_config(_folder(path_or_name)).model_type

@@ -113,7 +113,7 @@ def main(
         raise ValueError(f"lmbda {lmbda} and beta {beta} must be in [0, 1], and loss_temperature {loss_temperature} above 0")
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
     tokenizer = huggingface.load_tokenizer(model.model)
-    size = common_vocabulary(tokenizer, model.model, teacher)
+    size, eos_ids = common_vocabulary(tokenizer, model.model, teacher), online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.demonstrations)
     laid_out = lambda rows: lay_out(tokenizer, rows, max_length, run.say)
     train, test = laid_out(rows), laid_out(held_out)[0] if held_out else None
@@ -121,7 +121,7 @@ def main(
     policy = setup.policy(model, training.seed)
     taught_by, taught, _ = huggingface.load(teacher, dtype=jnp.dtype(model.dtype))
     distil = objective(policy.lm, taught_by, vocab_size=size, beta=beta, temperature=loss_temperature)
-    draw = partial(rollouts.generate, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), eos_ids=online.ends(tokenizer))
+    draw = partial(rollouts.generate, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), eos_ids=eos_ids)
 
     loss_fn = lambda params, context, batch, key: distil(policy.whole(params, context), context["teacher"], batch, key)
 

@@ -104,7 +104,7 @@ def main(
         rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
-    sample = online.sampler(policy, sampling, begin.tokenizer)
+    sample = online.sampler(policy, sampling, begin.eos_ids)
     loss_fn = policy.of_whole(objective(policy.lm, loss=algorithm.loss, kl_coef=beta))
 
     def compared(state, rollout, rewards):

@@ -123,7 +123,7 @@ def main(
         raise ValueError(f"tau must be in (0, 1) and discount in [0, 1], but they are {tau} and {discount}")
     follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
     tokenizer = huggingface.load_tokenizer(model.model)
-    eos_ids = online.ends(tokenizer)
+    eos_ids = online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.trajectories)
     train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None
     total = training.total_steps(len(train.tokens))

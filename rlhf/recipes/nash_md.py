@@ -83,8 +83,8 @@ def main(
     policy = setup.policy(model, training.seed)
     params_of = online.params_of(policy)
     both = lambda state: (params_of(state), policy.reference(state.context))
-    player = online.player(policy.lm, params_of, drawing, begin.tokenizer)
-    opponent = online.player(geometric_mixture(policy.lm, mixture_coef=mixture_coef), both, drawing, begin.tokenizer)
+    player = online.player(policy.lm, params_of, drawing, begin.eos_ids)
+    opponent = online.player(geometric_mixture(policy.lm, mixture_coef=mixture_coef), both, drawing, begin.eos_ids)
 
     def played(state, rollout, rewards):
         return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards)

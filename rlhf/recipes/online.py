@@ -14,6 +14,7 @@ from rlhf.data.types import Row
 from rlhf.lm import LM
 from rlhf.loop import Training
 from rlhf.losses import presets
+from rlhf.models.huggingface import end_ids
 from rlhf.recipes import setup
 from rlhf.recipes.online_scoring import Judge as Judge
 from rlhf.recipes.online_scoring import Scoring as Scoring
@@ -95,16 +96,16 @@ class Questions(NamedTuple):
         return Asked(setup.select(self.prompts, np.asarray(chosen)), columns, key)
 
 
-def ends(tokenizer: Any) -> tuple[int, ...]:
+def ends(model: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer.  Raises: ValueError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token, so that no answer would end; set eos_token in tokenizer_config.json")
-    return (tokenizer.eos_token_id,)
+    return end_ids(model, tokenizer)
 
 
-def sampler(policy: setup.Policy, sampling: Sampling, tokenizer: Any) -> Callable:
+def sampler(policy: setup.Policy, sampling: Sampling, eos_ids: tuple[int, ...]) -> Callable:
     """`(state, prompts, key) -> Rollout` of `num_samples` answers a prompt by the policy as it is."""
-    return player(policy.lm, params_of(policy), sampling, tokenizer, sampling.num_samples)
+    return player(policy.lm, params_of(policy), sampling, eos_ids, sampling.num_samples)
 
 
 def params_of(policy: setup.Policy) -> Callable:
@@ -112,9 +113,9 @@ def params_of(policy: setup.Policy) -> Callable:
     return lambda state: policy.whole(state.params, state.context)
 
 
-def player(lm: LM, params_of: Callable, drawing: Drawing, tokenizer: Any, num_samples: int = 1) -> Callable:
+def player(lm: LM, params_of: Callable, drawing: Drawing, eos_ids: tuple[int, ...], num_samples: int = 1) -> Callable:
     """`(state, prompts, key) -> Rollout` of `num_samples` answers a prompt; `params_of(state)` are the parameters of `lm`."""
-    settings: dict[str, Any] = dict(max_new_tokens=drawing.max_new_tokens, sampler=drawing.sampler(), eos_ids=ends(tokenizer))
+    settings: dict[str, Any] = dict(max_new_tokens=drawing.max_new_tokens, sampler=drawing.sampler(), eos_ids=eos_ids)
 
     def sample(state: TrainState, prompts: Prompts, key) -> Rollout:
         return rollouts.generate(lm, params_of(state), prompts, key, num_samples=num_samples, **settings)

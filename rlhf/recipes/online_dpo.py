@@ -68,7 +68,7 @@ def main(
         run, model, source, training, scoring, rows=training.batch_size, mini_batches=mini_batches
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
-    sample = online.player(policy.lm, online.params_of(policy), drawing, begin.tokenizer, num_samples)
+    sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)
     loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=LOSSES[loss]))
 
     def preferred(state, rollout, rewards):

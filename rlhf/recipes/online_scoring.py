@@ -54,16 +54,17 @@ class Scoring:
 
         Raises: ValueError for a reward that is not known, a missing column, and a reward model with another tokenizer.
         """
-        own: Any = jax.jit(tasks.find(source.dataset).score) if source.dataset.startswith(tasks.PREFIX) else None
+        generated = source.dataset.startswith(tasks.PREFIX) and not source.more_datasets
+        own: Any = jax.jit(tasks.find(source.dataset).score) if generated else None
         names = self.reward or []
         if not names and own is None:
             known = f"{', '.join(REWARDS)}, the folder of a reward model, or module:function"
-            raise ValueError(f"reward is not given; for a dataset of files choose from {known}")
+            raise ValueError(f"reward is not given; for files, and for several datasets, choose from {known}")
         weights = self.reward_weights or [1.0] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"{len(names)} rewards but {len(weights)} reward_weights; give one each")
         weighted = dict(zip(names, weights, strict=True))
-        functions = {name: _function(name) for name in names if not is_model(name)}
+        functions = {name: function(name) for name in names if not is_model(name)}
         folders = {name: _folder(name, tokenizer) for name in names if is_model(name)}
         parts = [(weighted[name], _of_model(name, folder)) for name, folder in folders.items()]
         if functions:
@@ -90,7 +91,8 @@ def is_model(name: str) -> bool:
     return ":" not in name and ("/" in name or Path(name).is_dir())
 
 
-def _function(name: str) -> Callable:
+def function(name: str) -> Callable:
+    """A reward of `REWARDS`, or one of your own as module:function.  Raises: ValueError for one that is not there."""
     module, colon, function = name.partition(":")
     if not colon:
         return setup.named(name, REWARDS, "reward")

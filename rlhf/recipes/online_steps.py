@@ -27,6 +27,7 @@ class Start(NamedTuple):
     run: RunFolder
     training: Training
     tokenizer: Any
+    eos_ids: tuple[int, ...]  # of the tokens that end an answer
     train: online.Questions
     test: online.Questions | None
     total: int  # steps
@@ -52,11 +53,12 @@ def start(
         cut = f"{mini_batches} mini-batches of {training.micro_batches} equal parts, {epochs} times"
         raise ValueError(f"a step's {rows} rows cannot be taken in {cut}; change --mini_batches or --batch_size")
     tokenizer = load_tokenizer(model.model)
-    online.ends(tokenizer)
+    eos_ids = online.ends(model.model, tokenizer)
     asked, held_out = source.rows(tasks.prompts)
     train, test = online.Questions.of(tokenizer, asked), online.Questions.of(tokenizer, held_out) if held_out else None
     total = training.total_steps(len(asked))
-    return Start(run, training, tokenizer, train, test, total, scoring.judge(source, tokenizer), mini_batches, epochs)
+    judge = scoring.judge(source, tokenizer)
+    return Start(run, training, tokenizer, eos_ids, train, test, total, judge, mini_batches, epochs)
 
 
 def learn(

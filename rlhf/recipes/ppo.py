@@ -129,7 +129,7 @@ def main(
     )  # fmt: skip
     policy, head = setup.reward_model(model, training.seed)  # its head starts at 0, as a value head should
     actor, whole = policy._replace(params=policy.params["lm"], head=None), online.params_of(policy)
-    sample = online.player(policy.lm, lambda state: whole(state)["lm"], drawing, begin.tokenizer, num_samples)
+    sample = online.player(policy.lm, lambda state: whole(state)["lm"], drawing, begin.eos_ids, num_samples)
     loss_fn = policy.of_whole(objective(policy.lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef))
 
     def estimated(state, rollout, scores):

@@ -74,7 +74,7 @@ def main(
     percentiles, updates = np.linspace(start_percentile, end_percentile, improve_steps), improve_steps * mini_batches
     begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
-    sample = online.sampler(policy, sampling, begin.tokenizer)
+    sample = online.sampler(policy, sampling, begin.eos_ids)
     make_update = setup.offline_step(policy.of_whole(sft.objective(policy.lm)), sft.prepare, training)
 
     def make_step(optimizer):

@@ -71,7 +71,7 @@ def main(
         rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
-    sample = online.player(policy.lm, online.params_of(policy), drawing, begin.tokenizer, num_samples)
+    sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)
     loss_fn = policy.of_whole(objective(policy.lm, clip_low=clip_low, clip_high=clip_high))
     knobs = dict(num_samples=num_samples, kl_coef=beta, normalize=normalize_advantages)
 

@@ -64,8 +64,8 @@ def main(
     pairs_of.check(online_dpo.LOSSES[loss], beta=beta)
     begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
-    player = online.player(policy.lm, online.params_of(policy), drawing, begin.tokenizer)
-    opponent = online.player(policy.lm, lambda state: policy.reference(state.context), drawing, begin.tokenizer)
+    player = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids)
+    opponent = online.player(policy.lm, lambda state: policy.reference(state.context), drawing, begin.eos_ids)
     loss_fn = policy.of_whole(objective(policy.lm, alpha=alpha, beta=beta, loss=online_dpo.LOSSES[loss]))
 
     def preferred(state, rollout, rewards):

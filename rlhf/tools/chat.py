@@ -5,7 +5,7 @@ import sys
 import jax
 
 from rlhf import data, rollouts
-from rlhf.recipes.online import Sampling, ends
+from rlhf.recipes.online import Sampling
 from rlhf.tools.evaluate import load_run
 
 
@@ -16,7 +16,7 @@ def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
       model: a run's folder, or a model's folder or name.
       seed: of what is drawn.
     """
-    lm, params, tokenizer = load_run(model)
+    lm, params, tokenizer, eos_ids = load_run(model)
     messages: list[dict[str, str]] = []
     for number, line in enumerate(iter(lambda: _asked().rstrip("\n"), "")):
         messages.append({"role": "user", "content": line})
@@ -24,7 +24,7 @@ def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
         prompts = data.prompts(data.tokenize_prompts(tokenizer, [row]))
         rollout = rollouts.generate(
             lm, params, prompts, jax.random.key(seed + number), max_new_tokens=sampling.max_new_tokens,
-            sampler=sampling.sampler(), eos_ids=ends(tokenizer),
+            sampler=sampling.sampler(), eos_ids=eos_ids,
         )  # fmt: skip
         answer = rollouts.text.completions(tokenizer, rollout)[0]
         messages.append({"role": "assistant", "content": answer})
