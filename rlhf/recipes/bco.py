@@ -52,9 +52,7 @@ def main(
     begun = {"rewards": moments.running().init()}
     unpaired.check(objective(beta=beta), begun)
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say)
-    rows, held_out = source.rows(tasks.unpaired)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(tasks.unpaired, lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say))
     total = training.total_steps(len(train.tokens))
     policy = setup.policy(model, training.seed)
     with_reference = lambda answers: unpaired.with_reference(policy, answers, training.batch_size)

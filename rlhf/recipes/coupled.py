@@ -1,7 +1,6 @@
 """Objectives that couple rows, as steps and evaluations: scores row by row, then one loss of those of all rows together."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,20 +20,8 @@ def step(
     update_context: Callable | None = None,
 ) -> Callable:
     """`make_step` of `rlhf.loop.fit`: `setup.offline_step` for the arguments of `rlhf.coupled_train_step`."""
-
-    def make_step(optimizer):
-        step = coupled_train_step(
-            scores_fn, objective, optimizer, micro_batches=training.micro_batches, update_context=update_context
-        )
-
-        @partial(jax.jit, donate_argnums=0)
-        def update(state, batch):
-            state, metrics = step(state, prepare(batch))
-            return state, {**metrics, "tokens": (batch.segment_ids != 0).sum()}
-
-        return update
-
-    return make_step
+    knobs: dict[str, Any] = dict(micro_batches=training.micro_batches, update_context=update_context)
+    return setup.prepared_step(lambda optimizer: coupled_train_step(scores_fn, objective, optimizer, **knobs), prepare)
 
 
 def evaluation(

@@ -126,11 +126,11 @@ def main(
         raise ValueError(f"packing {packing} is of pairs, but {loss} has three answers a prompt; leave it out")
     columns = (*pairs_of.COLUMNS, "reference") if loss in TRIPLES else pairs_of.COLUMNS
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, columns)
-    rows, held_out = source.rows(tasks.preferences)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, columns)
+    )
     total = training.total_steps(len(train.tokens))
-    most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
+    most = pairs_of.segments(train, test)
     policy = setup.policy(model, training.seed)
     amount = nll_coef if nll_coef is not None else 0.0 if loss in ALONE else 1.0
     loss_fn = policy.of_whole(objective(policy.lm, loss=per_pair, nll_coef=amount, max_segments=most))

@@ -96,11 +96,11 @@ def main(
     if coupling and hooks:
         raise ValueError(f"{coupling[0]} takes a reference that stays; leave out --sync_every")
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
-    rows, held_out = source.rows(tasks.preferences)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
+    )
     total = training.total_steps(len(train.tokens))
-    most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
+    most = pairs_of.segments(train, test)
     policy = setup.policy(model, training.seed)
     scores = lambda params, context, pairs, key: sequence_logprobs(policy.lm, params, pairs, max_segments=most)
     referenced = jax.jit(lambda context, pairs: scores(policy.reference(context), context, pairs, None))

@@ -64,9 +64,9 @@ def main(
     compare = objective(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     unpaired.check(compare)
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say, mismatched=loss == "kto")
-    rows, held_out = source.rows(tasks.unpaired)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.unpaired, lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say, mismatched=loss == "kto")
+    )
     total = training.total_steps(len(train.tokens))
     if warning := advice(train.desirable, desirable_weight, undesirable_weight):
         run.say(warning)

@@ -32,11 +32,11 @@ def main(
     loss = partial(reference_free.orpo, beta=beta)
     pairs_of.check(loss, references=0)
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
-    rows, held_out = source.rows(tasks.preferences)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
+    )
     total = training.total_steps(len(train.tokens))
-    most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
+    most = pairs_of.segments(train, test)
     prepare = partial(cpo.prepare, whole=True, max_segments=most)
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(cpo.objective(policy.lm, loss=loss, whole=True, max_segments=most))

@@ -48,9 +48,9 @@ def lengths(pairs: Pairs, *, max_segments: int = 1):
     return sums(rollouts.pair_rows(pairs).mask.astype(jnp.float32), pairs, max_segments=max_segments)
 
 
-def segments(pairs: Pairs) -> int:
+def segments(*several: Pairs | None) -> int:
     """The most sequences of a row."""
-    return int(pairs.segment_ids.max())
+    return max(int(pairs.segment_ids.max()) for pairs in several if pairs is not None)
 
 
 def sft(chosen, rejected, ref_chosen, ref_rejected, *, chosen_length, rejected_length):

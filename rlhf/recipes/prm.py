@@ -78,9 +78,9 @@ def main(
     generated = source.dataset.startswith(tasks.PREFIX)
     if step_separator is None:
         step_separator = tasks.find(source.dataset).step_separator if generated else "\n"
-    laid_out = lambda rows: lay_out(tokenizer, rows, step_separator, packing, max_length, run.say)
-    rows, held_out = source.rows(tasks.stepwise)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.stepwise, lambda rows: lay_out(tokenizer, rows, step_separator, packing, max_length, run.say)
+    )
     total = training.total_steps(len(train.tokens))
     head_of = lambda size: classifier_head(size, 2, bias=True, reads="every")
     judge, head = setup.with_head(model, training.seed, head_of)

@@ -61,11 +61,11 @@ def main(
     """
     run = RunFolder(output, options=locals())
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
-    rows, held_out = source.rows(tasks.preferences)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
+    )
     total = training.total_steps(len(train.tokens))
-    most = max(pairs_of.segments(pairs) for pairs in (train, test) if pairs is not None)
+    most = pairs_of.segments(train, test)
     judge, head = setup.reward_model(model, training.seed)
     loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most))
 

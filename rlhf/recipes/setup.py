@@ -107,6 +107,11 @@ class Data:
         source = self.eval_dataset or self.dataset
         return train, self._rows(source, self.eval_split or "train", kind, 256, 1, knobs)
 
+    def laid_out(self, kind: Callable, lay_out: Callable[[list[Row]], Any]) -> tuple[Any, Any]:
+        """`rows` as arrays; None for the second where none were asked for."""
+        train, held_out = self.rows(kind)
+        return lay_out(train), lay_out(held_out) if held_out else None
+
     def questions(self) -> list[Row]:
         """Rows to judge by alone; of a generated task not those that are trained on."""
         return self._rows(self.dataset, self.split, tasks.prompts, self.dataset_size, 1, {})
@@ -228,9 +233,14 @@ def truncated(*sides: Any, length: int, say: Callable) -> data.Truncated:
 
 def offline_step(loss_fn: Callable, prepare: Callable, training: Training) -> Callable:
     """`make_step` of `rlhf.loop.fit` for batches that are there before the step: prepared, and taken in one program."""
+    return prepared_step(lambda optimizer: train_step(loss_fn, optimizer, micro_batches=training.micro_batches), prepare)
+
+
+def prepared_step(step_of: Callable, prepare: Callable) -> Callable:
+    """`offline_step` for any step, `step_of(optimizer)`."""
 
     def make_step(optimizer):
-        step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
+        step = step_of(optimizer)
 
         @partial(jax.jit, donate_argnums=0)
         def update(state, batch):

@@ -66,9 +66,10 @@ def main(
     """
     run = RunFolder(output, options=locals())
     tokenizer = load_tokenizer(model.model)
-    laid_out = lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say)
-    rows, held_out = source.rows(tasks.demonstrations)
-    train, test = laid_out(rows), laid_out(held_out) if held_out else None
+    train, test = source.laid_out(
+        tasks.demonstrations,
+        lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say),
+    )
     total = training.total_steps(len(train.tokens))
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(objective(policy.lm))
