@@ -116,7 +116,10 @@ def preferences(lm, params, folder: Path, rng):
     names = ("prompt", "chosen", "rejected")
     write(
         folder / "dpo.jsonl",
-        [dict(zip(names, map(text, row), strict=True)) for row in zip(prompts, chosen, rejected, strict=True)],
+        [
+            dict(zip(names, (f"{text(p)} ", text(c), text(r)), strict=True))  # a space, lest two words become one
+            for p, c, r in zip(prompts, chosen, rejected, strict=True)
+        ],
     )
     whole = lambda answers: [
         Tokenized([*p, *a, END], [False] * HALF + [True] * HALF) for p, a in zip(prompts, answers, strict=True)
