@@ -19,7 +19,7 @@ class Average(NamedTuple):
     value: Callable
 
 
-def ema(*, decay: float = 0.999) -> Average:
+def ema(*, decay: float = 0.99) -> Average:
     """`EMA ← decay · EMA + (1 - decay) θ`, from the first parameters on.
 
     Args:
@@ -106,6 +106,3 @@ def following(
     move = jax.jit(partial(polyak, rate=share), donate_argnums=0)
     follow = lambda context, params: context | {name: move(context[name], of(params))}
     return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))
-
-
-AVERAGES: dict[str, Callable[..., Average]] = {"ema": ema, "bema": bema}

@@ -11,7 +11,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlhf.averages import AVERAGES, averaging
+from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
@@ -38,6 +38,7 @@ class Training:
       weight_decay: of matrices, as AdamW has it.
       max_grad_norm: longer gradients are cut to this length.
       average: of the parameters over the steps, which is judged and exported in place of the last ones.
+      average_decay: of ema, which spans about 1 / (1 - average_decay) steps.
       seed: of everything random.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations; there is one at the end too.  0: only there.
@@ -57,6 +58,7 @@ class Training:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     average: Literal["none", "ema", "bema"] = "none"
+    average_decay: float = 0.99
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -76,6 +78,8 @@ class Training:
             raise ValueError(f"steps must be at least 1 and epochs above 0, but they are {self.steps} and {self.epochs}")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0 or self.weight_decay < 0:
             raise ValueError("learning_rate and max_grad_norm must be above 0, and weight_decay at least 0")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay must be in [0, 1), but is {self.average_decay}")
         if self.patience and not self.eval_every:
             raise ValueError(
                 f"patience {self.patience} counts evaluations, but there are none before the end; give --eval_every"
@@ -85,11 +89,13 @@ class Training:
                 f"batch_size {self.batch_size} cannot be taken in {self.micro_batches} equal parts; change --micro_batches"
             )
 
-    def total_steps(self, rows: int) -> int:
-        """Steps of the loop over so many rows an epoch.
+    def total_steps(self, rows: int, *, judged: bool) -> int:
+        """Steps of the loop over so many rows an epoch; `judged` says whether there are rows to judge by.
 
-        Raises: ValueError where an epoch has fewer rows than a batch.
+        Raises: ValueError where an epoch has fewer rows than a batch, and for a patience with nothing to judge by.
         """
+        if self.patience and not judged:
+            raise ValueError(f"patience {self.patience} but no rows to judge by; give --eval_dataset")
         if rows < self.batch_size:
             raise ValueError(f"{rows} rows but batch_size {self.batch_size}; give more data or a smaller --batch_size")
         return self.steps or max(1, round(self.epochs * (rows // self.batch_size)))
@@ -142,15 +148,13 @@ def fit(
       updates: optimizer steps that one step of the loop takes.
       hooks: `(number, state) -> state` after every step, in their order, such as those of `rlhf.averages`.
       evaluate: `(state) -> figures`, every `training.eval_every` steps and at the end.
-      shown: figures that stand beside the progress bar, and in `curves.png`.
+      shown: figures beside the progress bar, and in `curves.png`; patience judges by the first that evaluations have.
 
     Returns: the last state, with the averaged parameters where there are, and the last figures.
     """
-    if training.patience and evaluate is None:
-        raise ValueError(f"patience {training.patience} but no rows to judge by; give --eval_dataset")
     optimizer, context, judged = optimizer_of(training, total * updates), dict(context or {}), lambda state: state
     if training.average != "none":
-        average = AVERAGES[training.average]()
+        average = bema() if training.average == "bema" else ema(decay=training.average_decay)
         context["average"], hooks = average.init(params), [*hooks, averaging(average)]
         judged = lambda state: state._replace(params=average.value(state.context["average"], state.params))
     state = init_state(params, optimizer, jax.random.key(training.seed), {**context, **(fixed or {})})
@@ -174,7 +178,7 @@ def fit(
             final = number == total
             if evaluate is not None and (final or (training.eval_every and number % training.eval_every == 0)):
                 log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
-                final = final or _is_stuck(run, f"eval_{shown[0]}", training.patience)
+                final = final or (training.patience > 0 and _is_stuck(run, shown, training.patience))
             if final or (training.save_every and number % training.save_every == 0):
                 checkpoints.save(saved(state))
             return final
@@ -198,11 +202,19 @@ def fit(
     return judged(state), last
 
 
-def _is_stuck(run: RunFolder, name: str, patience: int) -> bool:
-    """Whether so many evaluations have brought nothing better; of a loss the lower is better, of all else the higher."""
-    found = [row[name] for row in run.read("metrics.jsonl") if name in row]
-    best = found.index((min if name.endswith("loss") else max)(found)) if found else 0
-    return 0 < patience <= len(found) - 1 - best
+def _is_stuck(run: RunFolder, shown: Sequence[str], patience: int) -> bool:
+    """Whether so many evaluations have brought nothing better, by the first figure shown that they have.
+
+    Of a loss the lower is better, of all else the higher.
+    """
+    rows = [row for row in run.read("metrics.jsonl") if row["phase"] == "eval"]
+    known = [name for name in shown if f"eval_{name}" in rows[0]]
+    if not known:
+        raise ValueError(f"patience judges by one of {', '.join(shown)}, but evaluations have {', '.join(rows[0])}")
+    name = f"eval_{known[0]}"
+    found = [row[name] for row in rows]
+    best = found.index((min if name.endswith("loss") else max)(found))
+    return len(found) - 1 - best >= patience
 
 
 def run_steps(

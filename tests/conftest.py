@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).st
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(items):
         ordered = sorted((items[i] for i in places), key=lambda item: str(callspec(item)["name"]))
         for i, item in zip(places, ordered, strict=True):
             items[i] = item
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a tiny new model that commands begin with; nobody writes to it."""
+    from rlhf import cli
+
+    folder = tmp_path_factory.mktemp("models") / "base"
+    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]) == 0
+    return str(folder)
 
 
 def callspec(item):

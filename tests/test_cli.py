@@ -23,13 +23,6 @@ HERE = Path(__file__).parent / "bad_inputs"
 SMALL = ["--dataset_size", "64", "--batch_size", "8", "--learning_rate", "1e-3", "--max_length", "32"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "base"
-    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2"]) == 0
-    return str(folder)
-
-
 def logged(folder: Path, phase: str) -> list[dict]:
     rows = [row for row in runs.metrics_of(folder) if row["phase"] == phase]
     return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows]
@@ -264,6 +257,7 @@ MISTAKES = [
     ([*DPO, *TASK, "--sync_every", "2", "--lora_rank", "2"], "with adapters the reference is the model beneath, which stays"),
     ([*DPO, *TASK, "--sync_every", "2", "--loss", "aot"], "aot takes a reference that stays; leave out --sync_every"),
     ([*GRPO, *TASK, "--sync_every", "2"], "sync_every 2 moves the reference, but with a beta of 0 there is none; give --beta"),
+    (["eval", "BASE", *TASK, "--judge", "m:f"], "judge says who wins against another model; give --against"),
     ([*SFT, *TASK, "--max_rows", "0"], "max_rows must be at least 1, but is 0"),
     ([*SFT, *TASK, "--fractions", "0.5", "0.5"], "2 fractions of task:reverse; give one of each"),
     ([*SFT, *TASK, "--more_datasets", "task:sort", "--fractions", "0.5", "0.4"], "must be above 0 and sum to 1"),

@@ -84,20 +84,22 @@ def test_what_is_fixed_is_not_saved(tmp_path):
     assert state.context["n"].tolist() == [1.0]
 
 
-@pytest.mark.parametrize(("name", "values", "steps"), [("loss", [3, 2, 2, 4, 1, 0], 4), ("reward", [1, 5, 4, 6, 6, 5], 6)])
+@pytest.mark.parametrize(("name", "values", "steps"), [("loss", [3, 2, 2, 4, 1, 0], 4), ("reward", [1, 5, 4, 5, 6, 6], 4)])
 def test_training_ends_when_nothing_gets_better(name, values, steps, tmp_path):
     left = iter(values)
     training = dataclasses.replace(CONSTANT, eval_every=1, patience=2)
     evaluate = lambda state: {name: next(left)}
-    state, figures = run(tmp_path / "run", training, evaluate=evaluate, shown=(name,))
+    state, figures = run(tmp_path / "run", training, evaluate=evaluate, shown=("loss" if name == "loss" else "absent", name))
     assert int(state.step) == steps
     assert figures[f"eval_{name}"] == values[steps - 1]
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == steps
 
 
-def test_refusals(tmp_path):
+def test_refusals():
     with pytest.raises(ValueError, match="patience 1 but no rows to judge by"):
-        run(tmp_path / "run", dataclasses.replace(CONSTANT, eval_every=1, patience=1))
+        dataclasses.replace(CONSTANT, eval_every=1, patience=1).total_steps(8, judged=False)
+    with pytest.raises(ValueError, match=r"average_decay must be in \[0, 1\)"):
+        Training(average_decay=1.0)
     with pytest.raises(ValueError, match="patience 2 counts.*give --eval_every"):
         Training(patience=2)
     with pytest.raises(ValueError, match="by a share in"):

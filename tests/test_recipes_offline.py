@@ -288,13 +288,6 @@ def test_ilql_puts_the_scaled_reward_on_the_last_token():
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("offline") / "base"
-    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]) == 0
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline") / "teacher"
     assert cli.main(["new", str(folder), "--hidden_size", "8", "--num_heads", "2", "--num_layers", "1", "--seed", "1"]) == 0

@@ -25,13 +25,6 @@ TASK = ["--dataset", "task:reverse", "--dataset_size", "16", "--max_new_tokens",
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "base"
-    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]) == 0
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def judge(base, tmp_path_factory):
     """A reward model's run, as far as its export."""
     folder = tmp_path_factory.mktemp("runs") / "judge"

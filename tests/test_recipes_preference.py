@@ -25,13 +25,6 @@ BAD = Path(__file__).parent / "bad_inputs"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "base"
-    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2"]) == 0
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def tiny_lm():
     lm, _ = tiny.models()
     return lm, lm.init(jax.random.key(1)), lm.init(jax.random.key(0))  # with a KL above 0

@@ -99,7 +99,7 @@ def main(
     train, test = source.laid_out(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
-    total = training.total_steps(len(train.tokens))
+    total = training.total_steps(len(train.tokens), judged=test is not None)
     most = pairs_of.segments(train, test)
     policy = setup.policy(model, training.seed)
     scores = lambda params, context, pairs, key: sequence_logprobs(policy.lm, params, pairs, max_segments=most)

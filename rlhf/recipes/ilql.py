@@ -126,7 +126,7 @@ def main(
     eos_ids = online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.trajectories)
     train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None
-    total = training.total_steps(len(train.tokens))
+    total = training.total_steps(len(train.tokens), judged=test is not None)
     judge = scoring.judge(source, tokenizer) if held_out else None
     policy = setup.policy(model, training.seed)
     size = setup.hidden_size(policy.lm, policy.whole(policy.params, policy.context()))
@@ -142,7 +142,7 @@ def main(
         run, training, setup.offline_step(loss_fn, prepare, training), {"lm": policy.params, **fresh},
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), context={"target": reference(fresh["q"])}, hooks=[follow],
-        shown=("loss", "q_loss", "value_loss"),
+        shown=("reward", "loss", "q_loss", "value_loss"),
         evaluate=judge and test and online.evaluation(run, sample, judge, test, training, tokenizer),
     )  # fmt: skip
     policy.export(run.path, state._replace(params=state.params["lm"]), tokenizer)

@@ -56,7 +56,7 @@ def start(
     eos_ids = online.ends(model.model, tokenizer)
     asked, held_out = source.rows(tasks.prompts)
     train, test = online.Questions.of(tokenizer, asked), online.Questions.of(tokenizer, held_out) if held_out else None
-    total = training.total_steps(len(asked))
+    total = training.total_steps(len(asked), judged=test is not None)
     judge = scoring.judge(source, tokenizer)
     return Start(run, training, tokenizer, eos_ids, train, test, total, judge, mini_batches, epochs)
 

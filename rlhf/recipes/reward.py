@@ -64,7 +64,7 @@ def main(
     train, test = source.laid_out(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
-    total = training.total_steps(len(train.tokens))
+    total = training.total_steps(len(train.tokens), judged=test is not None)
     most = pairs_of.segments(train, test)
     judge, head = setup.reward_model(model, training.seed)
     loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most))

@@ -16,10 +16,24 @@ from rlhf.recipes.online_scoring import function
 
 def load_run(model: str) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """`rlhf.load` of a run's model, or of a model's folder or name; and the tokens that end its answers."""
-    inside = Path(model) / "model"
-    name = str(inside) if (inside / "config.json").exists() else model
+    name = folder_of(model)
     lm, params, tokenizer = huggingface.load(name)
     return lm, params, tokenizer, online.ends(name, tokenizer)
+
+
+def folder_of(model: str) -> str:
+    """A run's model, or the model's folder or name itself."""
+    inside = Path(model) / "model"
+    return str(inside) if (inside / "config.json").exists() else model
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """1 where our reward is higher, 0.5 where they are equal, NaN where one could not be scored.
+
+    >>> wins(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0, np.nan])).tolist()
+    [1.0, 0.5, 0.0, nan]
+    """
+    return np.where(np.isnan(ours + theirs), np.nan, np.where(ours == theirs, 0.5, ours > theirs))
 
 
 def main(
@@ -39,37 +53,41 @@ def main(
       output: a .jsonl file for the answers.
       seed: of what is drawn.
     """
-    lm, params, tokenizer, eos_ids = load_run(model)
-    score = scoring.judge(source, tokenizer)
-    rival = load_run(against) if against else None
-    if rival and rival[2].get_vocab() != tokenizer.get_vocab():
+    if judge and not against:
+        raise ValueError("judge says who wins against another model; give --against")
+    prefer, tokenizer = function(judge) if judge else None, huggingface.load_tokenizer(folder_of(model))
+    if against and huggingface.load_tokenizer(folder_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
-    prefer = function(judge) if judge else None
+    score = scoring.judge(source, tokenizer)
     questions = online.Questions.of(tokenizer, source.questions())
+    own, rival = load_run(model), load_run(against) if against else None
 
-    def answer(prompts, key, of=(lm, params, tokenizer, eos_ids), **how):
-        return rollouts.generate(*of[:2], prompts, key, max_new_tokens=sampling.max_new_tokens, eos_ids=of[3], **how)
+    def answer(run, asked, **how):
+        lm, params, _, eos_ids = run
+        return rollouts.generate(
+            lm, params, asked.prompts, asked.key, max_new_tokens=sampling.max_new_tokens, eos_ids=eos_ids, **how
+        )
 
-    likeliest, drawn, wins, lines = [], [], [], []
+    likeliest, drawn, won, lines = [], [], [], []
     for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):
         asked = questions.asked(chosen, jax.random.fold_in(jax.random.key(seed), number))
-        best = answer(asked.prompts, asked.key, sampler=rollouts.greedy())
-        several = answer(asked.prompts, asked.key, sampler=sampling.sampler(), num_samples=sampling.num_samples)
+        best = answer(own, asked, sampler=rollouts.greedy())
+        several = answer(own, asked, sampler=sampling.sampler(), num_samples=sampling.num_samples)
         likeliest.append(np.asarray(score(best, asked.columns, 1)[0], float))
         drawn.append(np.asarray(score(several, asked.columns, sampling.num_samples)[0], float).reshape(len(chosen), -1))
         texts = rollouts.text.prompts(tokenizer, best), rollouts.text.completions(tokenizer, best)
         if rival:
-            other = answer(asked.prompts, asked.key, sampler=rollouts.greedy(), of=rival)
-            said = rollouts.text.completions(tokenizer, other)
-            theirs = np.asarray(score(other, asked.columns, 1)[0], float)
-            higher = np.where(likeliest[-1] == theirs, 0.5, likeliest[-1] > theirs)
-            wins.append(np.asarray(prefer(*texts, said), float) if prefer else higher)
+            other = answer(rival, asked, sampler=rollouts.greedy())
+            if prefer:
+                won.append(np.asarray(prefer(*texts, rollouts.text.completions(tokenizer, other)), float))
+            else:
+                won.append(wins(likeliest[-1], np.asarray(score(other, asked.columns, 1)[0], float)))
         lines += [dict(prompt=p, completion=c, reward=float(r)) for p, c, r in zip(*texts, likeliest[-1], strict=True)]
     right = np.nan_to_num(np.concatenate(drawn)) >= 1
     figures = {"rows": len(questions.rows), "reward": float(np.nanmean(np.concatenate(likeliest)))}
     figures |= {"reward_drawn": float(np.nanmean(np.concatenate(drawn)))}
-    if wins:
-        figures["win_rate"] = float(np.concatenate(wins).mean())
+    if won:
+        figures["win_rate"] = float(np.nanmean(np.concatenate(won)))
     for k in dict.fromkeys((1, 2, 4, 8, sampling.num_samples)):
         if k <= sampling.num_samples:
             figures[f"pass@{k}"] = float(np.mean(rollouts.pass_at_k(right, k)))
