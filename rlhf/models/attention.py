@@ -36,7 +36,7 @@ def attention(
       bias: `[B, N, T, S]`, added to the scores; a leading axis of 1 serves every row.
       scale: on the scores, usually `H ** -0.5`.
       kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the device's fused one where it can serve, else "xla".
-        A fused kernel wants positions that grow along the columns of a segment.
+        Without a cache, positions must grow along the columns of a segment: kernels leave out the keys of later columns.
 
     Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.
 
@@ -57,7 +57,10 @@ def attention(
 
         return splash(q * scale, k, v, segment_ids, window=window, softcap=softcap)
     mask = visible(positions, segment_ids, kv_positions, kv_segment_ids, causal, window)
-    return _cudnn(q, k, v, mask, scale) if chosen == "cudnn" else _xla(q, k, v, mask, softcap, bias, scale)
+    if chosen == "cudnn":
+        return _cudnn(q, k, v, mask, scale)
+    xla = _in_halves if whole and causal and q.shape[2] >= 128 else _xla
+    return xla(q, k, v, mask, softcap, bias, scale)
 
 
 def visible(positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None) -> Array:
@@ -72,6 +75,17 @@ def visible(positions, segment_ids, kv_positions, kv_segment_ids, causal=True, w
     distance = positions[:, :, None] - kv_positions[:, None, :]
     seen = (own == of_keys) & (own != 0) & (distance >= 0)
     return seen if window is None else seen & (distance < window)
+
+
+def _in_halves(q, k, v, mask, softcap, bias, scale):
+    """`_xla`, where the first half of the queries cannot see the second half of the keys: three quarters of the work."""
+    length, half = q.shape[2], q.shape[2] // 2
+
+    def part(rows, end):
+        own = None if bias is None else bias[:, :, rows, :end]
+        return _xla(q[:, :, rows], k[:, :, :end], v[:, :, :end], mask[:, rows, :end], softcap, own, scale)
+
+    return jnp.concatenate([part(slice(0, half), half), part(slice(half, length), length)], axis=2)
 
 
 def _xla(q, k, v, mask, softcap, bias, scale):

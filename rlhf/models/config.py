@@ -150,9 +150,10 @@ Config = TransformerConfig | EncoderDecoderConfig
 
 SAVED = ("q", "k", "v", "attention", "mlp")  # names of activations in a block
 _policies = jax.checkpoint_policies
-CHEAP = ("dynamic_slice", "squeeze", "convert_element_type")  # a layer's weights cut from the stack, and cast
+WEIGHTS = ("dynamic_slice", "squeeze", "convert_element_type")  # a layer's weights cut from the stack, and cast
+ELEMENTWISE = ("add", "sub", "mul", "neg", "select_n", "reshape", "transpose", "broadcast_in_dim", "slice", "concatenate")
 REMAT = {  # what the backward pass finds; the rest it computes again
-    "none": lambda primitive, *_, **__: primitive.name not in CHEAP,  # everything but copies of the weights
+    "none": lambda primitive, *_, **__: primitive.name not in WEIGHTS + ELEMENTWISE,  # all that is worth the memory
     "dots": _policies.dots_with_no_batch_dims_saveable,  # results of products with weights
     "names": _policies.save_only_these_names(*SAVED),
     "offload": _policies.save_and_offload_only_these_names(

@@ -114,10 +114,11 @@ class Stack(Weights):
         """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow.
 
         A layer's weights are cut from the stack where they are used, and cut again in the backward pass: kept, they would be a
-        second copy of the model.
+        second copy of the model.  A CPU runs four layers a turn of the loop: it would fill and copy the loop's buffers.
         """
         c = self.config
         seen, rotary = self._where(positions, segment_ids, None)
+        unroll = 4 if jax.default_backend() == "cpu" else 1
 
         def apply(carry, layers, repeat, place, kinds):
             x, routing = carry
@@ -125,7 +126,7 @@ class Stack(Weights):
             x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross)
             return constrain(x, "batch", "sequence", None), _add(routing, more)
 
-        apply = jax.checkpoint(apply, static_argnums=(3, 4), prevent_cse=False, policy=REMAT[c.remat])
+        apply = jax.checkpoint(apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat])
         carry = x, self._no_routing(x)
         for first, number, stack in _stacks(layers, c):
             kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
@@ -137,7 +138,7 @@ class Stack(Weights):
 
             repeats, rest = divmod(number, len(kinds))
             if repeats:
-                carry, _ = jax.lax.scan(pattern, carry, jnp.arange(repeats))
+                carry, _ = jax.lax.scan(pattern, carry, jnp.arange(repeats), unroll=unroll)
             for place in range(rest):
                 carry = apply(carry, stack, repeats, place, kinds)
         return carry[0], None, carry[1]

@@ -380,6 +380,29 @@ def test_a_window_is_a_mask_in_value_and_gradient():
     jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-5), windowed, pushed)
 
 
+def test_long_rows_are_read_in_halves():
+    """A query sees no later column, so that its half of them is enough: as with keys that are said to be others'."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.normal(size=(2, heads, 131, 8)).astype(np.float32) for heads in (2, 1, 1))
+    segment_ids = np.array([[1] * 40 + [2] * 70 + [0] * 21, [0] * 6 + [1] * 125], np.int32)
+    positions = (
+        np.maximum(np.concatenate([np.arange(40), np.arange(91), np.arange(-6, 125)]), 0).astype(np.int32).reshape(2, 131)
+    )
+    bias = rng.normal(size=(1, 2, 131, 131)).astype(np.float32)
+    real = (segment_ids != 0)[:, None, :, None]
+    others = dict(kv_positions=positions.copy(), kv_segment_ids=segment_ids.copy())
+
+    def loss(arrays, keys):
+        *qkv, bias = arrays
+        where = dict(positions=positions, segment_ids=segment_ids, bias=bias, **keys)
+        return jnp.sum(jnp.where(real, jnp.sin(attention(*qkv, scale=0.3, softcap=4.0, window=50, **where)), 0.0))
+
+    halves, whole = (jax.value_and_grad(loss)((q, k, v, bias), keys) for keys in ({}, others))
+    jax.tree.map(lambda a, b: assert_close(a, b, atol=2e-5), halves, whole)
+    count = lambda keys: str(jax.make_jaxpr(loss)((q, k, v, bias), keys)).count("exp")
+    assert count({}) > count(others)
+
+
 def test_splash_attention_is_ours():
     """TPU's kernel, interpreted: two sequences and padding in a row, a length that is no multiple of its tiles."""
     from rlhf.models.splash import splash
