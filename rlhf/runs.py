@@ -191,6 +191,12 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
     figure.savefig(target, dpi=120)
 
 
+def model_of(name: str) -> str:
+    """The model of a run's folder; of another folder, or a name on the Hub, itself."""
+    inside = Path(name) / "model"
+    return str(inside) if (inside / "config.json").exists() else name
+
+
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """What a run has logged.  Raises: ValueError where the folder is no run's, or nothing is logged yet."""
     try:

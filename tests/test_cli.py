@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -17,7 +19,7 @@ import yaml
 from rlhf import cli, loop, runs, tasks, track
 from rlhf.models import huggingface
 from rlhf.options import TRL, parser_of
-from rlhf.recipes import setup
+from rlhf.recipes import q_heads, setup
 
 HERE = Path(__file__).parent / "bad_inputs"
 SMALL = ["--dataset_size", "64", "--batch_size", "8", "--learning_rate", "1e-3", "--max_length", "32"]
@@ -74,7 +76,7 @@ def test_a_resumed_run_asks_for_the_same(base, tmp_path, capsys):
 
 def test_reward_and_dpo_with_adapters(base, tmp_path):
     ask = ["--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "2", "--lora_rank", "2"]
-    assert cli.main(["reward", *ask, "--output", str(tmp_path / "reward")]) == 0
+    assert cli.main(["reward", *ask, "--center_coef", "0.1", "--output", str(tmp_path / "reward")]) == 0
     *_, params, _ = huggingface.load_classifier(tmp_path / "reward" / "model")
     assert np.abs(params["head"]["weight"]).max() > 0
     extra = ["--loss", "sigmoid", "sft", "--loss_weights=[1,0.5]", "--eval_dataset", "task:reverse"]
@@ -168,6 +170,23 @@ def test_a_model_wins_against_another(base, tmp_path, capsys):
     by_judge = rate(base, other, "--judge", f"{__name__}:shorter")
     assert by_judge != 0.5
     assert by_judge == pytest.approx(1 - rate(other, base, "--judge", f"{__name__}:shorter"))
+
+
+def test_a_run_of_ilql_answers_by_its_values(base, tmp_path):
+    """Both Qs of one token are far above all others, and the run leaned to them: every answer is that token."""
+    (tmp_path / "run").mkdir()
+    shutil.copytree(base, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("beta: 2.0\n")
+    tokenizer = huggingface.load_tokenizer(base)
+    heads = q_heads.heads_of(16, huggingface.load(base)[1]["embedding"].shape[0])
+    params = jax.tree.map(jnp.zeros_like, heads.init(jax.random.key(0)))
+    target = {**params["q"], "bias": params["q"]["bias"].at[:, tokenizer.convert_tokens_to_ids("k")].set(50.0)}
+    q_heads.save(tmp_path / "run" / q_heads.FILE, {**params, "target": target})
+    ask = ["--dataset", "task:reverse", "--dataset_size", "4", "--max_new_tokens", "3", "--num_samples", "1"]
+    for model, same in ((tmp_path / "run", True), (tmp_path / "run" / "model", False)):
+        assert cli.main(["eval", str(model), *ask, "--output", str(tmp_path / "answers.jsonl")]) == 0
+        answers = [json.loads(line)["completion"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        assert (set(answers) == {"kkk"}) == same
 
 
 def test_several_tokens_may_end_an_answer(base, tmp_path):

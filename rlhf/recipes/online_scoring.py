@@ -14,6 +14,7 @@ from rlhf import losses, rollouts, tasks
 from rlhf.models import huggingface
 from rlhf.recipes import setup
 from rlhf.rollouts import Rollout, reward_functions, rewards
+from rlhf.runs import model_of
 
 REWARDS = {
     "accuracy": reward_functions.numeric_accuracy,
@@ -47,15 +48,14 @@ class Scoring:
             have = f"{self.reward_clip} and {self.missing_end_penalty}"
             raise ValueError(f"reward_clip must be above 0 and missing_end_penalty at least 0, but they are {have}")
 
-    def judge(self, source: setup.Data, tokenizer: Any) -> Judge:
+    def judge(self, source: setup.Source, tokenizer: Any) -> Judge:
         """`(rollout, columns, samples a prompt) -> (rewards [B], figures)`; reward models are loaded once all is checked.
 
         Where something else rewards the answers to a generated task, its own score is the figure `task_score`.
 
         Raises: ValueError for a reward that is not known, a missing column, and a reward model with another tokenizer.
         """
-        generated = source.dataset.startswith(tasks.PREFIX) and not source.more_datasets
-        own: Any = jax.jit(tasks.find(source.dataset).score) if generated else None
+        own: Any = jax.jit(tasks.find(source.dataset).score) if source.generated else None
         names = self.reward or []
         if not names and own is None:
             known = f"{', '.join(REWARDS)}, the folder of a reward model, or module:function"
@@ -104,7 +104,7 @@ def function(name: str) -> Callable:
 
 def _folder(name: str, tokenizer: Any) -> str:
     """A run's model, or the folder itself; its tokens must be the policy's."""
-    folder = str(Path(name) / "model") if (Path(name) / "model" / "config.json").exists() else name
+    folder = model_of(name)
     vocabulary, other = tokenizer.get_vocab(), huggingface.load_tokenizer(folder).get_vocab()
     if other != vocabulary:
         raise ValueError(

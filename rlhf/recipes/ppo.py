@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rlhf import losses, rollouts
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
+from rlhf.models import scalar_head
 from rlhf.recipes import online, online_steps, setup
 from rlhf.recipes.online import Drawing, Scoring
 from rlhf.rollouts import Batch, Rollout
@@ -127,7 +128,7 @@ def main(
         run, model, source, training, scoring,
         rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
-    policy, head = setup.reward_model(model, training.seed)  # its head starts at 0, as a value head should
+    policy, head = setup.with_head(model, training.seed, scalar_head)
     actor, whole = policy._replace(params=policy.params["lm"], head=None), online.params_of(policy)
     sample = online.player(policy.lm, lambda state: whole(state)["lm"], drawing, begin.eos_ids, num_samples)
     loss_fn = policy.of_whole(objective(policy.lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef))

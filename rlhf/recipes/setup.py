@@ -17,7 +17,7 @@ from rlhf.data import batch_indices, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
-from rlhf.models import huggingface, scalar_head
+from rlhf.models import classifier_head, huggingface
 from rlhf.train import TrainState, reference, train_step
 
 
@@ -60,8 +60,8 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """The rows to train on, and those to judge by.
+class Source:
+    """Where rows come from.
 
     Args:
       dataset: a .jsonl, .json, .csv or .parquet file, a folder of those, a name on the Hub, or a generated task such as
@@ -69,12 +69,7 @@ class Data:
       split: of the dataset.
       dataset_config: of a dataset on the Hub that has several.
       dataset_size: rows of a generated task.
-      dataset_accuracy: how often the answers in a generated task's rows are right; null: as its kind of rows has it.
       max_rows: read so many rows of a dataset, from its start, and download no more than those; null: all.
-      more_datasets: further ones, trained on together with the first.
-      fractions: the share of each in the mixture, no row twice; null: all rows of all.
-      eval_dataset: rows to judge by, from elsewhere.
-      eval_split: rows to judge by, another split of the dataset; of a generated task there are 256.
       columns: names of the files' columns and what they are here, such as {question: prompt, answer: solution}.
     """
 
@@ -82,54 +77,78 @@ class Data:
     split: str = "train"
     dataset_config: str | None = None
     dataset_size: int = 4096
-    dataset_accuracy: float | None = None
     max_rows: int | None = None
-    more_datasets: list[str] = dataclasses.field(default_factory=list)
-    fractions: list[float] | None = None
-    eval_dataset: str | None = None
-    eval_split: str | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, but is {self.max_rows}")
-        if self.fractions and len(self.fractions) != 1 + len(self.more_datasets):
-            names = ", ".join([self.dataset, *self.more_datasets])
-            raise ValueError(f"{len(self.fractions)} fractions of {names}; give one of each")
 
-    def rows(self, kind: Callable, **knobs) -> tuple[list[Row], list[Row]]:
-        """Rows to train on, and rows to judge by, none where none were asked for; `kind` makes those of a generated task."""
-        names = [self.dataset, *self.more_datasets]
-        sources = [self._rows(name, self.split, kind, self.dataset_size, 0, knobs) for name in names]
-        train = mix(sources, self.fractions).rows if self.fractions else [row for rows in sources for row in rows]
-        if self.eval_dataset is None and self.eval_split is None:
-            return train, []
-        source = self.eval_dataset or self.dataset
-        return train, self._rows(source, self.eval_split or "train", kind, 256, 1, knobs)
-
-    def laid_out(self, kind: Callable, lay_out: Callable[[list[Row]], Any]) -> tuple[Any, Any]:
-        """`rows` as arrays; None for the second where none were asked for."""
-        train, held_out = self.rows(kind)
-        return lay_out(train), lay_out(held_out) if held_out else None
+    @property
+    def generated(self) -> bool:
+        """Whether all rows are of one generated task, which has a score of its own."""
+        return self.dataset.startswith(tasks.PREFIX)
 
     def questions(self) -> list[Row]:
         """Rows to judge by alone; of a generated task not those that are trained on."""
-        return self._rows(self.dataset, self.split, tasks.prompts, self.dataset_size, 1, {})
+        return self.read(self.dataset, self.split, tasks.prompts, self.dataset_size, 1)
 
-    def _rows(self, source: str, split: str, kind: Callable, number: int, seed: int, knobs) -> list[Row]:
+    def read(self, source: str, split: str, kind: Callable, number: int, seed: int, **knobs) -> list[Row]:
+        """The rows of a source; `kind` makes those of a generated task, so many, by a seed."""
         if source.startswith(tasks.PREFIX):
-            if self.dataset_accuracy is not None:
-                if kind is tasks.prompts:
-                    raise ValueError(
-                        f"dataset_accuracy {self.dataset_accuracy} is of answers, but prompts have none; leave it out"
-                    )
-                knobs = knobs | {"accuracy": self.dataset_accuracy}
             return tasks.load(source, kind, number, seed=seed, **knobs)
         read = read_rows if self.max_rows is None else stream_rows
         rows = list(islice(read(source, split=split, config=self.dataset_config), self.max_rows))
         if missing := [name for name in self.columns if name not in rows[0]]:
             raise ValueError(f"columns renames {', '.join(missing)}, but {source} has {', '.join(rows[0])}")
         return [renamed(row, **self.columns) for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Source):
+    """The rows to train on, and those to judge by.
+
+    Args:
+      dataset_accuracy: how often the answers in a generated task's rows are right; null: as its kind of rows has it.
+      more_datasets: further ones, trained on together with the first.
+      fractions: the share of each in the mixture, no row twice; null: all rows of all.
+      eval_dataset: rows to judge by, from elsewhere.
+      eval_split: rows to judge by, another split of the dataset; of a generated task there are 256.
+    """
+
+    dataset_accuracy: float | None = None
+    more_datasets: list[str] = dataclasses.field(default_factory=list)
+    fractions: list[float] | None = None
+    eval_dataset: str | None = None
+    eval_split: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fractions and len(self.fractions) != 1 + len(self.more_datasets):
+            names = ", ".join([self.dataset, *self.more_datasets])
+            raise ValueError(f"{len(self.fractions)} fractions of {names}; give one of each")
+
+    @property
+    def generated(self) -> bool:
+        return super().generated and not self.more_datasets
+
+    def rows(self, kind: Callable, **knobs) -> tuple[list[Row], list[Row]]:
+        """Rows to train on, and rows to judge by, none where none were asked for; `kind` makes those of a generated task."""
+        names = [self.dataset, *self.more_datasets]
+        if self.dataset_accuracy is not None:
+            if kind is tasks.prompts:
+                raise ValueError(f"dataset_accuracy {self.dataset_accuracy} is of answers, but prompts have none; leave it out")
+            knobs = {**knobs, "accuracy": self.dataset_accuracy}
+        sources = [self.read(name, self.split, kind, self.dataset_size, 0, **knobs) for name in names]
+        train = mix(sources, self.fractions).rows if self.fractions else [row for rows in sources for row in rows]
+        if self.eval_dataset is None and self.eval_split is None:
+            return train, []
+        return train, self.read(self.eval_dataset or self.dataset, self.eval_split or "train", kind, 256, 1, **knobs)
+
+    def laid_out(self, kind: Callable, lay_out: Callable[[list[Row]], Any]) -> tuple[Any, Any]:
+        """`rows` as arrays; None for the second where none were asked for."""
+        train, held_out = self.rows(kind)
+        return lay_out(train), lay_out(held_out) if held_out else None
 
 
 class Policy(NamedTuple):
@@ -180,8 +199,11 @@ def policy(options: Model, seed: int) -> Policy:
 
 
 def reward_model(options: Model, seed: int) -> tuple[Policy, Head]:
-    """Loads the model as the trunk of a reward model with a head that starts at 0.  Raises: as `rlhf.load`."""
-    return with_head(options, seed, scalar_head)
+    """Loads the model as the trunk of a reward model with a head that starts at 0, and without a bias, as Hugging Face has it.
+
+    Raises: as `rlhf.load`.
+    """
+    return with_head(options, seed, partial(classifier_head, labels=1, scale=0.0))
 
 
 def with_head(options: Model, seed: int, make: Callable[[int], Head]) -> tuple[Policy, Head]:

@@ -6,7 +6,7 @@ import jax
 
 from rlhf import data, rollouts
 from rlhf.recipes.online import Sampling
-from rlhf.tools.evaluate import load_run
+from rlhf.tools import saved
 
 
 def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
@@ -16,17 +16,15 @@ def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
       model: a run's folder, or a model's folder or name.
       seed: of what is drawn.
     """
-    lm, params, tokenizer, eos_ids = load_run(model)
+    own = saved.load(model)
     messages: list[dict[str, str]] = []
     for number, line in enumerate(iter(lambda: _asked().rstrip("\n"), "")):
         messages.append({"role": "user", "content": line})
-        row = {"prompt": messages if tokenizer.chat_template else line}
-        prompts = data.prompts(data.tokenize_prompts(tokenizer, [row]))
-        rollout = rollouts.generate(
-            lm, params, prompts, jax.random.key(seed + number), max_new_tokens=sampling.max_new_tokens,
-            sampler=sampling.sampler(), eos_ids=eos_ids,
-        )  # fmt: skip
-        answer = rollouts.text.completions(tokenizer, rollout)[0]
+        row = {"prompt": messages if own.tokenizer.chat_template else line}
+        prompts = data.prompts(data.tokenize_prompts(own.tokenizer, [row]))
+        key, sampler = jax.random.key(seed + number), sampling.sampler()
+        rollout = own.answer(prompts, key, sampler, max_new_tokens=sampling.max_new_tokens)
+        answer = rollouts.text.completions(own.tokenizer, rollout)[0]
         messages.append({"role": "assistant", "content": answer})
         print(answer, flush=True)
 

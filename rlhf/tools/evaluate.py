@@ -2,29 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from rlhf import rollouts
-from rlhf.models import huggingface
+from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import online, setup
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.recipes.online_scoring import function
-
-
-def load_run(model: str) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """`rlhf.load` of a run's model, or of a model's folder or name; and the tokens that end its answers."""
-    name = folder_of(model)
-    lm, params, tokenizer = huggingface.load(name)
-    return lm, params, tokenizer, online.ends(name, tokenizer)
-
-
-def folder_of(model: str) -> str:
-    """A run's model, or the model's folder or name itself."""
-    inside = Path(model) / "model"
-    return str(inside) if (inside / "config.json").exists() else model
+from rlhf.runs import model_of
+from rlhf.tools import saved
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -37,7 +25,7 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def main(
-    model: str, source: setup.Data, scoring: Scoring, sampling: Sampling, *, against: str | None = None,
+    model: str, source: setup.Source, scoring: Scoring, sampling: Sampling, *, against: str | None = None,
     judge: str | None = None, batch_size: int = 32, output: str | None = None, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Scores a model's answers to the questions of a data set: the likeliest ones, and `num_samples` drawn ones as pass@k.
@@ -55,29 +43,24 @@ def main(
     """
     if judge and not against:
         raise ValueError("judge says who wins against another model; give --against")
-    prefer, tokenizer = function(judge) if judge else None, huggingface.load_tokenizer(folder_of(model))
-    if against and huggingface.load_tokenizer(folder_of(against)).get_vocab() != tokenizer.get_vocab():
+    prefer, tokenizer = function(judge) if judge else None, load_tokenizer(model_of(model))
+    if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
     score = scoring.judge(source, tokenizer)
     questions = online.Questions.of(tokenizer, source.questions())
-    own, rival = load_run(model), load_run(against) if against else None
-
-    def answer(run, asked, **how):
-        lm, params, _, eos_ids = run
-        return rollouts.generate(
-            lm, params, asked.prompts, asked.key, max_new_tokens=sampling.max_new_tokens, eos_ids=eos_ids, **how
-        )
+    own, rival = saved.load(model), saved.load(against) if against else None
 
     likeliest, drawn, won, lines = [], [], [], []
     for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):
         asked = questions.asked(chosen, jax.random.fold_in(jax.random.key(seed), number))
-        best = answer(own, asked, sampler=rollouts.greedy())
-        several = answer(own, asked, sampler=sampling.sampler(), num_samples=sampling.num_samples)
+        asking = dict(prompts=asked.prompts, key=asked.key, max_new_tokens=sampling.max_new_tokens)
+        best = own.answer(**asking, sampler=rollouts.greedy())
+        several = own.answer(**asking, sampler=sampling.sampler(), num_samples=sampling.num_samples)
         likeliest.append(np.asarray(score(best, asked.columns, 1)[0], float))
         drawn.append(np.asarray(score(several, asked.columns, sampling.num_samples)[0], float).reshape(len(chosen), -1))
         texts = rollouts.text.prompts(tokenizer, best), rollouts.text.completions(tokenizer, best)
         if rival:
-            other = answer(rival, asked, sampler=rollouts.greedy())
+            other = rival.answer(**asking, sampler=rollouts.greedy())
             if prefer:
                 won.append(np.asarray(prefer(*texts, rollouts.text.completions(tokenizer, other)), float))
             else:

@@ -1,0 +1,39 @@
+"""A saved model that answers: a run's, with what the run samples by, or a folder's."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from rlhf import rollouts
+from rlhf.lm import LM, Params
+from rlhf.models import huggingface
+from rlhf.recipes import online, q_heads
+from rlhf.rollouts import Prompts, Rollout, Sampler
+from rlhf.runs import model_of
+
+
+class Saved(NamedTuple):
+    """A model, and how it answers."""
+
+    lm: LM
+    params: Params
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    leans: tuple  # transforms of its logits, before those of a sampler: ILQL's
+
+    def answer(self, prompts: Prompts, key, sampler: Sampler, **how) -> Rollout:
+        """`rollouts.generate`."""
+        sampler = sampler._replace(transforms=(*self.leans, *sampler.transforms))
+        return rollouts.generate(self.lm, self.params, prompts, key, sampler=sampler, eos_ids=self.eos_ids, **how)
+
+
+def load(model: str) -> Saved:
+    """A run's model, or that of a folder or name; one of `rlhf ilql` answers by its values, with the run's beta."""
+    name, heads = model_of(model), Path(model) / q_heads.FILE
+    lm, params, tokenizer = huggingface.load(name)
+    leans: tuple = ()
+    if heads.exists():
+        options = yaml.safe_load((Path(model) / "config.yaml").read_text(encoding="utf-8"))
+        leans = (q_heads.shift(*q_heads.load(heads), options["beta"]),)
+    return Saved(lm, params, tokenizer, online.ends(name, tokenizer), leans)
