@@ -28,8 +28,8 @@ class Training:
     """How long and how fast to train, and what to keep.
 
     Args:
-      steps: steps of the loop; None: as many as `epochs` are.
-      epochs: passes over the data, where steps is None.
+      steps: steps of the loop; null: as many as `epochs` are.
+      epochs: passes over the data, where steps is null.
       batch_size: rows of a step: examples, pairs, or prompts.
       micro_batches: parts that a step's rows are taken in, one after the other; the result is the same.
       learning_rate: the highest.
@@ -45,7 +45,7 @@ class Training:
       patience: evaluations without a better result after which training ends; 0: it never does.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that stay.
-      track: where the figures go beside metrics.jsonl.
+      track: where the figures go beside metrics.jsonl: tensorboard, wandb, trackio.
     """
 
     steps: int | None = None

@@ -1,8 +1,12 @@
 """Command-line options out of a recipe's own signature: its types, defaults and docstrings are the parser."""
 
+import argparse
 import dataclasses
 import difflib
 import inspect
+import json
+import shutil
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -65,8 +69,28 @@ class Mistake(ValueError):
 
 
 class _Parser(jsonargparse.ArgumentParser):
+    needed: Sequence[str] = ()  # options without a default
+
     def error(self, message, ex=None) -> NoReturn:
         raise Mistake(" ".join(str(message).split()))
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """An option's name, its default (... where there is none) and what it is, in a line or two: two screens in all."""
+        width = min(shutil.get_terminal_size().columns, 128)
+        usage = ["usage: rlhf", *self.prog.split()[1:], *(f"--{name} {name.upper()}" for name in self.needed), "[options]"]
+        lines = textwrap.wrap(" ".join(usage), width)
+        for group in self._action_groups[2:]:  # behind those that every parser has
+            options = (_explained(x, x.dest in self.needed, width) for x in group._group_actions)
+            lines += ["", *textwrap.wrap(f"{group.title}:", width), *(line for option in options for line in option)]
+        of_all = "Of every command: --config FILE (YAML; what is typed beside it wins), --print_config"
+        return "\n".join([*lines, "", *textwrap.wrap(of_all, width), ""])
+
+
+def _explained(option: argparse.Action, needed: bool, width: int) -> list[str]:
+    value = "..." if needed else option.default if isinstance(option.default, str) else json.dumps(option.default)
+    choices = str(option.metavar or "").strip("{}").split(",")
+    listed = f" ({', '.join(choices)})" if len(choices) > 1 and isinstance(option.default, str) else ""
+    return textwrap.wrap(f"{f'  --{option.dest} {value}':<26}  {option.help}{listed}", width, subsequent_indent=" " * 28)
 
 
 def parser_of(fn: Callable, name: str) -> jsonargparse.ArgumentParser:
@@ -77,6 +101,7 @@ def parser_of(fn: Callable, name: str) -> jsonargparse.ArgumentParser:
     parser.add_function_arguments(fn, skip=set(groups), sub_configs=False)
     for kind in groups.values():
         parser.add_class_arguments(kind, nested_key=None)
+    parser.needed = [option.dest for option in parser._actions if option.required]
     return parser
 
 

@@ -223,16 +223,30 @@ def test_options_from_a_file_and_from_the_command_line(tmp_path, capsys):
     assert (shown["batch_size"], shown["micro_batches"], shown["loss"]) == (8, 2, ["ipo"])  # the batch of TRL's step
 
 
-def test_help_names_options_and_defaults(capsys):
-    for name in ("sft", "dpo", "reward", "grpo"):
-        with pytest.raises(SystemExit) as end:
-            cli.main([name, "--help"])
-        assert end.value.code == 0
-        text = capsys.readouterr().out
-        assert "--learning_rate" in text
-        assert "1e-05" in text
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "help"])
+def test_help_is_two_screens_of_options_and_defaults(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 110
+    shown = {line.split()[0]: line.split()[1] for line in lines if line.startswith("  --")}
+    parser = parser_of(importlib.import_module(cli.COMMANDS[name][0]).main, name)
+    assert {option.removeprefix("--") for option, value in shown.items() if value == "..."} == set(parser.needed)
+    if "--learning_rate" in shown:
+        assert shown["--learning_rate"] == "1e-05"
+        assert shown["--patience"] == "0"
+        assert shown["--track"] == "[]"
+        assert any("(linear, cosine, constant)" in line for line in lines)
+
+
+def test_help_without_a_command(capsys):
     assert cli.main(["--help"]) == 0
-    assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert set(cli.COMMANDS) <= set(said.split())
+    assert max(map(len, said.splitlines())) <= 88
     assert cli.main(["help", "trl"]) == 0
     assert "--model_name_or_path" in capsys.readouterr().out
 
