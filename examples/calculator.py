@@ -87,7 +87,7 @@ def learner(lm, params, key):
     objective = presets.objective(groups.group_relative, policy.clipped_surrogate, weights.token_mean)
 
     def loss_fn(params, context, batch, key):
-        s = rollouts.score(lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        s = rollouts.score_batch(lm, params, batch)
         per_token = objective.loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask)
         return losses.weighted_sum(per_token, batch.weights), {}
 

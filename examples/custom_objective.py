@@ -93,7 +93,7 @@ def train(objective, task, lm, lm_params, steps, key):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LR))
 
     def loss_fn(params, context, batch, key):
-        s = rollouts.score(lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        s = rollouts.score_batch(lm, params, batch)
         per_token = objective.loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask)
         per_token += KL_COEF * losses.kl.k3(s.logprobs, batch.ref_logprobs, batch.mask)
         return losses.weighted_sum(per_token, batch.weights), {}
@@ -102,9 +102,8 @@ def train(objective, task, lm, lm_params, steps, key):
 
     @jax.jit
     def update(state, rollout, rewards, key):
-        where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
         advantages = objective.advantages(groups.split(rewards, size=SAMPLES), rollout.mask)
-        ref_logprobs = rollouts.token_logprobs(lm, state.context["reference"], rollout.tokens, **where)
+        ref_logprobs = rollouts.score_batch(lm, state.context["reference"], rollout).logprobs
         batch = rollouts.batch_of(rollout, advantages=advantages, ref_logprobs=ref_logprobs)
         weighted = lambda batch: batch._replace(weights=objective.weights(batch.mask))
         batches = rlhf.minibatches(key, batch, MINI_BATCHES, 1)

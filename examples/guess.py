@@ -66,7 +66,7 @@ def advantages_of(played: rollouts.Simulated):
 
 
 def loss_fn(params, context, batch, key):
-    s = rollouts.score(LM, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    s = rollouts.score_batch(LM, params, batch)
     per_token = policy.reinforce(s.logprobs, batch.advantages, batch.mask) - ENTROPY * s.entropy
     return losses.weighted_sum(per_token, batch.weights), {}
 

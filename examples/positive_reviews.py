@@ -199,8 +199,7 @@ def reinforce(lm, hidden, reference, score, critics, steps, key, say):
 def evaluate(lm, params, reference, words, judge, key) -> tuple[dict, list[str]]:
     """What the judge says of fresh samples, how varied they are, and how far from the reference."""
     rollout = sample(lm, params, EVALUATED, key)
-    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
-    ref_logprobs = rollouts.token_logprobs(lm, reference, rollout.tokens, **where)
+    ref_logprobs = rollouts.score_batch(lm, reference, rollout).logprobs
     seen = online.rollout_metrics(rollout, jnp.zeros(EVALUATED), ref_logprobs)
     keep = np.asarray(rollout.mask) & (np.asarray(rollout.tokens) != EOS)
     samples = [[words[i] for i in row[kept]] for row, kept in zip(np.asarray(rollout.tokens), keep, strict=True)]

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from rlhf.losses._common import Array
 
 
-def chunked(fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, chunk_size: int = 128) -> Any:
+def chunked(
+    fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, chunk_size: int = 64, needed: Array | None = None
+) -> Any:
     """`fn(unembed(hidden), *per_token)`, computed and differentiated `chunk_size` columns at a time.
 
     The logits `[B, T, V]` exist in neither the value nor the gradient: each chunk's are made, used and dropped, and made again
@@ -21,6 +23,7 @@ def chunked(fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, c
       unembed: `[..., D] -> [..., V]`, with its soft cap, bias and temperature.
       per_token: arrays `[B, T, ...]` that go along, for example target tokens.
       chunk_size: columns a chunk; `B * chunk_size * V` numbers exist at a time.
+      needed: `[B, T]` bool, the positions that are asked for: a chunk without any is not computed, and is 0; None: all.
 
     Returns: what `fn` returns, `[B, T, ...]`.
 
@@ -32,7 +35,7 @@ def chunked(fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, c
     (1, 6)
     """
     batch, length = hidden.shape[:2]
-    for x in per_token:
+    for x in per_token if needed is None else (*per_token, needed):
         if x.shape[:2] != (batch, length):
             raise ValueError(f"per-token array {list(x.shape)} but hidden {list(hidden.shape)}: they differ in B or T")
     if chunk_size < 1:
@@ -45,8 +48,14 @@ def chunked(fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, c
                 raise ValueError(f"fn must return [B, C, ...] = {list(hidden.shape[:2])}, but returned {list(x.shape)}")
         return out
 
+    def asked(needed, *arrays):
+        if needed is None:
+            return piece(*arrays)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, *arrays))
+        return jax.lax.cond(needed.any(), piece, lambda *arrays: nothing, *arrays)
+
     if length <= chunk_size:
-        return jax.checkpoint(piece)(hidden, *per_token)
+        return jax.checkpoint(asked)(needed, hidden, *per_token)
 
     number = -(-length // chunk_size)
 
@@ -57,6 +66,6 @@ def chunked(fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, c
     def join(x):  # [number, B, C, ...] -> [B, T, ...]
         return jnp.moveaxis(x, 0, 1).reshape(batch, number * chunk_size, *x.shape[3:])[:, :length]
 
-    step = jax.checkpoint(lambda _, xs: (None, piece(*xs)), prevent_cse=False)
-    _, out = jax.lax.scan(step, None, jax.tree.map(split, (hidden, *per_token)))
+    step = jax.checkpoint(lambda _, xs: (None, asked(*xs)), prevent_cse=False)
+    _, out = jax.lax.scan(step, None, jax.tree.map(split, (needed, hidden, *per_token)))
     return jax.tree.map(join, out)

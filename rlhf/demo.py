@@ -174,8 +174,7 @@ def judge(task: Task, models: Models, params: Any, ref_params: Any, seed: int) -
     """Fresh samples at temperature 1, judged by the grammar: the share of positive ones among the grammatical, and so on."""
     eos, key = (task.tokenizer.eos_token_id,), jax.random.key(seed + 10_000)
     rollout = rollouts.generate(models.lm, params, task.prompts, key, max_new_tokens=NEW_TOKENS, eos_ids=eos)
-    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids)
-    ref_logprobs = rollouts.token_logprobs(models.lm, ref_params, rollout.tokens, **where)
+    ref_logprobs = rollouts.score_batch(models.lm, ref_params, rollout).logprobs
     kl = losses.segment_sum(losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask), rollout.mask)
     starts, ends = rollouts.text.prompts(task.tokenizer, rollout), rollouts.text.completions(task.tokenizer, rollout)
     texts = [f"{start} {end}" for start, end in zip(starts, ends, strict=True)]
@@ -260,9 +259,7 @@ def _check_export(folder, models, params, task):
     """The exported model, loaded back, gives the same log-probs."""
     lm, loaded, tokenizer = huggingface.load(folder.path / "model")
     batch = jax.tree.map(lambda x: x[:4] if np.ndim(x) else x, task.corpus)
-    logprobs = lambda lm, params: rollouts.token_logprobs(
-        lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
-    )
+    logprobs = lambda lm, params: rollouts.score_batch(lm, params, batch).logprobs
     difference = float(jnp.abs(logprobs(models.lm, params) - logprobs(lm, loaded)).max())
     if difference > 1e-5 or tokenizer.get_vocab() != task.tokenizer.get_vocab():
         raise RuntimeError(f"the exported model does not load back: log-probs differ by {difference}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf import losses
 from rlhf.lm import LM, Head, Params
-from rlhf.rollouts.types import Array
+from rlhf.rollouts.types import Array, Batch, Rollout
 
 
 class Scored(NamedTuple):
@@ -28,19 +28,22 @@ def score(
     *,
     positions: Array,
     segment_ids: Array,
+    mask: Array | None = None,
     temperature=1.0,
     heads: dict[str, tuple[Head, Params]] | None = None,
     inputs: dict | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = 64,
     max_segments: int = 1,
 ) -> Scored:
     """Log-probs and entropies of tokens under softmax(logits / temperature), and heads on the same hidden states.
 
-    Never makes `[B, T, V]`: it rests on `losses.chunked`.  Gradients flow through `params` and the heads' parameters.
+    Never makes `[B, T, V]`: it rests on `losses.chunked`, and makes no logits of columns where no row has a token that is
+    asked for, such as those of prompts.  Gradients flow through `params` and the heads' parameters.
 
     Args:
       lm, params: a language model.
       tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding.
+      mask: `[B, T]` bool, the tokens whose log-probs and entropies are asked for; those of others are 0.  None: all.
       temperature: divides the logits; a number or `[]`.
       heads: name -> (head, its params).  A value head's `values` are V(s_t); a reward head's `last_value` is the reward.
       inputs: what the tokens are conditioned on, `[B, ...]`.
@@ -52,12 +55,33 @@ def score(
     Raises: ValueError on unequal shapes.
     """
     heads = heads or {}
-    _check(tokens, positions, segment_ids)
+    _check(tokens, positions=positions, segment_ids=segment_ids, **({} if mask is None else {"mask": mask}))
     names = tuple(heads)
     applies = tuple(heads[name][0].apply for name in names)
     return _score(
         lm, names, applies, chunk_size, max_segments, params, tuple(heads[name][1] for name in names),
-        tokens, positions, segment_ids, jnp.asarray(temperature, jnp.float32), inputs,
+        tokens, positions, segment_ids, mask, jnp.asarray(temperature, jnp.float32), inputs,
+    )  # fmt: skip
+
+
+def score_batch(lm: LM, params: Params, batch: Batch | Rollout, **knobs) -> Scored:
+    """`score` of the trained tokens of a batch, or the sampled ones of a rollout, at its temperature.
+
+    Args:
+      lm, params: a language model.
+      batch: log-probs and entropies are those of tokens where its `mask` is True, and 0 elsewhere; values are of all.
+      knobs: `heads`, `chunk_size` and `max_segments` of `score`.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> from rlhf.rollouts import whole_rows
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> batch = whole_rows(jnp.array([[5, 6, 7]]), jnp.ones((1, 3), bool), jnp.array([[False, False, True]]))
+    >>> score_batch(lm, lm.init(jax.random.key(0)), batch).logprobs.astype(bool).tolist()
+    [[False, False, True]]
+    """
+    return score(
+        lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, mask=batch.mask,
+        temperature=batch.temperature, inputs=batch.inputs, **knobs,
     )  # fmt: skip
 
 
@@ -94,7 +118,7 @@ def classify(
 
     Raises: ValueError on unequal shapes.
     """
-    _check(tokens, positions, segment_ids)
+    _check(tokens, positions=positions, segment_ids=segment_ids)
     hidden, _, _ = lm.hidden(params["lm"], tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
     if head.reads == "every":
         return head.apply(params["head"], hidden)
@@ -106,32 +130,36 @@ def classify(
 
 @partial(jax.jit, static_argnums=range(5))
 def _score(
-    lm, names, applies, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, temperature, inputs
+    lm, names, applies, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, mask, temperature, inputs
 ):
     hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
     follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)  # the token before belongs to the same sequence
 
-    def here(x):  # what position t - 1 says of tokens[:, t]
-        return jnp.where(follows, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0)
+    asked = follows if mask is None else follows & mask
+
+    def here(x, where):  # what position t - 1 says of tokens[:, t]
+        return jnp.where(where, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0)
 
     def per_position(logits, token):
         logits = logits / temperature.astype(logits.dtype)
         return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
 
-    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    logprobs, entropy = losses.chunked(per_position, hidden, partial(lm.unembed, params), following, chunk_size=chunk_size)
+    following, needed = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, asked))
+    logprobs, entropy = losses.chunked(
+        per_position, hidden, partial(lm.unembed, params), following, chunk_size=chunk_size, needed=needed
+    )
     outputs = {name: apply(p, hidden) for name, apply, p in zip(names, applies, head_params, strict=True)}
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)  # [B, S]
     return Scored(
-        logprobs=here(logprobs),
-        entropy=here(entropy),
-        values={name: here(x) for name, x in outputs.items()},
+        logprobs=here(logprobs, asked),
+        entropy=here(entropy, asked),
+        values={name: here(x, follows) for name, x in outputs.items()},
         last_value={name: jnp.take_along_axis(x, last, axis=1).reshape(-1) for name, x in outputs.items()},
         aux=aux,
     )
 
 
-def _check(tokens, positions, segment_ids) -> None:
-    for name, x in (("positions", positions), ("segment_ids", segment_ids)):
+def _check(tokens, **others) -> None:
+    for name, x in others.items():
         if x.shape != tokens.shape or tokens.ndim != 2:
             raise ValueError(f"{name} {list(x.shape)} but tokens {list(tokens.shape)}; both must be [B, T]")

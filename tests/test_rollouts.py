@@ -175,6 +175,16 @@ def test_score_against_whole_logits(lm, params):
             np.testing.assert_allclose(scored.values["v"][b, t], values[b, t - 1] if inside else 0.0, atol=1e-5)
         np.testing.assert_allclose(scored.last_value["v"][b], values[b, length - 1], atol=1e-5)
 
+    mask = batch.mask & (np.arange(10) >= 4) & (np.arange(8)[:, None] > 3)  # whole chunks without, and rows without
+    asked = batch._replace(mask=mask, temperature=0.5)
+    of_batch = rollouts.score_batch(lm, params, asked, heads={"v": (head, head_params)}, chunk_size=3)
+    np.testing.assert_allclose(of_batch.logprobs, np.where(mask, scored.logprobs, 0.0), atol=1e-6)
+    np.testing.assert_allclose(of_batch.entropy, np.where(mask, scored.entropy, 0.0), atol=1e-6)
+    np.testing.assert_allclose(of_batch.values["v"], scored.values["v"], atol=1e-6)
+    assert np.asarray(of_batch.logprobs)[mask].all()
+    with pytest.raises(ValueError, match=r"mask \[8, 9\] but tokens \[8, 10\]"):
+        rollouts.score_batch(lm, params, asked._replace(mask=mask[:, 1:]))
+
 
 def test_text_goes_in_and_comes_out():
     tokenizer = reviews.tokenizer()

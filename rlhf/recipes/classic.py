@@ -53,8 +53,7 @@ def ppo_step(
 
     @partial(jax.jit, donate_argnums=0)
     def update(state, rows, scores, key):
-        where: dict[str, Any] = dict(positions=rows.positions, segment_ids=rows.segment_ids)
-        logprobs = rollouts.token_logprobs(lm, state.params["lm"], rows.tokens, **where) * rows.mask
+        logprobs = rollouts.score_batch(lm, state.params["lm"], rows).logprobs
         ended = jnp.ones(len(scores), bool)
         rollout = Rollout(*rows[:4], logprobs, logprobs, ended, jnp.float32(1.0))
         learn_from = partial(

@@ -67,13 +67,14 @@ def objective(
 
     def loss_fn(params, context, batch, key):
         rows = rollouts.pair_rows(batch.pairs)
-        logprobs = rollouts.token_logprobs(lm, params, rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+        beside = likely(rows) if whole else rows.mask
+        logprobs = rollouts.score_batch(lm, params, rows._replace(mask=beside)).logprobs
         of = partial(pairs_of.sums, logprobs, batch.pairs, max_segments=max_segments)
         lengths = pairs_of.lengths(batch.pairs, max_segments=max_segments)
         of_pair, of_lengths = [(x[..., 0], x[..., 1]) for x in (of(), lengths)]
         per_pair = loss(*of_pair, **(dict(zip(pairs_of.LENGTHS, of_lengths, strict=True)) if by_length else {}))
         chosen, rejected = preference.averages(*of_pair, *of_lengths) if by_length else of_pair
-        nll = losses.weighted_sum(0.0 - imitated(of(likely(rows) if whole else None)), batch.nll)
+        nll = losses.weighted_sum(0.0 - imitated(of(beside)), batch.nll)
         metrics = {
             "nll": nll,
             "accuracy": losses.weighted_sum(chosen > rejected, batch.pairs.weights),

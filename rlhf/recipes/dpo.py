@@ -21,7 +21,7 @@ from rlhf.runs import RunFolder
 def sequence_logprobs(lm: LM, params, pairs: Pairs, *, max_segments: int = 1):
     """`[R, N, 2]`: the sums of completion log-probs, chosen and rejected."""
     rows = rollouts.pair_rows(pairs)
-    logprobs = rollouts.token_logprobs(lm, params, rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+    logprobs = rollouts.score_batch(lm, params, rows).logprobs
     return pairs_of.sums(logprobs, pairs, max_segments=max_segments)
 
 

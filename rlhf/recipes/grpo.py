@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -27,8 +26,7 @@ def objective(lm: LM, *, loss: Callable = losses.clipped_surrogate, kl_coef: flo
     """
 
     def loss_fn(params, context, batch, key):
-        where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
-        s = rollouts.score(lm, params, batch.tokens, **where)
+        s = rollouts.score_batch(lm, params, batch)
         per_token = loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask, **knobs)
         metrics = {"entropy": losses.weighted_sum(s.entropy, batch.weights)}
         if kl_coef:

@@ -33,8 +33,7 @@ def objective(lm: LM, *, beta: float = 0.1) -> Callable:
 
     def loss_fn(params, context, games, key):
         batch = games.batch
-        where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
-        s = rollouts.score(lm, params, batch.tokens, **where)
+        s = rollouts.score_batch(lm, params, batch)
         per_token = losses.online.nash_md(s.logprobs, batch.ref_logprobs, batch.mask, preferred=games.preferred, beta=beta)
         entropy = Ratio(jnp.sum(s.entropy * batch.mask), batch.mask.sum().astype(jnp.float32))
         return losses.weighted_sum(per_token, batch.weights), {"entropy": entropy}

@@ -125,8 +125,7 @@ def player(lm: LM, params_of: Callable, drawing: Drawing, eos_ids: tuple[int, ..
 
 def logprobs(lm: LM, params: Any, rollout: Rollout) -> Any:
     """`[B, T]` of a rollout's tokens at its own temperature, without gradient."""
-    where: dict[str, Any] = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
-    return jax.lax.stop_gradient(rollouts.token_logprobs(lm, params, rollout.tokens, **where))
+    return jax.lax.stop_gradient(rollouts.score_batch(lm, params, rollout).logprobs)
 
 
 def two_players(first: Callable, second: Callable) -> Callable:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +41,7 @@ def objective(lm: LM, head: Head, *, clip: float = 0.2, value_clip: float = 0.2,
 
 def evaluate(lm: LM, head: Head, params, batch: Batch | Rollout) -> rollouts.Scored:
     """Log-probs and values of a batch's tokens, in one pass."""
-    where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, temperature=batch.temperature)
-    return rollouts.score(lm, params["lm"], batch.tokens, heads={"value": (head, params["head"])}, **where)
+    return rollouts.score_batch(lm, params["lm"], batch, heads={"value": (head, params["head"])})
 
 
 def experience(

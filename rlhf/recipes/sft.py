@@ -23,7 +23,7 @@ def objective(lm: LM) -> Callable:
     """The `loss_fn` of a prepared `Batch`; `params` are the model's."""
 
     def loss_fn(params, context, batch, key):
-        s = rollouts.score(lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        s = rollouts.score_batch(lm, params, batch)
         per_token = losses.cross_entropy(s.logprobs, batch.mask)
         return losses.weighted_sum(per_token, batch.weights), {"entropy": losses.weighted_sum(s.entropy, batch.weights)}
 

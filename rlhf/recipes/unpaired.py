@@ -61,7 +61,7 @@ def sequence_logprobs(lm: LM, params, answers: Answers):
 
     def of(k, params):
         batch = Batch(*(x[:, k] for x in answers[:4]))
-        logprobs = rollouts.token_logprobs(lm, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        logprobs = rollouts.score_batch(lm, params, batch).logprobs
         return losses.segment_sum(logprobs, batch.mask, batch.segment_ids)
 
     others = [of(k, jax.lax.stop_gradient(params)) for k in range(1, answers.tokens.shape[1])]

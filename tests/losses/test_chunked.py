@@ -91,11 +91,32 @@ def test_per_token_arrays_and_results_of_any_rank():
     np.testing.assert_array_equal(tokens, TOKENS)
 
 
+@pytest.mark.parametrize(("chunk_size", "computed", "asked"), [(4, slice(4, 8), 2), (10, slice(0, 0), 0)])
+def test_chunks_without_a_needed_position_are_left_out(chunk_size, computed, asked):
+    """They are 0 and without gradient; had they been computed, their NaN would be everywhere."""
+    needed, left_out = np.zeros((B, T), bool), np.ones(T, bool)
+    needed[1, 5 : 5 + asked], left_out[computed] = True, False
+    hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
+
+    def loss(hidden, weight, needed):
+        out = losses.chunked(statistics, hidden, lambda h: h @ weight, TOKENS, chunk_size=chunk_size, needed=needed)
+        return sum(jnp.sum((x * c)[:, computed]) for x, c in zip(out.values(), COTANGENTS, strict=True)), out
+
+    differentiated = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    gradients, out = differentiated(np.where(left_out[:, None], np.nan, hidden), weight, needed)
+    expected_gradients, expected = differentiated(hidden, weight, None)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected_gradients)
+    for name, x in out.items():
+        np.testing.assert_allclose(x, np.where(left_out, 0.0, expected[name]), atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("chunk_size", [4, 128])
 def test_refuses(chunk_size):
     head = lambda hidden: hidden @ WEIGHT
     with pytest.raises(ValueError, match=r"per-token array \[3, 9\] but hidden \[3, 10, 5\]"):
         losses.chunked(statistics, HIDDEN, head, TOKENS[:, 1:], chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=r"per-token array \[3, 1\] but hidden \[3, 10, 5\]"):
+        losses.chunked(statistics, HIDDEN, head, TOKENS, chunk_size=chunk_size, needed=TOKENS[:, :1] > 0)
     with pytest.raises(ValueError, match=rf"must return \[B, C, ...\] = \[3, {min(chunk_size, T)}\], but returned \[3\]"):
         losses.chunked(lambda logits: logits.sum((1, 2)), HIDDEN, head, chunk_size=chunk_size)
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
