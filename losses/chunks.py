@@ -22,7 +22,7 @@ def chunked(
       hidden: `[B, T, D]`; gradients flow through it, and through whatever `unembed` closes over.
       unembed: `[..., D] -> [..., V]`, with its soft cap, bias and temperature.
       per_token: arrays `[B, T, ...]` that go along, for example target tokens.
-      chunk_size: columns a chunk; `B * chunk_size * V` numbers exist at a time.
+      chunk_size: the most columns of a chunk; `B * chunk_size * V` numbers exist at a time.
       needed: `[B, T]` bool, the positions that are asked for: a chunk without any is not computed, and is 0; None: all.
 
     Returns: what `fn` returns, `[B, T, ...]`.
@@ -58,13 +58,14 @@ def chunked(
         return jax.checkpoint(asked)(needed, hidden, *per_token)
 
     number = -(-length // chunk_size)
+    size = -(-length // number)  # as many chunks as there must be, of equal size
 
     def split(x):  # [B, T, ...] -> [number, B, C, ...]
-        x = jnp.pad(x, [(0, 0), (0, number * chunk_size - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, number, chunk_size, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, number * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, number, size, *x.shape[2:]), 1, 0)
 
     def join(x):  # [number, B, C, ...] -> [B, T, ...]
-        return jnp.moveaxis(x, 0, 1).reshape(batch, number * chunk_size, *x.shape[3:])[:, :length]
+        return jnp.moveaxis(x, 0, 1).reshape(batch, number * size, *x.shape[3:])[:, :length]
 
     step = jax.checkpoint(lambda _, xs: (None, asked(*xs)), prevent_cse=False)
     _, out = jax.lax.scan(step, None, jax.tree.map(split, (needed, hidden, *per_token)))

@@ -136,24 +136,21 @@ def _score(
     follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)  # the token before belongs to the same sequence
 
     asked = follows if mask is None else follows & mask
-
-    def here(x, where):  # what position t - 1 says of tokens[:, t]
-        return jnp.where(where, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0)
+    before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))  # of position t - 1
 
     def per_position(logits, token):
         logits = logits / temperature.astype(logits.dtype)
         return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
 
-    following, needed = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, asked))
     logprobs, entropy = losses.chunked(
-        per_position, hidden, partial(lm.unembed, params), following, chunk_size=chunk_size, needed=needed
+        per_position, before(hidden), partial(lm.unembed, params), tokens, chunk_size=chunk_size, needed=asked
     )
     outputs = {name: apply(p, hidden) for name, apply, p in zip(names, applies, head_params, strict=True)}
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)  # [B, S]
     return Scored(
-        logprobs=here(logprobs, asked),
-        entropy=here(entropy, asked),
-        values={name: here(x, follows) for name, x in outputs.items()},
+        logprobs=jnp.where(asked, logprobs, 0.0),
+        entropy=jnp.where(asked, entropy, 0.0),
+        values={name: jnp.where(follows, before(x), 0.0) for name, x in outputs.items()},
         last_value={name: jnp.take_along_axis(x, last, axis=1).reshape(-1) for name, x in outputs.items()},
         aux=aux,
     )

@@ -186,6 +186,22 @@ def test_score_against_whole_logits(lm, params):
         rollouts.score_batch(lm, params, asked._replace(mask=mask[:, 1:]))
 
 
+@pytest.mark.parametrize(("first", "calls"), [(5, 1), (4, 2), (10, 0)])
+def test_columns_of_prompts_have_no_logits(first, calls, lm, params):
+    """Of two chunks of five columns, one is computed where no row is asked for a token of the other."""
+    made = []
+
+    def unembed(params, hidden):
+        jax.debug.callback(lambda: made.append(1))
+        return lm.unembed(params, hidden)
+
+    batch = tiny.rows(np.random.default_rng(1))
+    batch = batch._replace(mask=(batch.segment_ids != 0) & (np.arange(10) >= first))
+    rollouts.score_batch(lm._replace(unembed=unembed), params, batch, chunk_size=5).logprobs.block_until_ready()
+    jax.effects_barrier()
+    assert len(made) == calls
+
+
 def test_text_goes_in_and_comes_out():
     tokenizer = reviews.tokenizer()
     prompts = rollouts.text.encode(tokenizer, ["the film", "honestly , the plot"])
