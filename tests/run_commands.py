@@ -14,7 +14,14 @@ from pathlib import Path
 
 from rlhf import cli
 
-SHORT = {"--steps": "2", "--batch_size": "8", "--dataset_size": "16", "--num_samples": "2", "--max_new_tokens": "4"}
+SHORT = {
+    "--steps": "2",
+    "--batch_size": "8",
+    "--dataset_size": "16",
+    "--num_samples": "2",
+    "--max_new_tokens": "4",
+    "--max_length": "64",
+}
 
 
 def commands(page: str) -> list[list[str]]:
@@ -25,8 +32,9 @@ def commands(page: str) -> list[list[str]]:
 
 
 def shortened(argv: list[str]) -> list[str]:
-    """The same command with few steps and rows."""
-    return [argv[0], *(SHORT.get(before, word) for before, word in pairwise(argv))]
+    """The same command with few steps and rows, and of a new model one layer."""
+    same = [argv[0], *(SHORT.get(before, word) for before, word in pairwise(argv))]
+    return [*same, "--num_layers", "1"] if argv[:2] == ["rlhf", "new"] else same
 
 
 def run(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The demo, small, in process; the command line; and what it refuses."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,15 +20,15 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SAMPLES", 32)
-        patch.setattr(demo, "HELD_OUT", 32)
-        yield
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(demo, "SAMPLES", 32)
+    monkeypatch.setattr(demo, "HELD_OUT", 32)
+    monkeypatch.setattr(demo, "make_models", functools.partial(demo.make_models, num_layers=1))
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
+@pytest.mark.usefixtures("small")
 def test_demo_writes_everything(algorithm, tmp_path):
     folder = tmp_path / algorithm
     console = Console(quiet=True)

@@ -1,5 +1,7 @@
 """On eight CPU devices the demo's steps equal those on one, rollouts included, and no large array of a state is ever whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 
 import rlhf
 from rlhf import demo, rollouts, sharding
-from rlhf.recipes import dpo, grpo, ppo, reward, sft
+from rlhf.recipes import dpo, grpo, ppo, reward
 
-MESHES = {"data=8": dict(data=8), "fsdp=8": dict(fsdp=8), "fsdp=2 x tensor=4": dict(fsdp=2, tensor=4)}
+MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4))
 ROWS, SEQUENCE = 16, 12
 
 
@@ -28,21 +30,37 @@ def models(task):
     return demo.make_models(len(task.tokenizer), hidden_size=32, num_layers=1)
 
 
+@pytest.fixture(scope="module")
+def created(models):
+    """The mesh of a shape, and the model's parameters born there."""
+
+    @functools.cache
+    def on(**shape):
+        mesh = sharding.make_mesh(**shape)
+        return mesh, sharding.create(models.lm.init, models.lm.axes(), mesh, jax.random.key(0))
+
+    return on
+
+
 def steps(task, models):
     """name -> (init(key) -> state, axes, step, inputs): each of the demo's steps, with plain gradient descent."""
     lm, head, optimizer = models.lm, models.value_head, optax.sgd(0.1)
     reward_fn = lambda context, rollout, key: (rollout.tokens % 7 == 0).sum(-1).astype(jnp.float32)
     sampling = dict(max_new_tokens=4, num_samples=2, eos_ids=(task.tokenizer.eos_token_id,))
     of_lm, of_both = lm.axes(), {"lm": lm.axes(), "head": head.axes()}
-    context = lambda key: {"reference": lm.init(jax.random.fold_in(key, 1))}
-    alone = lambda key: rlhf.init_state(lm.init(key), optimizer, key, context(key))
-    both = lambda key: rlhf.init_state({"lm": lm.init(key), "head": head.init(key)}, optimizer, key, context(key))
+    context = lambda params: {"reference": jax.tree.map(lambda x: 0.9 * x, params)}  # another model, without a second start
 
-    sft_step = rlhf.train_step(sft.objective(lm), optimizer)
+    def alone(key):
+        params = lm.init(key)
+        return rlhf.init_state(params, optimizer, key, context(params))
+
+    def both(key):
+        params = lm.init(key)
+        return rlhf.init_state({"lm": params, "head": head.init(key)}, optimizer, key, context(params))
+
     dpo_step = rlhf.train_step(dpo.objective(lm), optimizer, micro_batches=2)
     key = jax.random.key(7)
     return {
-        "sft": (alone, of_lm, lambda s, b: sft_step(s, sft.prepare(b)), (task.corpus,)),
         "dpo": (alone, of_lm, lambda s, b: dpo_step(s, dpo.prepare(lm, s.context["reference"], b)), (task.pairs,)),
         "grpo": (alone, of_lm, grpo.iteration(lm, reward_fn, optimizer, **sampling), (task.prompts, key)),
         "ppo": (both, of_both, ppo.iteration(lm, head, reward_fn, optimizer, epochs=1, **sampling), (task.prompts, key)),
@@ -56,13 +74,13 @@ def three(step, state, inputs):
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo", "ppo"])
-def test_steps_on_every_mesh_equal_one_device(name, task, models):
+def test_steps_on_meshes_equal_one_device(name, task, models):
     init, axes, step, inputs = steps(task, models)[name]
-    expected, metrics = three(jax.jit(step), init(jax.random.key(0)), inputs)
-    start = jax.device_get(init(jax.random.key(0)).params)
-    moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(start), strict=True))
+    start = init(jax.random.key(0))
+    expected, metrics = three(jax.jit(step), start, inputs)
+    moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(start.params), strict=True))
     assert moved > 1e-4, "nothing was trained"
-    for shape in MESHES.values():
+    for shape in MESHES:
         mesh = sharding.make_mesh(**shape)
         state = sharding.create(init, axes, mesh, jax.random.key(0))
         got, got_metrics = three(sharding.jit_step(step, mesh, state), state, sharding.shard_batch(inputs, mesh))
@@ -74,7 +92,7 @@ def test_steps_on_every_mesh_equal_one_device(name, task, models):
             np.testing.assert_allclose(got_metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=f"{shape} {key}")
 
 
-def test_rollouts_on_every_mesh_are_the_same_tokens(task, models):
+def test_rollouts_on_every_mesh_are_the_same_tokens(task, models, created):
     eos = (task.tokenizer.eos_token_id,)
     sample = lambda params, prompts: rollouts.generate(
         models.lm, params, prompts, jax.random.key(3), max_new_tokens=6, num_samples=2, eos_ids=eos
@@ -82,8 +100,7 @@ def test_rollouts_on_every_mesh_are_the_same_tokens(task, models):
     expected = jax.device_get(jax.jit(sample)(models.lm.init(jax.random.key(0)), task.prompts))
     assert expected.mask.sum() > 50
     for shape in (dict(fsdp=8), dict(fsdp=2, tensor=4)):
-        mesh = sharding.make_mesh(**shape)
-        params = sharding.create(models.lm.init, models.lm.axes(), mesh, jax.random.key(0))
+        mesh, params = created(**shape)
         with jax.set_mesh(mesh):
             got = jax.device_get(jax.jit(sample)(params, sharding.shard_batch(task.prompts, mesh)))
         np.testing.assert_array_equal(got.tokens, expected.tokens)
@@ -92,14 +109,14 @@ def test_rollouts_on_every_mesh_are_the_same_tokens(task, models):
 
 
 @pytest.mark.parametrize("shape", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=4)])
-def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task):
-    models = demo.make_models(len(task.tokenizer))
-    lm, heads = models.lm, models.value_head
+def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task, created):
+    full = demo.make_models(len(task.tokenizer))
+    lm, heads = full.lm, full.value_head
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
     def init(key):
         params = {"lm": lm.init(key), "head": heads.init(key)}
-        reward_params = {"lm": lm.init(key), "head": models.reward_head.init(key)}
+        reward_params = {"lm": lm.init(key), "head": full.reward_head.init(key)}
         return rlhf.init_state(params, optimizer, key, {"reference": lm.init(key), "reward": reward_params})
 
     mesh = sharding.make_mesh(**shape)
@@ -112,11 +129,11 @@ def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task):
             assert np.prod(place.shard_shape(leaf.shape)) * shape["fsdp"] <= np.prod(leaf.shape)
     assert large >= 5 * 8  # policy, two moments, reference, reward model
 
-    small = demo.make_models(len(task.tokenizer), hidden_size=64)
-    params = sharding.create(small.lm.init, small.lm.axes(), mesh, jax.random.key(0))
-    for leaf in jax.tree.leaves(params):
-        if leaf.size > 1024:
-            assert max(shard.data.size for shard in leaf.addressable_shards) < leaf.size
+    _, params = created(**shape)
+    wide = [leaf for leaf in jax.tree.leaves(params) if leaf.size > 1024]
+    assert len(wide) >= 4
+    for leaf in wide:
+        assert max(shard.data.size for shard in leaf.addressable_shards) < leaf.size
 
 
 def test_refusals_name_both_sides():
