@@ -192,9 +192,16 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
 
 
 def model_of(name: str) -> str:
-    """The model of a run's folder; of another folder, or a name on the Hub, itself."""
+    """The model of a run's folder; of another folder, or a name on the Hub, itself.
+
+    Raises: ValueError for a run that has not written its model yet.
+    """
     inside = Path(name) / "model"
-    return str(inside) if (inside / "config.json").exists() else name
+    if (inside / "config.json").exists():
+        return str(inside)
+    if (Path(name) / "config.yaml").exists():
+        raise ValueError(f"{name}: a run without a model yet; finish it with --resume, or give a model's folder")
+    return name
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

@@ -189,6 +189,13 @@ def test_a_run_of_ilql_answers_by_its_values(base, tmp_path):
         assert (set(answers) == {"kkk"}) == same
 
 
+def test_a_run_without_a_model_yet_is_named(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: base\n")
+    for command in (["eval", str(tmp_path), "--dataset", "task:reverse"], ["chat", str(tmp_path)]):
+        assert cli.main(command) == 2
+        assert "a run without a model yet; finish it with --resume" in capsys.readouterr().err
+
+
 def test_several_tokens_may_end_an_answer(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     tokenizer, file = huggingface.load_tokenizer(base), tmp_path / "base" / "generation_config.json"
