@@ -134,7 +134,6 @@ def _score(
 ):
     hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
     follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)  # the token before belongs to the same sequence
-
     asked = follows if mask is None else follows & mask
     before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))  # of position t - 1
 
