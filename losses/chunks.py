@@ -12,7 +12,7 @@ from rlhf.losses._common import Array
 def chunked(
     fn: Callable, hidden: Array, unembed: Callable, *per_token: Array, chunk_size: int = 64, needed: Array | None = None
 ) -> Any:
-    """`fn(unembed(hidden), *per_token)`, computed and differentiated `chunk_size` columns at a time.
+    """`fn(unembed(hidden), *per_token)`, computed and differentiated at most `chunk_size` columns at a time.
 
     The logits `[B, T, V]` exist in neither the value nor the gradient: each chunk's are made, used and dropped, and made again
     on the way back (a rematerialised scan along T, so that a sharded B stays where it is).
@@ -27,7 +27,7 @@ def chunked(
 
     Returns: what `fn` returns, `[B, T, ...]`.
 
-    Raises: ValueError where a per-token array is not `[B, T, ...]`, or `fn` returns something else than `[B, C, ...]`.
+    Raises: ValueError where a per-token array or `needed` is not `[B, T, ...]`, or what `fn` returns not `[B, C, ...]`.
 
     >>> from rlhf.losses import logits
     >>> h, w, tokens = jnp.ones((1, 6, 2)), jnp.ones((2, 4)), jnp.zeros((1, 6), jnp.int32)

@@ -96,7 +96,7 @@ def _explained(option: argparse.Action, needed: bool, width: int) -> list[str]:
 def parser_of(fn: Callable, name: str) -> jsonargparse.ArgumentParser:
     """The parser of a function's parameters; those of a dataclass are options of their own, side by side with the others."""
     parser = _Parser(prog=f"rlhf {name}", description=(inspect.getdoc(fn) or "").split("\n\n")[0])
-    parser.add_argument("--config", action="config", help="a YAML file of options; those typed beside it win")
+    parser.add_argument("--config", action="config")
     groups = _groups(fn)
     parser.add_function_arguments(fn, skip=set(groups), sub_configs=False)
     for kind in groups.values():

@@ -153,13 +153,14 @@ def logprobs_of(rows: Rows) -> tuple[Array, Array]:
 
 
 def complete(decode: Callable, rows: Rows, settings: Settings, early_end: bool) -> Rows:
-    """Decodes until every row is over; or always as often, which a vmapped program does faster."""
+    """The same `[B]` rows once every one is over; decoded always as often without `early_end`, which is faster vmapped."""
     if early_end:
         return jax.lax.while_loop(lambda rows: alive(rows, settings).any(), decode, rows)
     return jax.lax.fori_loop(1, settings.max_new_tokens, lambda _, rows: decode(rows), rows)
 
 
 def alive(rows: Rows, settings: Settings) -> Array:
+    """`[B]` bool, the rows that get another token."""
     return ~rows.finished & (rows.new < settings.max_new_tokens)
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf.lm import LM, Params
-from rlhf.rollouts.score import token_logprobs
+from rlhf.rollouts.score import score_batch
 from rlhf.rollouts.types import Array, Prompts, Rollout, check_prompts
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, which double, and before any
@@ -217,20 +217,18 @@ def generate_remote(
     return _rollout(rows, outcomes, prompts.tokens.shape[1], max_new_tokens, temperature or 1.0, pad_id)
 
 
-def rescored(lm: LM, params: Params, rollout: Rollout, *, chunk_size: int = 128) -> Rollout:
+def rescored(lm: LM, params: Params, rollout: Rollout, *, chunk_size: int = 64) -> Rollout:
     """The rollout with `logprobs` by this model: `importance.weights(logprobs, sampling_logprobs, mask)` then corrects for what
     the engine does otherwise.
 
     Args:
       lm, params: the policy as the trainer has it.
       rollout: `[B, T]`.
-      chunk_size: columns whose logits exist at a time.
+      chunk_size: the most columns whose logits exist at a time.
 
     Returns: a `Rollout`; `logprobs` are of softmax(logits / temperature), 0 outside the mask.
     """
-    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, inputs=rollout.inputs, chunk_size=chunk_size)
-    scored = token_logprobs(lm, params, rollout.tokens, temperature=rollout.temperature, **where)
-    return rollout._replace(logprobs=jnp.where(rollout.mask, scored, 0.0))
+    return rollout._replace(logprobs=score_batch(lm, params, rollout, chunk_size=chunk_size).logprobs)
 
 
 def load_lora_adapter(engine: Engine, folder, *, name: str | None = None) -> Engine:

@@ -14,9 +14,9 @@ from rlhf.rollouts.types import Array, Batch, Rollout
 class Scored(NamedTuple):
     """What `score` returns; column `t` speaks of `tokens[:, t]`."""
 
-    logprobs: Array  # [B, T] float32, log p(token | its sequence so far); 0 in the first column of a sequence and at padding
+    logprobs: Array  # [B, T] float32, log p(token | its sequence so far); 0 where not asked for, at starts and at padding
     entropy: Array  # [B, T] float32, nats, of the distribution the token was drawn from; 0 where logprobs is
-    values: dict[str, Array]  # per head [B, T] float32: its output before the token was read; 0 where logprobs is
+    values: dict[str, Array]  # per head [B, T] float32: its output before the token was read; 0 at starts and at padding
     last_value: dict[str, Array]  # per head [B * max_segments] float32: its output after a sequence's last token
     aux: dict[str, Array]  # what the model reports of itself
 
@@ -42,12 +42,12 @@ def score(
 
     Args:
       lm, params: a language model.
-      tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding.
+      tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding, and positions grow along a segment.
       mask: `[B, T]` bool, the tokens whose log-probs and entropies are asked for; those of others are 0.  None: all.
       temperature: divides the logits; a number or `[]`.
       heads: name -> (head, its params).  A value head's `values` are V(s_t); a reward head's `last_value` is the reward.
       inputs: what the tokens are conditioned on, `[B, ...]`.
-      chunk_size: columns whose logits exist at a time.
+      chunk_size: the most columns whose logits exist at a time.
       max_segments: the most sequences in a packed row; static.
 
     Returns: `Scored`.

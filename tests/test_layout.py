@@ -80,7 +80,8 @@ for name in ("flax", "transformers", "optax", "orbax", "datasets", "rich", "matp
     sys.modules[name] = None
 import {module}
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_imports_start_no_device_and_set_no_environment():
@@ -93,7 +94,8 @@ assert not jax._src.xla_bridge._backends, "a device was started"
 changed = {k for k in os.environ if before.get(k) != os.environ[k]}
 assert not [k for k in changed if k.startswith(("JAX", "XLA"))], changed
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_public_names_of_rlhf_resolve():

@@ -114,7 +114,8 @@ class Stack(Weights):
         """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow.
 
         A layer's weights are cut from the stack where they are used, and cut again in the backward pass: kept, they would be a
-        second copy of the model.  A CPU runs four layers a turn of the loop: it would fill and copy the loop's buffers.
+        second copy of the model.  A CPU runs four layers a turn of the loop, which spares it most of
+        the loop's buffers; without a loop between them XLA would keep what is to be made again, so `prevent_cse`.
         """
         c = self.config
         seen, rotary = self._where(positions, segment_ids, None)

@@ -14,7 +14,7 @@ from rlhf.losses import preference, reference_free
 from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
-from rlhf.rollouts import Pairs
+from rlhf.rollouts import Batch, Pairs
 from rlhf.runs import RunFolder
 
 LOSSES = {
@@ -46,14 +46,14 @@ def prepare(pairs: Pairs, *, whole: bool = False, max_segments: int = 1) -> Weig
     """Weights: every pair the same, and every token that is imitated; with `whole` the prompt's too."""
     rows = rollouts.pair_rows(pairs)
     valid = (pairs_of.lengths(pairs, max_segments=max_segments) > 0).all(-1)
-    tokens = (likely(rows) if whole else rows.mask).astype(jnp.float32)
-    number = jnp.sum(imitated(pairs_of.sums(tokens, pairs, likely(rows), max_segments=max_segments)) * valid)
+    tokens = imitable(rows, whole)
+    number = jnp.sum(imitated(pairs_of.sums(tokens.astype(jnp.float32), pairs, tokens, max_segments=max_segments)) * valid)
     return Weighted(pairs._replace(weights=valid / jnp.maximum(valid.sum(), 1)), valid / jnp.maximum(number, 1))
 
 
-def likely(rows):
-    """`[B, T]` bool: the tokens that have a log-prob, all but the first of a sequence."""
-    return (rows.segment_ids != 0) & ~losses.segments.starts(rows.segment_ids)
+def imitable(rows: Batch, whole: bool):
+    """`[B, T]` bool: the tokens of completions; of whole texts those that have a log-prob, all but the first."""
+    return (rows.segment_ids != 0) & ~losses.segments.starts(rows.segment_ids) if whole else rows.mask
 
 
 def objective(
@@ -67,14 +67,14 @@ def objective(
 
     def loss_fn(params, context, batch, key):
         rows = rollouts.pair_rows(batch.pairs)
-        beside = likely(rows) if whole else rows.mask
-        logprobs = rollouts.score_batch(lm, params, rows._replace(mask=beside)).logprobs
+        tokens = imitable(rows, whole)
+        logprobs = rollouts.score_batch(lm, params, rows._replace(mask=tokens)).logprobs
         of = partial(pairs_of.sums, logprobs, batch.pairs, max_segments=max_segments)
         lengths = pairs_of.lengths(batch.pairs, max_segments=max_segments)
         of_pair, of_lengths = [(x[..., 0], x[..., 1]) for x in (of(), lengths)]
         per_pair = loss(*of_pair, **(dict(zip(pairs_of.LENGTHS, of_lengths, strict=True)) if by_length else {}))
         chosen, rejected = preference.averages(*of_pair, *of_lengths) if by_length else of_pair
-        nll = losses.weighted_sum(0.0 - imitated(of(beside)), batch.nll)
+        nll = losses.weighted_sum(0.0 - imitated(of(tokens)), batch.nll)
         metrics = {
             "nll": nll,
             "accuracy": losses.weighted_sum(chosen > rejected, batch.pairs.weights),

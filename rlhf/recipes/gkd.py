@@ -39,10 +39,11 @@ def objective(lm: LM, teacher: LM, *, vocab_size: int | None = None, beta: float
 
     def loss_fn(params, context, batch, key):
         where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
-        hidden, taught = (of.hidden(p, batch.tokens, **where)[0] for of, p in ((lm, params), (teacher, context)))
-        found = losses.chunked(partial(per_position, params, context), hidden, lambda h: h, jax.lax.stop_gradient(taught))
-        here = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))  # what position t - 1 says of tokens[:, t]
-        divergence, agree = (losses.weighted_sum(here(x), batch.weights) for x in found)
+        before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))  # position t - 1 speaks of tokens[:, t]
+        hidden, taught = (before(of.hidden(p, batch.tokens, **where)[0]) for of, p in ((lm, params), (teacher, context)))
+        compare = partial(per_position, params, context)
+        found = losses.chunked(compare, hidden, lambda h: h, jax.lax.stop_gradient(taught), needed=batch.mask)
+        divergence, agree = (losses.weighted_sum(x, batch.weights) for x in found)
         return divergence, {"agreement": agree}
 
     return loss_fn

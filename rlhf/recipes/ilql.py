@@ -114,7 +114,8 @@ def main(
       awac_beta: how much it leans to better tokens; 0: not at all.
       target_rate: by which the slow Qs follow, every `target_every` steps.
       target_every: steps.
-      beta: how much sampling leans to what is valued, logits + beta (Q - V), when answers to --eval_dataset are drawn.
+      beta: how much sampling leans to what is valued, logits + beta (Q - V): of answers to --eval_dataset, and when `rlhf eval`
+        and `rlhf chat` ask the run.
       max_length: tokens of a prompt with its completion; longer ones are cut.
       resume: go on with the run in the folder.
     """

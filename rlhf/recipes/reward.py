@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -26,9 +26,8 @@ def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
 
 def scores(lm: LM, head: Head, params, batch: Batch | Rollout, *, max_segments: int = 1):
     """The reward of every sequence, `[B * max_segments]`; `params` is `{"lm": …, "head": …}`."""
-    where: dict[str, Any] = dict(positions=batch.positions, segment_ids=batch.segment_ids, max_segments=max_segments)
-    s = rollouts.score(lm, params["lm"], batch.tokens, heads={"reward": (head, params["head"])}, **where)
-    return s.last_value["reward"]
+    heads = {"reward": (head, params["head"])}
+    return rollouts.score_batch(lm, params["lm"], batch, heads=heads, max_segments=max_segments).last_value["reward"]
 
 
 def objective(lm: LM, head: Head, *, center_coef: float = 0.0, max_segments: int = 1) -> Callable:
