@@ -28,6 +28,7 @@ from rlhf import rollouts
 from rlhf.data import Tokenized, batch, pairs
 from rlhf.models import TransformerConfig, transformer
 from rlhf.recipes import dpo, grpo, sft
+from rlhf.recipes.pairs import shared_prefix
 
 VOCABULARY, END, PAD = 4096, 1, 0
 ROWS, LENGTH, HALF, PROMPTS, PROMPT, SAMPLES, NEW, BETA, RATE = 16, 256, 64, 8, 16, 8, 64, 0.04, 1e-5
@@ -124,8 +125,10 @@ def preferences(lm, params, folder: Path, rng):
     whole = lambda answers: [
         Tokenized([*p, *a, END], [False] * HALF + [True] * HALF) for p, a in zip(prompts, answers, strict=True)
     ]
-    prepare = lambda state, rows: dpo.prepare(lm, state.context["reference"], rows)
-    return step_of(dpo.objective(lm), prepare), jax.device_put(pairs(whole(chosen), whole(rejected)))
+    made = pairs(whole(chosen), whole(rejected))
+    shared = shared_prefix(made)
+    prepare = lambda state, rows: dpo.prepare(lm, state.context["reference"], rows, shared=shared)
+    return step_of(dpo.objective(lm, shared=shared), prepare), jax.device_put(made)
 
 
 def sampled(lm, params, folder: Path, rng):

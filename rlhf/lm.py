@@ -24,6 +24,40 @@ class LM(NamedTuple):
     init_cache: Callable  # (batch, length) -> cache; every leaf has the batch on axis 0
     encode: Callable | None = None  # encoder-decoders: (params, inputs) -> the encoded form of inputs
     unstack: Callable | None = None  # (params) -> params in the form that `hidden` with a cache reads fastest, again and again
+    shares: bool = False  # whether `hidden` takes `shared`, a `SharedPrefix`, and reads it once
+
+
+class SharedPrefix(NamedTuple):
+    """Rows in groups that have their first columns in common: a prompt's samples, the two answers of a pair.
+
+    >>> shared, x = SharedPrefix(rows=2, own=1), jnp.array([[5, 6, 7], [5, 6, 8]])
+    >>> shared.once(x).tolist(), shared.whole(shared.once(x)).tolist()
+    ([[5, 6, 7, 8]], [[5, 6, 7], [5, 6, 8]])
+    """
+
+    rows: int  # of a group, one after another
+    own: int  # the last columns, in which they differ
+
+    def fitting(self, rows: int, parts: int) -> "SharedPrefix":
+        """With as many rows to a group as can stay together where so many rows are cut into equal parts; at worst one.
+
+        >>> [SharedPrefix(8, 64).fitting(32, parts).rows for parts in (1, 4, 8, 16, 32)]
+        [8, 8, 4, 2, 1]
+        """
+        fit = [n for n in range(1, self.rows + 1) if self.rows % n == 0 and rows // n % parts == 0]
+        return self._replace(rows=max(fit, default=1))
+
+    def once(self, x: jax.Array) -> jax.Array:
+        """`[B, T, ...]` -> `[B / rows, T - own + rows · own, ...]`: a group's prefix, then each row's own columns."""
+        x = x.reshape(-1, self.rows, *x.shape[1:])
+        prefix, own = x[:, 0, : x.shape[2] - self.own], x[:, :, x.shape[2] - self.own :]
+        return jnp.concatenate([prefix, own.reshape(len(x), -1, *x.shape[3:])], axis=1)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """The inverse of `once`."""
+        start = x.shape[1] - self.rows * self.own
+        prefix, own = jnp.repeat(x[:, :start], self.rows, axis=0), x[:, start:].reshape(-1, self.own, *x.shape[2:])
+        return jnp.concatenate([prefix, own], axis=1)
 
 
 class Head(NamedTuple):
@@ -77,6 +111,7 @@ def geometric_mixture(lm: LM, *, mixture_coef: float = 0.5) -> LM:
         unembed=Bound(_mixed_unembed, (lm, mixture_coef)),
         init_cache=Bound(_mixed_init_cache, (lm,)),
         unstack=Bound(_mixed_unstack, (lm,)) if lm.unstack else None,
+        shares=lm.shares,
     )
 
 
@@ -110,7 +145,7 @@ def _mixed_unstack(lm, params):
 
 def from_linen(module) -> LM:
     """An `LM` from a Flax Linen module with methods `hidden`, `unembed`, `init_cache`, and `encode` if it has one, as in `LM`
-    but without `params`; and `unstack(params)` if it has one.
+    but without `params`; `unstack(params)` and `shares` if it has them.
 
     `hidden` must create every parameter.  Parameters boxed by `nn.with_partitioning` give `axes`; others get None.
 
@@ -130,6 +165,7 @@ def from_linen(module) -> LM:
         init_cache=Bound(_init_cache, (module,)),
         encode=Bound(_linen_apply, (module, "encode")) if hasattr(module, "encode") else None,
         unstack=Bound(_unstack, (module,)) if hasattr(module, "unstack") else None,
+        shares=getattr(module, "shares", False),
     )
 
 

@@ -164,6 +164,16 @@ def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
+def row_ways(rules: Mapping[str, Any] = RULES) -> int:
+    """How many parts the mesh that is set cuts a batch's rows into; 1 without a mesh.
+
+    >>> row_ways()
+    1
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(spec(("batch",), mesh, rules)[0], mesh)
+
+
 def start_distributed(**kwargs) -> None:
     """Joins the hosts of one run: call first, once per process  (`jax.distributed.initialize`).
 

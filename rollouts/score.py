@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf import losses
-from rlhf.lm import LM, Head, Params
+from rlhf.lm import LM, Head, Params, SharedPrefix
 from rlhf.rollouts.types import Array, Batch, Rollout
 
 
@@ -32,6 +32,7 @@ def score(
     temperature=1.0,
     heads: dict[str, tuple[Head, Params]] | None = None,
     inputs: dict | None = None,
+    shared: SharedPrefix | None = None,
     chunk_size: int = 64,
     max_segments: int = 1,
 ) -> Scored:
@@ -47,19 +48,23 @@ def score(
       temperature: divides the logits; a number or `[]`.
       heads: name -> (head, its params).  A value head's `values` are V(s_t); a reward head's `last_value` is the reward.
       inputs: what the tokens are conditioned on, `[B, ...]`.
+      shared: rows in groups with a common prefix, such as a prompt's samples: models that can (`lm.shares`) read it once, and
+        the results are the same to rounding, but for `aux`, which counts it once.  A group whose rows do not share what they
+        ought to gets NaN.
       chunk_size: the most columns whose logits exist at a time.
       max_segments: the most sequences in a packed row; static.
 
     Returns: `Scored`.
 
-    Raises: ValueError on unequal shapes.
+    Raises: ValueError on unequal shapes, or rows or columns that `shared` does not divide.
     """
     heads = heads or {}
     _check(tokens, positions=positions, segment_ids=segment_ids, **({} if mask is None else {"mask": mask}))
+    _check_shared(shared, tokens)
     names = tuple(heads)
     applies = tuple(heads[name][0].apply for name in names)
     return _score(
-        lm, names, applies, chunk_size, max_segments, params, tuple(heads[name][1] for name in names),
+        lm, names, applies, shared, chunk_size, max_segments, params, tuple(heads[name][1] for name in names),
         tokens, positions, segment_ids, mask, jnp.asarray(temperature, jnp.float32), inputs,
     )  # fmt: skip
 
@@ -70,7 +75,7 @@ def score_batch(lm: LM, params: Params, batch: Batch | Rollout, **knobs) -> Scor
     Args:
       lm, params: a language model.
       batch: log-probs and entropies are those of tokens where its `mask` is True, and 0 elsewhere; values are of all.
-      knobs: `heads`, `chunk_size` and `max_segments` of `score`.
+      knobs: `heads`, `shared`, `chunk_size` and `max_segments` of `score`.
 
     >>> from rlhf.models import TransformerConfig, transformer
     >>> from rlhf.rollouts import whole_rows
@@ -128,11 +133,16 @@ def classify(
     return head.apply(params["head"], read.reshape(-1, hidden.shape[-1]))
 
 
-@partial(jax.jit, static_argnums=range(5))
+@partial(jax.jit, static_argnums=range(6))
 def _score(
-    lm, names, applies, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, mask, temperature, inputs
-):
-    hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    lm, names, applies, shared, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, mask,
+    temperature, inputs,
+):  # fmt: skip
+    sharing = {"shared": shared} if shared and lm.shares else {}
+    hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs, **sharing)
+    if shared is not None:
+        same = jnp.stack([(x == shared.whole(shared.once(x))).all(1) for x in (tokens, positions, segment_ids)]).all(0)
+        hidden = jnp.where(same[:, None, None], hidden, jnp.nan)
     follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)  # the token before belongs to the same sequence
     asked = follows if mask is None else follows & mask
     before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))  # of position t - 1
@@ -141,9 +151,15 @@ def _score(
         logits = logits / temperature.astype(logits.dtype)
         return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
 
-    logprobs, entropy = losses.chunked(
-        per_position, before(hidden), partial(lm.unembed, params), tokens, chunk_size=chunk_size, needed=asked
-    )
+    def of_columns(part):
+        unembed, needed = partial(lm.unembed, params), asked[:, part]
+        return losses.chunked(
+            per_position, before(hidden)[:, part], unembed, tokens[:, part], chunk_size=chunk_size, needed=needed
+        )
+
+    start = 0 if shared is None else tokens.shape[1] - shared.own  # no chunk holds columns of prompts and of answers
+    parts = [of_columns(part) for part in ([slice(start)] if start else []) + [slice(start, None)]]
+    logprobs, entropy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     outputs = {name: apply(p, hidden) for name, apply, p in zip(names, applies, head_params, strict=True)}
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)  # [B, S]
     return Scored(
@@ -153,6 +169,14 @@ def _score(
         last_value={name: jnp.take_along_axis(x, last, axis=1).reshape(-1) for name, x in outputs.items()},
         aux=aux,
     )
+
+
+def _check_shared(shared: SharedPrefix | None, tokens) -> None:
+    rows, columns = tokens.shape
+    if shared and (min(shared) < 1 or rows % shared.rows or shared.own >= columns):
+        raise ValueError(
+            f"tokens {[rows, columns]} are not groups of {shared.rows} rows that share all but their last {shared.own} columns"
+        )
 
 
 def _check(tokens, **others) -> None:

@@ -34,6 +34,7 @@ from rlhf.data.template import tokenize_texts as tokenize_texts
 from rlhf.data.tokenized import Steps as Steps
 from rlhf.data.tokenized import Tokenized as Tokenized
 from rlhf.data.tokenized import Truncated as Truncated
+from rlhf.data.tokenized import aligned as aligned
 from rlhf.data.tokenized import batch as batch
 from rlhf.data.tokenized import mismatched as mismatched
 from rlhf.data.tokenized import pairs as pairs

@@ -79,9 +79,27 @@ def batch(rows: Sequence[Any], *, length: int | None = None) -> Batch:
     >>> batch([Tokenized([5, 6], [False, True]), Tokenized([7], [True])]).segment_ids.tolist()
     [[1, 1], [1, 0]]
     """
-    real = _columns([row.tokens for row in rows], length, "row")
-    fill = lambda name, dtype: _filled([getattr(row, name) for row in rows], real, dtype)
-    return jax.tree.map(np.asarray, whole_rows(fill("tokens", np.int32), real, fill("mask", bool)))
+    return _batch(rows, _columns([row.tokens for row in rows], length, "row"))
+
+
+def aligned(rows: Sequence[Any]) -> Batch:
+    """As `batch`, but the first trained token of all rows stands in one column: prompts are padded on the left.
+
+    Args:
+      rows: N `Tokenized` or `Steps` with a trained token each.
+
+    Raises: ValueError where a row has none.
+
+    >>> aligned([Tokenized([5, 6, 7], [False, False, True]), Tokenized([8, 9], [False, True])]).tokens.tolist()
+    [[5, 6, 7], [0, 8, 9]]
+    """
+    start = np.array([[*row.mask, True].index(True) for row in rows])
+    lengths = np.array([len(row.tokens) for row in rows])
+    if (start == lengths).any():
+        raise ValueError(f"row {int((start == lengths).argmax())} has no trained token to align; leave it out")
+    first = start.max() - start
+    columns = np.arange((first + lengths).max())
+    return _batch(rows, (columns >= first[:, None]) & (columns < (first + lengths)[:, None]))
 
 
 def step_batch(rows: Sequence[Steps], *, length: int | None = None) -> tuple[Batch, np.ndarray]:
@@ -156,6 +174,11 @@ def mismatched(rows: Sequence[Tokenized]) -> list[Tokenized]:
     after = [*range(1, len(rows)), 0]
     part: Callable = lambda x, i, j: x(rows[i])[: start[i]] + x(rows[j])[start[j] :]
     return [Tokenized(part(lambda r: r.tokens, i, j), part(lambda r: r.mask, i, j)) for i, j in enumerate(after)]
+
+
+def _batch(rows: Sequence[Any], real: np.ndarray) -> Batch:
+    fill = lambda name, dtype: _filled([getattr(row, name) for row in rows], real, dtype)
+    return jax.tree.map(np.asarray, whole_rows(fill("tokens", np.int32), real, fill("mask", bool)))
 
 
 def _columns(rows: Sequence[Sequence[int]], length: int | None, what: str) -> np.ndarray:

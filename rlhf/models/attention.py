@@ -93,7 +93,7 @@ def _xla(q, k, v, mask, softcap, bias, scale):
     batch, heads, length, width = q.shape
     groups = heads // k.shape[1]
     q = (q * scale).reshape(batch, k.shape[1], groups * length, width)
-    scores = jnp.einsum("bkth,bksh->bkts", q, k)  # a matmul with keys transposed would have XLA on CPU transpose them
+    scores = _products(q, k, one_by_one=length == 1 and jax.default_backend() == "cpu")
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = scores.reshape(batch, k.shape[1], groups, length, -1)
     if softcap is not None:
@@ -103,6 +103,13 @@ def _xla(q, k, v, mask, softcap, bias, scale):
     scores = jnp.where(mask[:, None, None], scores, -0.7 * jnp.finfo(scores.dtype).max)  # finite: no NaN at padding
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, k.shape[1], groups * length, -1)
     return jnp.matmul(probs, v).reshape(batch, heads, length, width)
+
+
+def _products(q, k, one_by_one: bool):
+    """`q kᵀ`, `[B, K, T, H]` -> `[B, K, T, S]`.  XLA on CPU would transpose all keys for a matmul, and multiplies a few queries
+    slower together than one by one."""
+    parts = jnp.split(q, q.shape[2], axis=2) if one_by_one else [q]
+    return jnp.concatenate([jnp.einsum("bkth,bksh->bkts", part, k) for part in parts], axis=2)
 
 
 def _cudnn(q, k, v, mask, scale):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from rlhf.lm import SharedPrefix
 from rlhf.models.attention import attention
 from rlhf.models.config import ACTIVATIONS, LayerKind, TransformerConfig
 from rlhf.models.experts import experts
@@ -54,6 +55,7 @@ class Block(Weights):
     """Attention, attention to an encoder's output where there is one, and MLP or experts."""
 
     config: TransformerConfig
+    shared: SharedPrefix | None = None
 
     @nn.compact
     def __call__(
@@ -65,7 +67,7 @@ class Block(Weights):
         seen: dict[str, Any],
         cross: dict[str, Any] | None,
     ) -> tuple[Array, tuple[Array, Array], Any]:
-        """`x [B, T, D]` through one block.
+        """`x [B, T, D]` through one block; what rows share stands in `x` once, and is attention's alone to read again.
 
         Args:
           cached: this layer's (keys, values, write), or None.
@@ -76,7 +78,10 @@ class Block(Weights):
         """
         c = self.config
         attend = lambda h: self.attend(h, kind, turns, cached, seen)
-        feed = lambda h: self.sparse(h, seen["segment_ids"] != 0) if kind.sparse else (self.mlp(h), None)
+        real = seen["segment_ids"] != 0
+        feed = lambda h: (
+            self.sparse(h, real if self.shared is None else self.shared.once(real)) if kind.sparse else (self.mlp(h), None)
+        )
         if c.parallel:
             h = self.norm("attention_norm", x)
             y, kv = attend(h)
@@ -102,7 +107,8 @@ class Block(Weights):
         q, k, v = self.project("q", x, c.num_heads), self.project("k", x, c.kv_heads), self.project("v", x, c.kv_heads)
         if c.qk_norm == "heads":
             q, k = self.norm("q_norm", q), self.norm("k_norm", k)
-        q, k, v = (self.split(y) for y in (q, k, v))  # [B, heads, T, H]
+        whole = (lambda y: y) if self.shared is None else self.shared.whole
+        q, k, v = (self.split(whole(y)) for y in (q, k, v))  # [B, heads, T, H]
         if c.qk_norm == "head":
             q, k = self.norm("q_norm", q), self.norm("k_norm", k)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -147,6 +153,7 @@ class Block(Weights):
         c = self.config
         inputs = c.num_heads * c.width
         x = jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], inputs)
+        x = x if self.shared is None else self.shared.once(x)
         w = self.weight(name, (inputs, c.hidden_size), ("heads", "embed"), self.into_residual(inputs))
         return linear(x, w, self.bias(c.out_bias, f"{name}_bias", c.hidden_size, "embed"))
 

@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf.lm import LM, from_linen
+from rlhf.lm import LM, SharedPrefix, from_linen
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import REMAT, LayerKind, TransformerConfig
 from rlhf.models.experts import Routing
 from rlhf.models.linear import linear, rows
 from rlhf.models.position_bias import alibi, relative
 from rlhf.models.rotary import turns
-from rlhf.sharding import constrain
+from rlhf.sharding import constrain, row_ways
 
 Array = jax.Array
 SPARSE = ("router", "expert_gate", "expert_up", "expert_down")  # leaves of sparse layers alone
@@ -85,15 +85,19 @@ class Stack(Weights):
                 out.setdefault(name, leaf.replace(value=own, names=("layers", *leaf.names)))
         return out
 
-    def run(self, x: Array, positions, segment_ids, cache=None, encoded=None) -> tuple[Array, Cache | None, dict]:
+    def run(
+        self, x: Array, positions, segment_ids, cache=None, encoded=None, shared: SharedPrefix | None = None
+    ) -> tuple[Array, Cache | None, dict]:
         """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it, and the routing of experts.
 
         Args:
           encoded: as `encode` of an encoder-decoder makes it; None without an encoder.
+          shared: what the rows of `positions` and `segment_ids` share stands once in `x` and in what is returned.
         """
         c = self.config
         if c.max_positions:
-            x = x + jnp.take(self.position_embedding, positions + c.position_offset, axis=0).astype(x.dtype)
+            places = positions if shared is None else shared.once(positions)
+            x = x + jnp.take(self.position_embedding, places + c.position_offset, axis=0).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
         x = constrain(x, "batch", "sequence", None)
         layers, cross = self.layers, None
@@ -105,12 +109,12 @@ class Stack(Weights):
                 layers = {**layers, "cross": of_layers}
             where = dict(kv_positions=encoded["positions"], kv_segment_ids=encoded["segment_ids"])
             cross = dict(positions=positions, segment_ids=segment_ids, **where)
-        run = self._scan if cache is None else self._unroll
+        run = partial(self._scan, shared) if cache is None else self._unroll
         x, cache, routing = run(x, layers, positions, segment_ids, cache, cross)
         x = self.normalise(x, *self.final_norm) if c.final_norm else x
         return x, cache, {"routing": routing} if routing else {}
 
-    def _scan(self, x, layers, positions, segment_ids, cache, cross):
+    def _scan(self, shared, x, layers, positions, segment_ids, cache, cross):
         """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow.
 
         A layer's weights are cut from the stack where they are used, and cut again in the backward pass: kept, they would be a
@@ -124,7 +128,7 @@ class Stack(Weights):
         def apply(carry, layers, repeat, place, kinds):
             x, routing = carry
             layer, kind = _layer(layers, kinds, repeat, place), kinds[place]
-            x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross)
+            x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross, shared)
             return constrain(x, "batch", "sequence", None), _add(routing, more)
 
         apply = jax.checkpoint(apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat])
@@ -196,19 +200,31 @@ class Transformer(Stack):
             self.project_in = self.weight("project_in", (c.embed_size, c.hidden_size), (None, "embed"), init)
             self.project_out = self.weight("project_out", (c.hidden_size, c.embed_size), ("embed", None), init)
 
-    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None):
-        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and `{"routing": …}` of experts."""
+    @property
+    def shares(self) -> bool:
+        """Whether a prefix is the same whatever follows: not where the whole text is seen, or its length turns positions."""
+        c = self.config
+        return c.causal and not any(kind.rope and kind.rope.scaling and kind.rope.scaling.by_length for kind in c.kinds)
+
+    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=None):
+        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and `{"routing": …}` of experts.
+
+        Args:
+          shared: the columns that rows share are read once; without a cache.
+        """
         c, inputs = self.config, inputs or {}
         if unknown := sorted(inputs.keys() - ({"token_types"} if c.token_types else set())):
             raise ValueError(f"this model is conditioned on its tokens alone, but got inputs {unknown}")
-        x = embed(c, self.embedding, tokens)
+        shared = shared and shared.fitting(len(tokens), row_ways())  # every device has as many groups as the others
+        shared = shared if shared and shared.rows > 1 else None
+        once, whole = (lambda x: x, lambda x: x) if shared is None else (shared.once, shared.whole)
+        x = embed(c, self.embedding, once(tokens))
         if c.token_types:
             types = inputs.get("token_types", jnp.zeros_like(tokens))
-            x = x + jnp.take(self.type_embedding, types, axis=0).astype(c.dtype)
-        if not c.embed_size:
-            return self.run(x, positions, segment_ids, cache)
-        x, cache, aux = self.run(linear(x, self.project_in), positions, segment_ids, cache)
-        return linear(x, self.project_out), cache, aux
+            x = x + jnp.take(self.type_embedding, once(types), axis=0).astype(c.dtype)
+        x = linear(x, self.project_in) if c.embed_size else x
+        x, cache, aux = self.run(x, positions, segment_ids, cache, shared=shared)
+        return whole(linear(x, self.project_out) if c.embed_size else x), cache, aux
 
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""
@@ -254,10 +270,10 @@ def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
 
 
-def _block(c, layer, x, kind, rotary, cached, seen, cross):
+def _block(c, layer, x, kind, rotary, cached, seen, cross, shared=None):
     params = {name: leaf for name, leaf in layer.items() if name != "cross"}
     cross = None if cross is None else {**cross, **layer["cross"]}
-    return Block(c, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
+    return Block(c, shared, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
 
 
 def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str, Any], ...]:

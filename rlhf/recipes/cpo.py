@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts, tasks
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference, reference_free
 from rlhf.models.huggingface import load_tokenizer
@@ -57,8 +57,9 @@ def imitable(rows: Batch, whole: bool):
 
 
 def objective(
-    lm: LM, *, loss: Callable = reference_free.cpo, nll_coef: float = 1.0, whole: bool = False, max_segments: int = 1
-) -> Callable:
+    lm: LM, *, loss: Callable = reference_free.cpo, nll_coef: float = 1.0, whole: bool = False, max_segments: int = 1,
+    shared: SharedPrefix | None = None,
+) -> Callable:  # fmt: skip
     """The `loss_fn` of a `Weighted` batch: `loss + nll_coef · NLL`; `params` are the policy's.
 
     `loss` is an objective of `losses.reference_free`.  With `whole`, as for `prepare`, prompts count to the NLL.
@@ -68,7 +69,7 @@ def objective(
     def loss_fn(params, context, batch, key):
         rows = rollouts.pair_rows(batch.pairs)
         tokens = imitable(rows, whole)
-        logprobs = rollouts.score_batch(lm, params, rows._replace(mask=tokens)).logprobs
+        logprobs = rollouts.score_batch(lm, params, rows._replace(mask=tokens), shared=shared).logprobs
         of = partial(pairs_of.sums, logprobs, batch.pairs, max_segments=max_segments)
         lengths = pairs_of.lengths(batch.pairs, max_segments=max_segments)
         of_pair, of_lengths = [(x[..., 0], x[..., 1]) for x in (of(), lengths)]
@@ -131,10 +132,10 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, columns)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
-    most = pairs_of.segments(train, test)
+    most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     policy = setup.policy(model, training.seed)
     amount = nll_coef if nll_coef is not None else 0.0 if loss in ALONE else 1.0
-    loss_fn = policy.of_whole(objective(policy.lm, loss=per_pair, nll_coef=amount, max_segments=most))
+    loss_fn = policy.of_whole(objective(policy.lm, loss=per_pair, nll_coef=amount, max_segments=most, shared=shared))
 
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), policy.params,

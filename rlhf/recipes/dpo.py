@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 
 from rlhf import losses, rollouts, tasks
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference
 from rlhf.models.huggingface import load_tokenizer
@@ -18,16 +18,16 @@ from rlhf.rollouts import Pairs
 from rlhf.runs import RunFolder
 
 
-def sequence_logprobs(lm: LM, params, pairs: Pairs, *, max_segments: int = 1):
-    """`[R, N, 2]`: the sums of completion log-probs, chosen and rejected."""
+def sequence_logprobs(lm: LM, params, pairs: Pairs, *, max_segments: int = 1, shared: SharedPrefix | None = None):
+    """`[R, N, 2]`: the sums of completion log-probs, chosen and rejected; `shared` of `pairs.shared_prefix`."""
     rows = rollouts.pair_rows(pairs)
-    logprobs = rollouts.score_batch(lm, params, rows).logprobs
+    logprobs = rollouts.score_batch(lm, params, rows, shared=shared).logprobs
     return pairs_of.sums(logprobs, pairs, max_segments=max_segments)
 
 
-def prepare(lm: LM, ref_params, pairs: Pairs, *, max_segments: int = 1) -> Pairs:
+def prepare(lm: LM, ref_params, pairs: Pairs, *, max_segments: int = 1, shared: SharedPrefix | None = None) -> Pairs:
     """The optimizer mini-batch with weights and the reference's sequence log-probs."""
-    logprobs = sequence_logprobs(lm, ref_params, pairs, max_segments=max_segments)
+    logprobs = sequence_logprobs(lm, ref_params, pairs, max_segments=max_segments, shared=shared)
     return reward.prepare(pairs, max_segments=max_segments)._replace(ref_logprobs=jax.lax.stop_gradient(logprobs))
 
 
@@ -52,12 +52,12 @@ def comparison(*, beta: float = 0.1, max_segments: int = 1, loss: Callable = pre
     return compare
 
 
-def objective(lm: LM, *, max_segments: int = 1, **knobs) -> Callable:
+def objective(lm: LM, *, max_segments: int = 1, shared: SharedPrefix | None = None, **knobs) -> Callable:
     """The `loss_fn` of prepared `Pairs`; `params` are the policy's, and `knobs` those of `comparison`, row by row."""
     compare = comparison(max_segments=max_segments, **knobs)
 
     def loss_fn(params, context, pairs, key):
-        return compare(sequence_logprobs(lm, params, pairs, max_segments=max_segments), context, pairs)
+        return compare(sequence_logprobs(lm, params, pairs, max_segments=max_segments, shared=shared), context, pairs)
 
     return loss_fn
 
@@ -100,9 +100,9 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
-    most = pairs_of.segments(train, test)
+    most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     policy = setup.policy(model, training.seed)
-    scores = lambda params, context, pairs, key: sequence_logprobs(policy.lm, params, pairs, max_segments=most)
+    scores = lambda params, context, pairs, key: sequence_logprobs(policy.lm, params, pairs, max_segments=most, shared=shared)
     referenced = jax.jit(lambda context, pairs: scores(policy.reference(context), context, pairs, None))
 
     def with_reference(pairs):  # once for every row, before the first step; one that moves is asked in the step
@@ -121,7 +121,7 @@ def main(
         make_step = coupled.step(scores_fn, compare, training, prepare=weighted)
         evaluate = coupled.evaluation(scores_fn, compare, held, training.batch_size)
     else:
-        plain = objective(policy.lm, beta=beta, loss=mixed, max_segments=most)
+        plain = objective(policy.lm, beta=beta, loss=mixed, max_segments=most, shared=shared)
 
         def compared(params, context, pairs, key):
             moved = pairs._replace(ref_logprobs=referenced(context, pairs)) if hooks else pairs

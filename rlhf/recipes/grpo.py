@@ -6,7 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.recipes import online, online_steps, setup
 from rlhf.recipes.online import Sampling, Scoring
@@ -19,14 +19,21 @@ def prepare(batch: Batch, weights: Callable = losses.weights.token_mean) -> Batc
     return batch._replace(weights=weights(batch.mask, batch.segment_ids))
 
 
-def objective(lm: LM, *, loss: Callable = losses.clipped_surrogate, kl_coef: float = 0.04, **knobs) -> Callable:
+def objective(
+    lm: LM,
+    *,
+    loss: Callable = losses.clipped_surrogate,
+    kl_coef: float = 0.04,
+    shared: SharedPrefix | None = None,
+    **knobs,
+) -> Callable:
     """The `loss_fn` of a prepared `Batch`; `params` are the policy's, `loss` a surrogate and `knobs` its own.
 
-    With a `kl_coef` of 0 the batch needs no log-probs of a reference.
+    What rows share is read once.  With a `kl_coef` of 0 the batch needs no log-probs of a reference.
     """
 
     def loss_fn(params, context, batch, key):
-        s = rollouts.score_batch(lm, params, batch)
+        s = rollouts.score_batch(lm, params, batch, shared=shared)
         per_token = loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask, **knobs)
         metrics = {"entropy": losses.weighted_sum(s.entropy, batch.weights)}
         if kl_coef:
@@ -38,15 +45,18 @@ def objective(lm: LM, *, loss: Callable = losses.clipped_surrogate, kl_coef: flo
     return loss_fn
 
 
-def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: int) -> tuple[Batch, dict]:
+def experience(
+    lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: int, shared: SharedPrefix | None = None
+) -> tuple[Batch, dict]:
     """A rollout as a `Batch`: advantages within the groups, log-probs of the reference.
 
     Args:
       rewards: `[B]`, NaN where a completion could not be scored.
       num_samples: completions a prompt.
+      shared: what the rows of the rollout share.
     """
     advantages = losses.group_relative(rewards.reshape(-1, num_samples)).reshape(-1, 1)
-    ref_logprobs = online.logprobs(lm, ref_params, rollout)
+    ref_logprobs = online.logprobs(lm, ref_params, rollout, shared)
     batch = rollouts.batch_of(rollout, advantages=jnp.where(rollout.mask, advantages, 0.0), ref_logprobs=ref_logprobs)
     return batch, online.rollout_metrics(rollout, rewards, ref_logprobs)
 
@@ -56,19 +66,22 @@ def iteration(
     reward_fn: Callable,
     optimizer,
     *,
+    max_new_tokens: int,
     num_samples: int = 8,
     loss: Callable = losses.clipped_surrogate,
     kl_coef: float = 0.04,
     **how,
 ) -> Callable:
     """`online_steps.iteration`, with its arguments; `state.context["reference"]` holds the reference's params."""
+    sampled = dict(num_samples=num_samples, shared=SharedPrefix(num_samples, max_new_tokens))
 
     def compared(state, rollout, rewards):
-        batch, seen = experience(lm, state.context["reference"], rollout, rewards, num_samples=num_samples)
-        return state, batch, seen
+        return state, *experience(lm, state.context["reference"], rollout, rewards, **sampled)
 
-    loss_fn = objective(lm, loss=loss, kl_coef=kl_coef)
-    return online_steps.iteration(lm, reward_fn, optimizer, compared, prepare, loss_fn, num_samples=num_samples, **how)
+    return online_steps.iteration(
+        lm, reward_fn, optimizer, compared, prepare, lambda shared: objective(lm, loss=loss, kl_coef=kl_coef, shared=shared),
+        max_new_tokens=max_new_tokens, num_samples=num_samples, **how,
+    )  # fmt: skip
 
 
 def main(
@@ -103,15 +116,17 @@ def main(
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
     sample = online.sampler(policy, sampling, begin.eos_ids)
-    loss_fn = policy.of_whole(objective(policy.lm, loss=algorithm.loss, kl_coef=beta))
+    prompt = SharedPrefix(groups, sampling.max_new_tokens)
+    shared = prompt.fitting(training.batch_size * groups, mini_batches * training.micro_batches)
+    loss_fn = policy.of_whole(objective(policy.lm, loss=algorithm.loss, kl_coef=beta, shared=shared))
 
     def compared(state, rollout, rewards):
         advantages = algorithm.advantages(rewards.reshape(-1, groups), rollout.mask)
-        reference = online.logprobs(policy.lm, policy.reference(state.context), rollout) if beta else None
+        reference = online.logprobs(policy.lm, policy.reference(state.context), rollout, prompt) if beta else None
         return state, rollouts.batch_of(rollout, advantages=advantages, ref_logprobs=reference), {}
 
     state, figures = online_steps.learn(
-        begin, policy, sample, compared, partial(prepare, weights=algorithm.weights), loss_fn,
+        begin, policy, sample, compared, partial(prepare, weights=algorithm.weights), loss_fn, together=shared.rows,
         **setup.kept(policy.context(with_reference=beta > 0), hooks),
     )  # fmt: skip
     policy.export(run.path, state, begin.tokenizer)

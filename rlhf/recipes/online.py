@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf import data, losses, rollouts
 from rlhf.data.types import Row
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.models.huggingface import end_ids
@@ -123,9 +123,9 @@ def player(lm: LM, params_of: Callable, drawing: Drawing, eos_ids: tuple[int, ..
     return sample
 
 
-def logprobs(lm: LM, params: Any, rollout: Rollout) -> Any:
-    """`[B, T]` of a rollout's tokens at its own temperature, without gradient."""
-    return jax.lax.stop_gradient(rollouts.score_batch(lm, params, rollout).logprobs)
+def logprobs(lm: LM, params: Any, rollout: Rollout, shared: SharedPrefix | None = None) -> Any:
+    """`[B, T]` of a rollout's tokens at its own temperature, without gradient; its rows may share their prompts."""
+    return jax.lax.stop_gradient(rollouts.score_batch(lm, params, rollout, shared=shared).logprobs)
 
 
 def two_players(first: Callable, second: Callable) -> Callable:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf import losses
+from rlhf.lm import SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import preference
 from rlhf.recipes import dpo, online, online_steps, reward, setup
@@ -69,11 +70,12 @@ def main(
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
     sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)
-    loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=LOSSES[loss]))
+    shared = SharedPrefix(2, drawing.max_new_tokens)
+    loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=LOSSES[loss], shared=shared))
 
     def preferred(state, rollout, rewards):
         pairs, _, seen = experience(rollout, rewards, num_samples=num_samples)
-        return state, dpo.prepare(policy.lm, policy.reference(state.context), pairs), seen
+        return state, dpo.prepare(policy.lm, policy.reference(state.context), pairs, shared=shared), seen
 
     state, figures = online_steps.learn(
         begin, policy, sample, preferred, prepare, loss_fn,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf import rollouts, tasks
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import moments
 from rlhf.losses.controllers import Controller
@@ -69,6 +69,7 @@ def learn(
     prepare: Callable,
     loss_fn: Callable,
     *,
+    together: int = 1,
     fixed: dict[str, Any] | None = None,
     context: dict[str, Any] | None = None,
     hooks: Sequence[Callable] = (),
@@ -84,6 +85,7 @@ def learn(
       experience: `(state, rollout, rewards [B]) -> (state, batch, figures)`; what of the state's context moves, moves here.
       prepare: `(mini-batch) -> mini-batch`, with its weights and all else that couples its rows.
       loss_fn: of the prepared mini-batch, for `train_step`.
+      together: rows of the batch, one after another, that stay together in mini-batches and micro-batches.
       fixed, context, hooks: as in `rlhf.loop.fit`.
       answer: as `sample`, for evaluations; None: `sample`.
       target_kl: as in `updates`.
@@ -91,6 +93,7 @@ def learn(
     Returns: the last state and the last figures.
     """
     run, training = begin.run, begin.training
+    group, prepare, loss_fn = in_groups(together, prepare, loss_fn)
 
     def make_step(optimizer):
         step = train_step(loss_fn, optimizer, micro_batches=training.micro_batches)
@@ -98,7 +101,7 @@ def learn(
         @partial(jax.jit, donate_argnums=0)
         def update(state, rollout, rewards, key):
             state, batch, seen = experience(state, rollout, rewards)
-            batches = minibatches(key, batch, begin.mini_batches, begin.epochs)
+            batches = minibatches(key, group(batch), begin.mini_batches, begin.epochs)
             state, metrics = updates(step, prepare, state, batches, target_kl=target_kl)
             return state, {**metrics, **online.figures(rollout), **seen}
 
@@ -143,6 +146,17 @@ def updates(
     return state, {**jax.tree.map(lambda x: x.sum() / number, metrics), "updates": number}
 
 
+def in_groups(rows: int, prepare: Callable, loss_fn: Callable) -> tuple[Callable, Callable, Callable]:
+    """`(group, prepare, loss_fn)`: batches with so many rows together, `[B / rows, rows, ...]`, and both functions for them."""
+    group = lambda batch: jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]) if jnp.ndim(x) else x, batch)
+    flat = lambda batch: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if jnp.ndim(x) else x, batch)
+    return (
+        group,
+        lambda batch: group(prepare(flat(batch))),
+        lambda params, context, batch, key: loss_fn(params, context, flat(batch), key),
+    )
+
+
 def moving(controller: Controller) -> dict[str, Any]:
     """What `adapted` keeps in the context: the KL coefficient, and the moments of all scores."""
     return {"kl": controller.init(), "scores": RUNNING.init()}
@@ -173,7 +187,7 @@ def iteration(
     optimizer,
     experience: Callable,
     prepare: Callable,
-    loss_fn: Callable,
+    objective: Callable,
     *,
     max_new_tokens: int,
     num_samples: int = 1,
@@ -189,12 +203,12 @@ def iteration(
 
     Args:
       reward_fn: `(context, rollout, key) -> [B]`.
-      experience, prepare, loss_fn: as in `learn`.
+      experience, prepare: as in `learn`.
+      objective: `(SharedPrefix) -> loss_fn` of what the rows of a micro-batch share.
       max_new_tokens, num_samples, sampler, eos_ids, early_end: of `rollouts.generate`.
       epochs, mini_batches: of `rlhf.train.minibatches`.  micro_batches: of `rlhf.train_step`.
       of_lm: the language model's parameters, of those that are trained.
     """
-    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
 
     def iterate(state: TrainState, prompts: Prompts, key) -> tuple[TrainState, dict]:
         sample_key, reward_key, order_key = jax.random.split(key, 3)
@@ -204,7 +218,10 @@ def iteration(
         )  # fmt: skip
         rewards = reward_fn(state.context, rollout, reward_key)
         state, batch, seen = experience(state, rollout, rewards)
-        state, metrics = updates(step, prepare, state, minibatches(order_key, batch, mini_batches, epochs))
+        shared = SharedPrefix(num_samples, max_new_tokens).fitting(len(rollout.tokens), mini_batches * micro_batches)
+        group, prepare_groups, loss_fn = in_groups(shared.rows, prepare, objective(shared))
+        step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+        state, metrics = updates(step, prepare_groups, state, minibatches(order_key, group(batch), mini_batches, epochs))
         return state, {**metrics, **seen}
 
     return iterate

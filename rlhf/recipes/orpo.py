@@ -36,10 +36,10 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
-    most = pairs_of.segments(train, test)
+    most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     prepare = partial(cpo.prepare, whole=True, max_segments=most)
     policy = setup.policy(model, training.seed)
-    loss_fn = policy.of_whole(cpo.objective(policy.lm, loss=loss, whole=True, max_segments=most))
+    loss_fn = policy.of_whole(cpo.objective(policy.lm, loss=loss, whole=True, max_segments=most, shared=shared))
 
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, prepare, training), policy.params,

@@ -6,9 +6,11 @@ from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf import data, losses, rollouts
 from rlhf.data.types import Row
+from rlhf.lm import SharedPrefix
 from rlhf.losses import preference
 from rlhf.recipes import setup
 from rlhf.rollouts import Pairs
@@ -25,9 +27,39 @@ def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable
     kept = setup.truncated(*sides, length=length, say=say)
     if packing == "bfd":
         return data.best_fit_pairs(*kept.sides, length=2 * length)
-    arrays = data.batch([side for row in zip(*kept.sides, strict=True) for side in row])
+    of_pairs = [side for row in zip(*kept.sides, strict=True) for side in row]
     together = lambda x: x.reshape(-1, len(columns), x.shape[-1])
-    return Pairs(*map(together, (arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids)))
+    layouts = []
+    for arrays in (data.batch(of_pairs), data.aligned(of_pairs)):
+        layouts.append(Pairs(*map(together, (arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids))))
+    return min(layouts, key=_columns_read)
+
+
+def shared_prefix(*several: Pairs | None) -> SharedPrefix | None:
+    """The columns that the rows of every pair have in common, for `score` to read once.
+
+    Args:
+      several: pairs of NumPy with the same K, such as those to train on and to judge by.
+
+    Returns: None where there are none, as in packed rows.
+    """
+    given = [pairs for pairs in several if pairs is not None]
+    own = max(pairs.tokens.shape[2] - _common(pairs) for pairs in given)
+    rows = given[0].tokens.shape[1]
+    return SharedPrefix(rows, own) if rows > 1 and 0 < own < min(pairs.tokens.shape[2] for pairs in given) else None
+
+
+def _common(pairs: Pairs) -> int:
+    """The first columns that are the same in all rows of each pair."""
+    arrays = (pairs.tokens, pairs.positions, pairs.segment_ids)
+    same = np.all([(x == x[:, :1]).all((0, 1)) for x in arrays], axis=0)
+    return int(np.cumprod(same).sum())
+
+
+def _columns_read(pairs: Pairs) -> int:
+    """Columns of all rows of a pair, those in common once."""
+    _, rows, columns = pairs.tokens.shape
+    return rows * columns - (rows - 1) * _common(pairs)
 
 
 def sums(per_token, pairs: Pairs, mask=None, *, max_segments: int = 1):

@@ -84,7 +84,8 @@ def iteration(
         return state, *experience(lm, head, state.params, reference, rollout, scores, **knobs)
 
     loss_fn, of_lm = objective(lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef), lambda params: params["lm"]
-    return online_steps.iteration(lm, reward_fn, optimizer, estimated, prepare, loss_fn, epochs=epochs, of_lm=of_lm, **how)
+    of_shared = lambda shared: loss_fn
+    return online_steps.iteration(lm, reward_fn, optimizer, estimated, prepare, of_shared, epochs=epochs, of_lm=of_lm, **how)
 
 
 def main(

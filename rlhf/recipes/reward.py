@@ -7,7 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts, tasks
-from rlhf.lm import LM, Head
+from rlhf.lm import LM, Head, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import pairs as pairs_of
@@ -24,17 +24,19 @@ def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
     return pairs._replace(weights=valid / jnp.maximum(valid.sum(), 1).astype(jnp.float32))
 
 
-def scores(lm: LM, head: Head, params, batch: Batch | Rollout, *, max_segments: int = 1):
+def scores(lm: LM, head: Head, params, batch: Batch | Rollout, *, max_segments: int = 1, shared: SharedPrefix | None = None):
     """The reward of every sequence, `[B * max_segments]`; `params` is `{"lm": …, "head": …}`."""
-    heads = {"reward": (head, params["head"])}
-    return rollouts.score_batch(lm, params["lm"], batch, heads=heads, max_segments=max_segments).last_value["reward"]
+    knobs = dict(heads={"reward": (head, params["head"])}, max_segments=max_segments, shared=shared)
+    return rollouts.score_batch(lm, params["lm"], batch, **knobs).last_value["reward"]
 
 
-def objective(lm: LM, head: Head, *, center_coef: float = 0.0, max_segments: int = 1) -> Callable:
+def objective(
+    lm: LM, head: Head, *, center_coef: float = 0.0, max_segments: int = 1, shared: SharedPrefix | None = None
+) -> Callable:
     """The `loss_fn` of prepared `Pairs`; `params` is `{"lm": …, "head": …}`."""
 
     def loss_fn(params, context, pairs, key):
-        r = scores(lm, head, params, rollouts.pair_rows(pairs), max_segments=max_segments)
+        r = scores(lm, head, params, rollouts.pair_rows(pairs), max_segments=max_segments, shared=shared)
         chosen, rejected = jnp.moveaxis(r.reshape(*pairs.weights.shape, 2), -1, 0)
         per_pair = losses.bradley_terry(chosen, rejected, center_coef=center_coef)
         metrics = {"accuracy": losses.weighted_sum(chosen > rejected, pairs.weights)}
@@ -64,9 +66,9 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
-    most = pairs_of.segments(train, test)
+    most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     judge, head = setup.reward_model(model, training.seed)
-    loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most))
+    loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most, shared=shared))
 
     state, figures = fit(
         run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), judge.params,

@@ -6,7 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.recipes import grpo, online, online_steps, setup
@@ -17,22 +17,24 @@ from rlhf.runs import RunFolder
 prepare = partial(grpo.prepare, weights=presets.rloo().weights)  # the optimizer mini-batch: every answer weighs the same
 
 
-def objective(lm: LM, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Callable:
-    """The `loss_fn` of a prepared `Batch`; `params` are the policy's.  One ratio of whole answers, clipped."""
-    return grpo.objective(lm, loss=presets.rloo(clip_low=clip_low, clip_high=clip_high).loss, kl_coef=0.0)
+def objective(lm: LM, *, clip_low: float = 0.2, clip_high: float = 0.2, shared: SharedPrefix | None = None) -> Callable:
+    """The `loss_fn` of a prepared `Batch`, as `grpo.objective`: one ratio of whole answers, clipped."""
+    return grpo.objective(lm, loss=presets.rloo(clip_low=clip_low, clip_high=clip_high).loss, kl_coef=0.0, shared=shared)
 
 
 def experience(
-    lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: int, kl_coef: float = 0.05, normalize: bool = False
-) -> tuple[Batch, dict]:
+    lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: int, kl_coef: float = 0.05, normalize: bool = False,
+    shared: SharedPrefix | None = None,
+) -> tuple[Batch, dict]:  # fmt: skip
     """A rollout as a `Batch`: advantages over the other answers of the prompt, of `reward - kl_coef · k1` of the whole answer.
 
     Args:
       rewards: `[B]`, NaN where a completion could not be scored.
       num_samples: completions a prompt.
       normalize: advantages with mean 0 and deviation 1 over the batch, which couples its rows.
+      shared: what the rows of the rollout share.
     """
-    ref_logprobs = online.logprobs(lm, ref_params, rollout)
+    ref_logprobs = online.logprobs(lm, ref_params, rollout, shared)
     penalties = kl_coef * losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask)
     advantages = presets.rloo().advantages(rewards.reshape(-1, num_samples), rollout.mask, penalties)
     if normalize:
@@ -72,14 +74,16 @@ def main(
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
     sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)
-    loss_fn = policy.of_whole(objective(policy.lm, clip_low=clip_low, clip_high=clip_high))
-    knobs = dict(num_samples=num_samples, kl_coef=beta, normalize=normalize_advantages)
+    prompt = SharedPrefix(num_samples, drawing.max_new_tokens)
+    shared = prompt.fitting(training.batch_size * num_samples, mini_batches * training.micro_batches)
+    loss_fn = policy.of_whole(objective(policy.lm, clip_low=clip_low, clip_high=clip_high, shared=shared))
+    knobs = dict(num_samples=num_samples, kl_coef=beta, normalize=normalize_advantages, shared=prompt)
 
     def compared(state, rollout, rewards):
         return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards, **knobs)
 
     state, figures = online_steps.learn(
-        begin, policy, sample, compared, prepare, loss_fn,
+        begin, policy, sample, compared, prepare, loss_fn, together=shared.rows,
         fixed=policy.context(with_reference=True), shown=("reward", "kl_to_reference"),
     )  # fmt: skip
     policy.export(run.path, state, begin.tokenizer)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf import losses
-from rlhf.lm import LM
+from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import preference
 from rlhf.recipes import dpo, online, online_dpo, online_steps, setup
@@ -29,11 +29,13 @@ def prepare(duels: Duels) -> Duels:
     return duels._replace(pairs=online_dpo.prepare(duels.pairs))
 
 
-def objective(lm: LM, *, alpha: float = 1e-5, beta: float = 0.1, loss: Callable = preference.sigmoid) -> Callable:
+def objective(
+    lm: LM, *, alpha: float = 1e-5, beta: float = 0.1, loss: Callable = preference.sigmoid, shared: SharedPrefix | None = None
+) -> Callable:
     """The `loss_fn` of prepared `Duels`; `params` are the policy's, `loss` a preference objective."""
 
     def loss_fn(params, context, duels, key):
-        logprobs = dpo.sequence_logprobs(lm, params, duels.pairs)
+        logprobs = dpo.sequence_logprobs(lm, params, duels.pairs, shared=shared)
         of_reference = jnp.where(duels.reference_won, logprobs[:, 0, 0], logprobs[:, 0, 1])
 
         @wraps(loss)
@@ -66,11 +68,12 @@ def main(
     policy = setup.policy(model, training.seed)
     player = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids)
     opponent = online.player(policy.lm, lambda state: policy.reference(state.context), drawing, begin.eos_ids)
-    loss_fn = policy.of_whole(objective(policy.lm, alpha=alpha, beta=beta, loss=online_dpo.LOSSES[loss]))
+    shared = SharedPrefix(2, drawing.max_new_tokens)
+    loss_fn = policy.of_whole(objective(policy.lm, alpha=alpha, beta=beta, loss=online_dpo.LOSSES[loss], shared=shared))
 
     def preferred(state, rollout, rewards):
         pairs, picked, seen = online_dpo.experience(rollout, rewards, num_samples=2)
-        pairs = dpo.prepare(policy.lm, policy.reference(state.context), pairs)
+        pairs = dpo.prepare(policy.lm, policy.reference(state.context), pairs, shared=shared)
         return state, Duels(pairs, picked[:, 0] == 1), {**seen, **online.duel_figures(rollout, rewards)}
 
     state, figures = online_steps.learn(
