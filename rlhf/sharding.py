@@ -128,9 +128,10 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any
     ways = _ways(rows.spec[0], mesh)
 
     def place(path, x):
-        if x.ndim and x.shape[0] % ways:
-            raise ValueError(f"{'.'.join(_path(path))} {list(x.shape)}: {x.shape[0]} rows do not divide by {ways} devices")
-        return jax.device_put(x, rows if x.ndim else whole)
+        shape = jax.typeof(x).shape
+        if shape and shape[0] % ways:
+            raise ValueError(f"{'.'.join(_path(path))} {list(shape)}: {shape[0]} rows do not divide by {ways} devices")
+        return jax.device_put(x, rows if shape else whole)
 
     return jax.tree_util.tree_map_with_path(place, batch)
 

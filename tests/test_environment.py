@@ -219,7 +219,7 @@ def test_logprobs_of_a_real_model_equal_token_logprobs(tokenizer, ids):
     r = played.rollout
     where = dict(positions=r.positions, segment_ids=r.segment_ids, temperature=r.temperature)
     scored = rollouts.token_logprobs(lm, params, r.tokens, **where)
-    np.testing.assert_allclose(r.logprobs[r.mask], scored[r.mask], atol=1e-4)  # rounding moves log-probs of so sharp a model by so much
+    np.testing.assert_allclose(r.logprobs[r.mask], scored[r.mask], atol=1e-4)  # rounding: the model is sharp
     assert (r.sampling_logprobs[r.mask] > r.logprobs[r.mask] + 1e-3).any()  # of what top_k left
     assert played.turns.tolist() == [3] * 4
     assert r.mask.sum() > 30

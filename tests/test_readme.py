@@ -122,6 +122,10 @@ def test_quoted_speed_of_training_is_the_committed_result():
     results = ROOT / "benchmarks" / "results"
     for row in json.loads((results / "train_step.json").read_text())["rows"]:
         assert f"| {row['step']} | {row['seconds']:.2f} | {row['TRL']:.2f} | {row['ratio']:.2f} |" in README
+    for row in json.loads((results / "shared_prefix.json").read_text())["rows"]:
+        assert row["largest difference"] < 1e-4
+        figures = f"{row['seconds']:.2f} | {row['by themselves']:.2f} | {row['times as fast']:.2f}"
+        assert f"| {row['rows']} | {figures} | {row['temporary MB']:,.0f} | {row['theirs']:,.0f} |" in README
     none, packed, *_ = json.loads((results / "packing.json").read_text())["rows"]
     assert 30 < none["real tokens %"] < 37
     assert f"train {packed['ratio']:.1f} times as fast with `--packing {packed['packing']}`" in README

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf import data, rollouts
+from rlhf import data, rollouts, sharding
 from rlhf.data import Tokenized
 from rlhf.lm import SharedPrefix
 from rlhf.models import TransformerConfig, scalar_head, transformer
@@ -67,6 +67,20 @@ def test_the_trunk_reads_a_prefix_once():
         .count("tensor<2x21x16xf32>")
     )  # 2 prompts, 6 + 3 × 5 columns, hidden states of 16
     assert cost(None) == 0 < cost(SHARED)
+
+
+def test_a_mesh_leaves_every_device_a_group():
+    """6 rows, 3 to a prompt, on 2 devices: a prompt each; on 6 devices nothing is shared, or five would wait for one."""
+    lm = transformer(TransformerConfig(**SIZES))
+    batch, params = sampled(np.random.default_rng(0)), lm.init(jax.random.key(0))
+    score = jax.jit(lambda params, batch: rollouts.score_batch(lm, params, batch, shared=SHARED).logprobs)
+    alone = score(params, batch)
+    for devices, shares in ((2, True), (6, False)):
+        mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
+        score.clear_cache()
+        with jax.set_mesh(mesh):
+            assert (score.lower(params, batch).as_text().count("tensor<2x21x16xf32>") > 0) == shares
+            np.testing.assert_allclose(score(params, sharding.shard_batch(batch, mesh)), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_models_that_cannot_share_read_rows_by_themselves():

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from rlhf.lm import SharedPrefix
+
 Array = jax.Array
 
 
@@ -21,6 +23,7 @@ def attention(
     bias: Array | None = None,
     scale: float,
     kernel: str | None = None,
+    last: bool = False,
 ) -> Array:
     """`softmax(scale q kᵀ + bias + mask) v`, within a segment, grouped queries  (arXiv:1706.03762, eq. 1; arXiv:2305.13245).
 
@@ -37,6 +40,7 @@ def attention(
       scale: on the scores, usually `H ** -0.5`.
       kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the device's fused one where it can serve, else "xla".
         Without a cache, positions must grow along the columns of a segment: kernels leave out the keys of later columns.
+      last: there is no cache, and the queries are those of the keys' last columns.
 
     Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.
 
@@ -48,19 +52,42 @@ def attention(
     whole = kv_positions is positions and kv_segment_ids is segment_ids
     here = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
     kernel = "xla" if q.shape[2] == 1 else kernel  # a single query has nothing to fuse
-    refused = _refused(kernel or here, q, causal, window, softcap, bias, whole)
+    refused = _refused(kernel or here, q, causal, window, softcap, bias, whole or last)
     if kernel and refused:
         raise ValueError(f"{kernel} attention cannot serve this: {'; '.join(refused)}; give kernel='xla' or None")
     chosen = "xla" if refused else kernel or here
     if chosen == "splash":
         from rlhf.models.splash import splash
 
-        return splash(q * scale, k, v, segment_ids, window=window, softcap=softcap)
+        return splash(q * scale, k, v, segment_ids, kv_segment_ids, window=window, softcap=softcap)
     mask = visible(positions, segment_ids, kv_positions, kv_segment_ids, causal, window)
     if chosen == "cudnn":
         return _cudnn(q, k, v, mask, scale)
     xla = _in_halves if whole and causal and q.shape[2] >= 128 else _xla
     return xla(q, k, v, mask, softcap, bias, scale)
+
+
+def attention_once(shared: SharedPrefix, q, k, v, *, positions, segment_ids, bias, kv_positions, kv_segment_ids, **knobs):
+    """`attention` of rows that share a prefix, which sees itself once a group; what is returned has it once too.
+
+    Args:
+      q, k, v, positions, segment_ids, bias, knobs: as `attention`, of whole rows; `kv_...` are the queries' own.
+
+    Returns: `[B / rows, N, T - own + rows · own, H]`.
+    """
+    start = q.shape[2] - shared.own
+    first = lambda x: x.reshape(-1, shared.rows, *x.shape[1:])[:, 0]  # row of each group
+    of_prefix = dict(positions=first(positions)[:, :start], segment_ids=first(segment_ids)[:, :start])
+    of_own = dict(positions=positions[:, start:], segment_ids=segment_ids[:, start:])
+    of_own |= dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
+    if bias is not None:
+        of_prefix["bias"] = (first(bias) if len(bias) > 1 else bias)[:, :, :start, :start]
+        of_own["bias"] = bias[:, :, start:]
+    start_of = lambda x: first(x)[:, :, :start]
+    prefix = attention(start_of(q), start_of(k), start_of(v), **of_prefix, **knobs)
+    own = attention(q[:, :, start:], k, v, **of_own, last=True, **knobs)  # [B, N, own, H]
+    own = jnp.moveaxis(own.reshape(-1, shared.rows, *own.shape[1:]), 1, 2)
+    return jnp.concatenate([prefix, own.reshape(*own.shape[:2], -1, own.shape[-1])], axis=2)
 
 
 def visible(positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None) -> Array:

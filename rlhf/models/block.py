@@ -1,6 +1,7 @@
 """One block: attention and MLP, each added to the residual stream."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf.lm import SharedPrefix
-from rlhf.models.attention import attention
+from rlhf.models.attention import attention, attention_once
 from rlhf.models.config import ACTIVATIONS, LayerKind, TransformerConfig
 from rlhf.models.experts import experts
 from rlhf.models.linear import linear, rows
@@ -122,8 +123,8 @@ class Block(Weights):
         k = turned(k, later)
         kernel = c.kernel if cached is None or c.kernel == "xla" else None  # a fused one is asked of training, not of a cache
         where = dict(causal=c.causal, window=kind.window, softcap=c.attention_softcap, scale=c.scale, kernel=kernel)
-        out = attention(q, k, v, **where, **seen)
-        return checkpoint_name(self.out("o", out), "attention"), kv
+        attend = attention if self.shared is None else partial(attention_once, self.shared)
+        return checkpoint_name(self.out("o", attend(q, k, v, **where, **seen)), "attention"), kv
 
     def attend_cross(self, x, cross):
         c = self.config
@@ -153,7 +154,6 @@ class Block(Weights):
         c = self.config
         inputs = c.num_heads * c.width
         x = jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], inputs)
-        x = x if self.shared is None else self.shared.once(x)
         w = self.weight(name, (inputs, c.hidden_size), ("heads", "embed"), self.into_residual(inputs))
         return linear(x, w, self.bias(c.out_bias, f"{name}_bias", c.hidden_size, "embed"))
 

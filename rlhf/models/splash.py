@@ -14,43 +14,54 @@ LANES = 128  # the length is padded to a multiple of this
 BLOCK = 512  # the most columns of a tile
 
 
-def splash(q: Array, k: Array, v: Array, segment_ids: Array, *, window=None, softcap=None, interpret: bool = False) -> Array:
+def splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    kv_segment_ids: Array,
+    *,
+    window=None,
+    softcap=None,
+    interpret: bool = False,
+) -> Array:
     """Causal attention within segments, blocks that nothing is seen of skipped; never the `[T, T]` scores.
 
     Args:
-      q: `[B, N, T, H]`, scaled.  k, v: `[B, K, T, H]`.  Heads and rows are split over the mesh that is set.
-      segment_ids: `[B, T]` int32.
+      q: `[B, N, T, H]`, scaled, of the last T of S columns.  k, v: `[B, K, S, H]`.  Heads and rows are split over the mesh
+        that is set.
+      segment_ids, kv_segment_ids: `[B, T]` and `[B, S]` int32.
       window: tokens a query sees, itself included; None: all.
       softcap: c in `c tanh(score / c)`.
       interpret: run without a TPU, slowly; for tests.
 
     Returns: `[B, N, T, H]` in the dtype of q.
     """
-    length = q.shape[2]
-    pad = -length % LANES
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)))
-    q, k, v, segment_ids = widen(q), widen(k), widen(v), jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
+    widen = lambda x, axis: jnp.pad(x, [(0, -n % LANES if i == axis else 0) for i, n in enumerate(x.shape)])
+    q, k, v = (widen(x, 2) for x in (q, k, v))
+    segment_ids, kv_segment_ids = widen(segment_ids, 1), widen(kv_segment_ids, 1)
 
-    def local(q, k, v, ids):
-        kernel = _kernel(q.shape[1], q.shape[2], window, softcap, interpret)
-        return jax.vmap(lambda q, k, v, i: kernel(q, k, v, splash_attention_kernel.SegmentIds(i, i)))(q, k, v, ids)
+    def local(q, k, v, ids, kv_ids):
+        kernel = _kernel(q.shape[1], (q.shape[2], k.shape[2]), before, window, softcap, interpret)
+        one = lambda q, k, v, i, j: kernel(q, k, v, splash_attention_kernel.SegmentIds(i, j))
+        return jax.vmap(one)(q, k, v, ids, kv_ids)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         heads = spec(("batch", "heads", None, None), mesh, RULES)
         rows = PartitionSpec(heads[0], None)
-        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return local(q, k, v, segment_ids)[:, :, :length]
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)
+    return local(q, k, v, segment_ids, kv_segment_ids)[:, :, :length]
 
 
-def _kernel(heads: int, length: int, window, softcap, interpret):
-    shape = (length, length)
-    mask: Any = splash_attention_mask.CausalMask(shape)
+def _kernel(heads: int, shape: tuple[int, int], before: int, window, softcap, interpret):
+    mask: Any = splash_attention_mask.CausalMask(shape, before)
     if window is not None:
-        mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
-    block = max(size for size in range(LANES, min(BLOCK, length) + 1, LANES) if length % size == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
-    blocks: Any = dict.fromkeys(names, block)
+        mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), before)
+    q, kv = (max(size for size in range(LANES, min(BLOCK, n) + 1, LANES) if n % size == 0) for n in shape)
+    blocks: Any = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), q)
+    blocks |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq"), kv)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(**blocks),

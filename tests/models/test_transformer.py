@@ -403,18 +403,21 @@ def test_long_rows_are_read_in_halves():
     assert count({}) > count(others)
 
 
-def test_splash_attention_is_ours():
-    """TPU's kernel, interpreted: two sequences and padding in a row, a length that is no multiple of its tiles."""
+@pytest.mark.parametrize("before", [0, 40])
+def test_splash_attention_is_ours(before):
+    """TPU's kernel, interpreted: two sequences and padding in a row, a length that is no multiple of its tiles; queries of all
+    columns, or of all but the first."""
     from rlhf.models.splash import splash
 
     rng = np.random.default_rng(4)
     q, k, v = (rng.normal(size=(1, heads, 150, 16)).astype(np.float32) for heads in (2, 1, 1))
-    segment_ids = np.array([[1] * 60 + [2] * 80 + [0] * 10], np.int32)
+    ids = np.array([[1] * 60 + [2] * 80 + [0] * 10], np.int32)
     positions = np.concatenate([np.arange(60), np.arange(80), np.zeros(10)]).astype(np.int32)[None]
-    knobs = dict(window=17, softcap=5.0)
-    ours = lambda q, k, v: attention(q, k, v, positions=positions, segment_ids=segment_ids, scale=0.25, kernel="xla", **knobs)
-    theirs = lambda q, k, v: splash(q * 0.25, k, v, jnp.asarray(segment_ids), interpret=True, **knobs)
-    real = (segment_ids != 0)[:, None, :, None]
+    knobs, q, asked = dict(window=17, softcap=5.0), q[:, :, before:], jnp.asarray(ids[:, before:])
+    where = dict(positions=positions[:, before:], segment_ids=asked, kv_positions=positions, kv_segment_ids=jnp.asarray(ids))
+    ours = lambda q, k, v: attention(q, k, v, **where, scale=0.25, kernel="xla", **knobs)
+    theirs = lambda q, k, v: splash(q * 0.25, k, v, asked, where["kv_segment_ids"], interpret=True, **knobs)
+    real = (asked != 0)[:, None, :, None]
     loss = lambda f: lambda qkv: jnp.sum(jnp.where(real, jnp.sin(f(*qkv)), 0.0))
     a, b = (jax.value_and_grad(loss(f))((q, k, v)) for f in (ours, theirs))
     jax.tree.map(lambda a, b: assert_close(a, b, atol=2e-5), a, b)
