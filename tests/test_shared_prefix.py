@@ -134,6 +134,11 @@ def test_pairs_are_laid_out_so_that_most_is_shared():
     ends = laid.mask.argmax(-1)
     assert (ends == ends[0, 0]).all()  # prompts end together
     assert laid.tokens.shape[2] - shared.own >= ends[0, 0]
+
+    long = f" {ROWS[1]['prompt']} is dull and the film is great ."  # to align it would make all rows wider than sharing spares
+    rows = [{**ROWS[0], "chosen": long}, ROWS[1]]
+    begun = pairs.lay_out(reviews.tokenizer(), rows, "none", 64, print)
+    assert (begun.segment_ids[..., 0] == 1).all()
     packed = pairs.lay_out(reviews.tokenizer(), ROWS, "bfd", 64, print)
     assert pairs.shared_prefix(packed) is None
 

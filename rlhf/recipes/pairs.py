@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf import data, losses, rollouts
+from rlhf.data import Tokenized
 from rlhf.data.types import Row
 from rlhf.lm import SharedPrefix
 from rlhf.losses import preference
@@ -28,11 +29,16 @@ def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable
     if packing == "bfd":
         return data.best_fit_pairs(*kept.sides, length=2 * length)
     of_pairs = [side for row in zip(*kept.sides, strict=True) for side in row]
+    arrays = (data.aligned if _aligned_is_narrower(of_pairs, len(columns)) else data.batch)(of_pairs)
     together = lambda x: x.reshape(-1, len(columns), x.shape[-1])
-    layouts = []
-    for arrays in (data.batch(of_pairs), data.aligned(of_pairs)):
-        layouts.append(Pairs(*map(together, (arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids))))
-    return min(layouts, key=_columns_read)
+    return Pairs(*map(together, (arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids)))
+
+
+def _aligned_is_narrower(rows: list[Tokenized], together: int) -> bool:
+    """Whether fewer columns are read, those in common once, where prompts end together than where rows begin together."""
+    prompts, lengths = (np.array(x) for x in zip(*((row.mask.index(True), len(row.tokens)) for row in rows), strict=True))
+    aligned = prompts.max() + together * (lengths - prompts).max()
+    return bool(aligned < together * lengths.max() - (together - 1) * prompts.min())
 
 
 def shared_prefix(*several: Pairs | None) -> SharedPrefix | None:
@@ -54,12 +60,6 @@ def _common(pairs: Pairs) -> int:
     arrays = (pairs.tokens, pairs.positions, pairs.segment_ids)
     same = np.all([(x == x[:, :1]).all((0, 1)) for x in arrays], axis=0)
     return int(np.cumprod(same).sum())
-
-
-def _columns_read(pairs: Pairs) -> int:
-    """Columns of all rows of a pair, those in common once."""
-    _, rows, columns = pairs.tokens.shape
-    return rows * columns - (rows - 1) * _common(pairs)
 
 
 def sums(per_token, pairs: Pairs, mask=None, *, max_segments: int = 1):
