@@ -19,6 +19,7 @@ SIZES = dict(vocab_size=24, hidden_size=16, num_layers=2, num_heads=4, mlp_size=
 CONFIGS = {
     "rotary, grouped queries, windows": dict(num_kv_heads=2, kinds=(LayerKind(), LayerKind(window=3))),
     "alibi": dict(kinds=(LayerKind(rope=None),), alibi=True),
+    "learned distances": dict(kinds=(LayerKind(rope=None),), relative_buckets=4, relative_distance=8),
     "learned positions, projected embeddings": dict(kinds=(LayerKind(rope=None),), max_positions=16, embed_size=8),
     "experts": dict(kinds=(LayerKind(sparse=True),), experts=4, experts_per_token=2, expert_size=8),
 }
@@ -55,6 +56,14 @@ def test_values_and_gradients_are_those_of_rows_by_themselves(name):
 
     alone, together = both(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), alone, together)
+
+
+def test_routing_counts_a_prefix_once():
+    lm = transformer(TransformerConfig(**SIZES, **CONFIGS["experts"]))
+    batch, params = sampled(np.random.default_rng(0)), lm.init(jax.random.key(0))
+    routing = rollouts.score_batch(lm, params, batch, shared=SHARED).aux["routing"]
+    real = SHARED.once(batch.segment_ids != 0).sum(1)
+    np.testing.assert_array_equal(routing.tokens, SIZES["num_layers"] * real)
 
 
 def test_the_trunk_reads_a_prefix_once():
