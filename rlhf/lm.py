@@ -35,8 +35,8 @@ class SharedPrefix(NamedTuple):
     ([[5, 6, 7, 8]], [[5, 6, 7], [5, 6, 8]])
     """
 
-    rows: int  # of a group, one after another
-    own: int  # the last columns, in which they differ
+    rows: int = 1  # of a group, one after another; 1: every row by itself
+    own: int = 0  # the last columns, in which they differ
 
     def fitting(self, rows: int, parts: int) -> "SharedPrefix":
         """With as many rows to a group as can stay together where so many rows are cut into equal parts; at worst one.
@@ -49,15 +49,22 @@ class SharedPrefix(NamedTuple):
 
     def once(self, x: jax.Array) -> jax.Array:
         """`[B, T, ...]` -> `[B / rows, T - own + rows · own, ...]`: a group's prefix, then each row's own columns."""
+        if self.rows == 1:
+            return x
         x = x.reshape(-1, self.rows, *x.shape[1:])
         prefix, own = x[:, 0, : x.shape[2] - self.own], x[:, :, x.shape[2] - self.own :]
         return jnp.concatenate([prefix, own.reshape(len(x), -1, *x.shape[3:])], axis=1)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """The inverse of `once`."""
+        if self.rows == 1:
+            return x
         start = x.shape[1] - self.rows * self.own
         prefix, own = jnp.repeat(x[:, :start], self.rows, axis=0), x[:, start:].reshape(-1, self.own, *x.shape[2:])
         return jnp.concatenate([prefix, own], axis=1)
+
+
+ALONE = SharedPrefix()  # nothing is shared
 
 
 class Head(NamedTuple):

@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id) -> Settings:
-    """The settings, once they and the prompts are known to fit together."""
+    """The settings, once they, prompts `[P, L]` and a key, `[]` or `[P]`, are known to fit together."""
     if max_new_tokens < 1 or num_samples < 1:
         raise ValueError(f"max_new_tokens and num_samples must be at least 1, but are {max_new_tokens} and {num_samples}")
     check_prompts(prompts)
@@ -54,8 +54,8 @@ def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
 
 
 def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callable, Callable, Callable, Callable]:
-    """`(read, hear, emit, decode)`: prompts to rows of `width` columns, hidden states of their next tokens, a token from hidden
-    states, and the next token of rows, which is the two before."""
+    """`(read, hear, emit, decode)`: prompts `[P, L]` to `B = P * num_samples` rows of `width` columns, hidden states `[B, D]`
+    of their next tokens, a token `[B]` from hidden states, and the next token of rows, which is the two before."""
     ahead = 0 if prefix is None else prefix.shape[0]
     encode, params = partial(lm.encode, params) if lm.encode else None, lm.unstack(params) if lm.unstack else params
     if prefix is not None:
@@ -165,13 +165,15 @@ def alive(rows: Rows, settings: Settings) -> Array:
 
 
 def row_keys(key: Array, prompts: Prompts, settings: Settings) -> Array:
+    """`[P * num_samples]` keys, one a row, of one key or `[P]`, one a prompt."""
     if key.ndim == 0:
         return jax.random.split(key, prompts.tokens.shape[0] * settings.num_samples)
     return jax.vmap(lambda key: jax.random.split(key, settings.num_samples))(key).reshape(-1)
 
 
 def chances(keys: Array, first: Array, settings: Settings) -> Array:
-    """A uniform number for every new token, of the row's key and the token's position; all at once, which costs less."""
+    """`[B, max_new_tokens]` uniform float32, of a row's key `[B]` and a new token's position, from `first` `[B]` on; all at
+    once, which costs less."""
     positions = first[:, None] + jnp.arange(settings.max_new_tokens)[None, :]
     of_token = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
     return jax.vmap(jax.vmap(of_token, in_axes=(None, 0)))(keys, positions)

@@ -56,7 +56,7 @@ def score(
 
     Returns: `Scored`.
 
-    Raises: ValueError on unequal shapes, or rows or columns that `shared` does not divide.
+    Raises: ValueError on unequal shapes, rows that are no groups of `shared.rows`, or a `shared.own` that leaves no prefix.
     """
     heads = heads or {}
     _check(tokens, positions=positions, segment_ids=segment_ids, **({} if mask is None else {"mask": mask}))
@@ -175,7 +175,8 @@ def _check_shared(shared: SharedPrefix | None, tokens) -> None:
     rows, columns = tokens.shape
     if shared and (min(shared) < 1 or rows % shared.rows or shared.own >= columns):
         raise ValueError(
-            f"tokens {[rows, columns]} are not groups of {shared.rows} rows that share all but their last {shared.own} columns"
+            f"tokens {[rows, columns]} are not groups of {shared.rows} rows that share all but the last {shared.own} columns; "
+            f"give rows that divide {rows}, and 1 to {columns - 1} columns of their own"
         )
 
 

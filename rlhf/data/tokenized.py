@@ -88,13 +88,13 @@ def aligned(rows: Sequence[Any]) -> Batch:
     Args:
       rows: N `Tokenized` or `Steps` with a trained token each.
 
-    Raises: ValueError where a row has none.
+    Raises: ValueError where there are no rows, or one has none.
 
     >>> aligned([Tokenized([5, 6, 7], [False, False, True]), Tokenized([8, 9], [False, True])]).tokens.tolist()
     [[5, 6, 7], [0, 8, 9]]
     """
+    lengths = _columns([row.tokens for row in rows], None, "row").sum(axis=1)
     start = np.array([[*row.mask, True].index(True) for row in rows])
-    lengths = np.array([len(row.tokens) for row in rows])
     if (start == lengths).any():
         raise ValueError(f"row {int((start == lengths).argmax())} has no trained token to align; leave it out")
     first = start.max() - start

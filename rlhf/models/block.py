@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf.lm import SharedPrefix
+from rlhf.lm import ALONE, SharedPrefix
 from rlhf.models.attention import attention, attention_once
 from rlhf.models.config import ACTIVATIONS, LayerKind, TransformerConfig
 from rlhf.models.experts import experts
@@ -56,7 +56,7 @@ class Block(Weights):
     """Attention, attention to an encoder's output where there is one, and MLP or experts."""
 
     config: TransformerConfig
-    shared: SharedPrefix | None = None
+    shared: SharedPrefix = ALONE
 
     @nn.compact
     def __call__(
@@ -79,10 +79,8 @@ class Block(Weights):
         """
         c = self.config
         attend = lambda h: self.attend(h, kind, turns, cached, seen)
-        real = seen["segment_ids"] != 0
-        feed = lambda h: (
-            self.sparse(h, real if self.shared is None else self.shared.once(real)) if kind.sparse else (self.mlp(h), None)
-        )
+        real = self.shared.once(seen["segment_ids"] != 0)
+        feed = lambda h: self.sparse(h, real) if kind.sparse else (self.mlp(h), None)
         if c.parallel:
             h = self.norm("attention_norm", x)
             y, kv = attend(h)
@@ -108,8 +106,7 @@ class Block(Weights):
         q, k, v = self.project("q", x, c.num_heads), self.project("k", x, c.kv_heads), self.project("v", x, c.kv_heads)
         if c.qk_norm == "heads":
             q, k = self.norm("q_norm", q), self.norm("k_norm", k)
-        whole = (lambda y: y) if self.shared is None else self.shared.whole
-        q, k, v = (self.split(whole(y)) for y in (q, k, v))  # [B, heads, T, H]
+        q, k, v = (self.split(self.shared.whole(y)) for y in (q, k, v))  # [B, heads, T, H]
         if c.qk_norm == "head":
             q, k = self.norm("q_norm", q), self.norm("k_norm", k)
         q, k, v = (checkpoint_name(y, name) for y, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -123,7 +120,7 @@ class Block(Weights):
         k = turned(k, later)
         kernel = c.kernel if cached is None or c.kernel == "xla" else None  # a fused one is asked of training, not of a cache
         where = dict(causal=c.causal, window=kind.window, softcap=c.attention_softcap, scale=c.scale, kernel=kernel)
-        attend = attention if self.shared is None else partial(attention_once, self.shared)
+        attend = attention if self.shared.rows == 1 else partial(attention_once, self.shared)
         return checkpoint_name(self.out("o", attend(q, k, v, **where, **seen)), "attention"), kv
 
     def attend_cross(self, x, cross):

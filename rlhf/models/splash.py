@@ -25,7 +25,7 @@ def splash(
     softcap=None,
     interpret: bool = False,
 ) -> Array:
-    """Causal attention within segments, blocks that nothing is seen of skipped; never the `[T, T]` scores.
+    """Causal attention within segments, blocks that nothing is seen of skipped; never the `[T, S]` scores.
 
     Args:
       q: `[B, N, T, H]`, scaled, of the last T of S columns.  k, v: `[B, K, S, H]`.  Heads and rows are split over the mesh

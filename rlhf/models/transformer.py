@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf.lm import LM, SharedPrefix, from_linen
+from rlhf.lm import ALONE, LM, SharedPrefix, from_linen
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import REMAT, LayerKind, TransformerConfig
 from rlhf.models.experts import Routing
@@ -86,7 +86,7 @@ class Stack(Weights):
         return out
 
     def run(
-        self, x: Array, positions, segment_ids, cache=None, encoded=None, shared: SharedPrefix | None = None
+        self, x: Array, positions, segment_ids, cache=None, encoded=None, shared: SharedPrefix = ALONE
     ) -> tuple[Array, Cache | None, dict]:
         """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it, and the routing of experts.
 
@@ -96,8 +96,8 @@ class Stack(Weights):
         """
         c = self.config
         if c.max_positions:
-            places = positions if shared is None else shared.once(positions)
-            x = x + jnp.take(self.position_embedding, places + c.position_offset, axis=0).astype(x.dtype)
+            places = shared.once(positions) + c.position_offset
+            x = x + jnp.take(self.position_embedding, places, axis=0).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
         x = constrain(x, "batch", "sequence", None)
         layers, cross = self.layers, None
@@ -206,7 +206,7 @@ class Transformer(Stack):
         c = self.config
         return c.causal and not any(kind.rope and kind.rope.scaling and kind.rope.scaling.by_length for kind in c.kinds)
 
-    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=None):
+    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=ALONE):
         """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and `{"routing": …}` of experts.
 
         Args:
@@ -215,16 +215,14 @@ class Transformer(Stack):
         c, inputs = self.config, inputs or {}
         if unknown := sorted(inputs.keys() - ({"token_types"} if c.token_types else set())):
             raise ValueError(f"this model is conditioned on its tokens alone, but got inputs {unknown}")
-        shared = shared and shared.fitting(len(tokens), row_ways())  # every device has as many groups as the others
-        shared = shared if shared and shared.rows > 1 else None
-        once, whole = (lambda x: x, lambda x: x) if shared is None else (shared.once, shared.whole)
-        x = embed(c, self.embedding, once(tokens))
+        shared = shared.fitting(len(tokens), row_ways())  # every device has as many groups as the others
+        x = embed(c, self.embedding, shared.once(tokens))
         if c.token_types:
             types = inputs.get("token_types", jnp.zeros_like(tokens))
-            x = x + jnp.take(self.type_embedding, once(types), axis=0).astype(c.dtype)
+            x = x + jnp.take(self.type_embedding, shared.once(types), axis=0).astype(c.dtype)
         x = linear(x, self.project_in) if c.embed_size else x
         x, cache, aux = self.run(x, positions, segment_ids, cache, shared=shared)
-        return whole(linear(x, self.project_out) if c.embed_size else x), cache, aux
+        return shared.whole(linear(x, self.project_out) if c.embed_size else x), cache, aux
 
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""
@@ -270,7 +268,7 @@ def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
 
 
-def _block(c, layer, x, kind, rotary, cached, seen, cross, shared=None):
+def _block(c, layer, x, kind, rotary, cached, seen, cross, shared=ALONE):
     params = {name: leaf for name, leaf in layer.items() if name != "cross"}
     cross = None if cross is None else {**cross, **layer["cross"]}
     return Block(c, shared, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
