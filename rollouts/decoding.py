@@ -53,22 +53,35 @@ def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     return Settings(max_new_tokens, num_samples, tuple(eos_ids), pad_id)
 
 
-def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callable, Callable, Callable, Callable]:
-    """`(read, hear, emit, decode)`: prompts `[P, L]` to `B = P * num_samples` rows of `width` columns, hidden states `[B, D]`
-    of their next tokens, a token `[B]` from hidden states, and the next token of rows, which is the two before."""
+class Decoder(NamedTuple):
+    """What a decoding loop is made of; `decode` is `hear` and `emit` one after the other."""
+
+    read: Callable  # (prompts [P, L], keys [B]) -> rows, B = P * num_samples, and the hidden states [B, D] of their last tokens
+    widen: Callable  # (rows, columns) -> rows, with a cache of so many columns; `read` leaves one as wide as the prompts
+    hear: Callable  # (rows, tokens, segment_ids, positions: [B, K], padded on the left) -> rows, hidden states of the last ones
+    emit: Callable  # (rows, hidden states [B, D]) -> rows with a token more
+    decode: Callable  # (rows) -> rows that have read their last token, with a token more
+
+
+def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
+    """The parts of a loop whose rows have `width` columns."""
     ahead = 0 if prefix is None else prefix.shape[0]
     encode, params = partial(lm.encode, params) if lm.encode else None, lm.unstack(params) if lm.unstack else params
     if prefix is not None:
         ones = jnp.ones((1, ahead), jnp.int32)
         where = dict(positions=jnp.arange(ahead, dtype=jnp.int32)[None], segment_ids=ones)
-        _, common, _ = lm.hidden(params, prefix[None], **where, cache=lm.init_cache(1, ahead + width))
+        _, common, _ = lm.hidden(params, prefix[None], **where, cache=lm.init_cache(1, ahead))
+
+    def room(cache, batch: int, columns: int):
+        """The cache at the start of one for so many columns after the prefix."""
+        at_the_start = lambda wide, narrow: jax.lax.dynamic_update_slice(wide, narrow, (0,) * wide.ndim)
+        return jax.tree.map(at_the_start, lm.init_cache(batch, ahead + columns), cache)
 
     def read(prompts: Prompts, keys: Array) -> tuple[Rows, Array]:
-        """The rows of prompts, and the hidden states of their last tokens."""
         samples, (number, length) = settings.num_samples, prompts.tokens.shape
         tokens, segment_ids, positions = align_right(prompts)
         inputs = encode(prompts.inputs) if encode else prompts.inputs  # once, not at every token
-        cache = lm.init_cache(number, width) if prefix is None else repeat(common, number)
+        cache = lm.init_cache(number, length) if prefix is None else room(repeat(common, number), number, length)
         where = dict(positions=positions + ahead, segment_ids=segment_ids)
         hidden, cache, _ = lm.hidden(params, tokens, **where, cache=cache, inputs=inputs)
         first = positions[:, -1] + 1 + ahead
@@ -95,14 +108,15 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callabl
         )
         return rows, hidden
 
+    def widen(rows: Rows, columns: int) -> Rows:
+        return rows._replace(cache=room(rows.cache, rows.tokens.shape[0], columns))
+
     def hear(rows: Rows, tokens: Array, segment_ids: Array, positions: Array) -> tuple[Rows, Array]:
-        """Reads the next tokens `[B, K]`, padded on the left, of rows; with the hidden states of the last ones."""
         where = dict(positions=positions, segment_ids=segment_ids, inputs=rows.inputs)
         hidden, cache, _ = lm.hidden(params, tokens, **where, cache=rows.cache)
         return rows._replace(cache=cache), hidden[:, -1]
 
     def emit(rows: Rows, hidden: Array) -> Rows:
-        """Samples a token a row from the last hidden states, and writes it."""
         going, column = alive(rows, settings), rows.start + rows.new
         step = samplers.Step(
             tokens=rows.tokens, here=(rows.segment_ids != 0) | new_columns(rows), sampled=new_columns(rows), column=column,
@@ -134,11 +148,10 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> tuple[Callabl
         )
 
     def decode(rows: Rows) -> Rows:
-        """Reads the last token, then samples the next."""
         going = alive(rows, settings).astype(jnp.int32)
         return emit(*hear(rows, rows.last[:, None], going[:, None], (rows.first + rows.new - 1)[:, None]))
 
-    return read, hear, emit, decode
+    return Decoder(read, widen, hear, emit, decode)
 
 
 def new_columns(rows: Rows) -> Array:
@@ -152,11 +165,13 @@ def logprobs_of(rows: Rows) -> tuple[Array, Array]:
     return rows.logprobs, rows.logprobs if rows.sampling_logprobs is None else rows.sampling_logprobs
 
 
-def complete(decode: Callable, rows: Rows, settings: Settings, early_end: bool) -> Rows:
-    """The same `[B]` rows once every one is over; decoded always as often without `early_end`, which is faster vmapped."""
+def complete(decode: Callable, rows: Rows, settings: Settings, early_end: bool, begin: int = 1, end: int | None = None) -> Rows:
+    """The same `[B]` rows, of `begin` new tokens, once every one is over or has `end`, the most there may be if None; decoded
+    always as often without `early_end`, which is faster vmapped."""
+    end = settings.max_new_tokens if end is None else end
     if early_end:
-        return jax.lax.while_loop(lambda rows: alive(rows, settings).any(), decode, rows)
-    return jax.lax.fori_loop(1, settings.max_new_tokens, lambda _, rows: decode(rows), rows)
+        return jax.lax.while_loop(lambda rows: (alive(rows, settings) & (rows.new < end)).any(), decode, rows)
+    return jax.lax.fori_loop(begin, end, lambda _, rows: decode(rows), rows)
 
 
 def alive(rows: Rows, settings: Settings) -> Array:

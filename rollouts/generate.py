@@ -5,6 +5,7 @@ of which takes the next prompt once its completion has ended.  Row, prompt and k
 """
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from rlhf.rollouts.decoding import (
     row_keys,
 )
 from rlhf.rollouts.types import Array, Prompts, Rollout
+
+STAGES, STAGE = 4, 16  # loops that a long completion is decoded in, at most, and new tokens of each, at least
 
 
 def generate(
@@ -128,9 +131,14 @@ def generate_many(
 
 @partial(jax.jit, static_argnums=range(3))
 def _generate(lm, settings, early_end, params, prompts, key, sampler, stop, prefix):
-    read, _, emit, decode = decoder(lm, settings, params, sampler, stop, prefix, _width(prompts, settings))
-    rows = emit(*read(prompts, row_keys(key, prompts, settings)))
-    return _rollout(complete(decode, rows, settings, early_end), prompts, prefix, settings, sampler)
+    """Stage by stage, each a loop of its own: until a later one begins, attention reads none of its columns."""
+    of = decoder(lm, settings, params, sampler, stop, prefix, _width(prompts, settings))
+    rows = of.emit(*of.read(prompts, row_keys(key, prompts, settings)))
+    new, length = settings.max_new_tokens, prompts.tokens.shape[1]
+    stages = max(1, min(STAGES, new // STAGE))
+    for begin, end in pairwise(new * i // stages for i in range(stages + 1)):
+        rows = complete(of.decode, of.widen(rows, length + end), settings, early_end, max(1, begin), end)
+    return _rollout(rows, prompts, prefix, settings, sampler)
 
 
 @partial(jax.jit, static_argnums=range(4))
@@ -138,14 +146,15 @@ def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, s
     """An outer loop that reads prompts, and an inner one that decodes until there is room for the next ones."""
     number, samples, together = prompts.tokens.shape[0], settings.num_samples, refill * settings.num_samples
     total = number * samples
-    read, _, emit, decode = decoder(lm, settings, params, sampler, stop, prefix, _width(prompts, settings))
+    width = _width(prompts, settings)
+    of = decoder(lm, settings, params, sampler, stop, prefix, width)
     keys = row_keys(key, prompts, settings)
 
     def start(next_prompt):
         """The next prompts' rows with their first tokens; rows beyond the last prompt are over before they begin."""
         of_prompts, of_rows = next_prompt + jnp.arange(refill), next_prompt * samples + jnp.arange(together)
         some = jax.tree.map(lambda x: jnp.take(x, of_prompts, axis=0, mode="clip"), prompts)
-        rows = emit(*read(some, jnp.take(keys, of_rows, mode="clip")))
+        rows = of.widen(of.emit(*of.read(some, jnp.take(keys, of_rows, mode="clip"))), width)
         beyond = of_rows >= total
         return rows._replace(finished=rows.finished | beyond), jnp.where(beyond, total, of_rows)
 
@@ -161,7 +170,7 @@ def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, s
             waiting = (next_prompt + refill < number) & (slots - going.sum() >= together)
             return going.any() & ~waiting
 
-        return jax.lax.while_loop(room, decode, rows), of_row, done, next_prompt + refill
+        return jax.lax.while_loop(room, of.decode, rows), of_row, done, next_prompt + refill
 
     shapes, _ = jax.eval_shape(start, jnp.int32(0))
     empty = lambda rows: lambda x: jnp.broadcast_to(jnp.zeros((), x.dtype), (rows, *x.shape[1:]))

@@ -109,9 +109,11 @@ def _blocks(weights: Array) -> Array:
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
     """The first index at which the running sum of weights `[B, N]` passes the target `[B]`, and what is left of the target."""
-    upto = jnp.cumsum(weights, axis=-1)
-    last = jnp.sum(upto < upto[:, -1:], axis=-1, dtype=jnp.int32)  # the last weight above 0, where rounding leads beyond it
-    index = jnp.minimum(jnp.sum(upto <= target[:, None], axis=-1, dtype=jnp.int32), last)
+    size = weights.shape[1]
+    upto = jnp.dot(weights, jnp.triu(jnp.ones((size, size), weights.dtype)), precision="highest")
+    places, there = jnp.arange(size)[None, :], weights > 0
+    last = jnp.max(jnp.where(there, places, 0), axis=-1, keepdims=True)  # where rounding leads beyond it
+    index = jnp.min(jnp.where(there & (upto > target[:, None]), places, last), axis=-1)
     before = jnp.take_along_axis(upto - weights, index[:, None], axis=-1)[:, 0]
     return index, jnp.maximum(target - before, 0)  # below 0 it would choose a first weight of 0
 

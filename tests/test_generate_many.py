@@ -52,6 +52,14 @@ def test_any_number_of_slots_gives_the_same(slots, model, alone):
     assert_same(sample(model, slots=slots), alone)
 
 
+@pytest.mark.parametrize("early_end", [True, False])
+def test_stages_of_a_long_completion_give_the_same(early_end, model):
+    long = dict(max_new_tokens=35, prefix=jnp.array([5, 3, 7], jnp.int32), eos_ids=(9,))  # 17 tokens, then 18; slots have one
+    staged = sample(model, early_end=early_end, **long)
+    assert {17, 18} < set(range(staged.mask.sum(1).min(), staged.mask.sum(1).max()))
+    assert_same(staged, sample(model, slots=13, **long))
+
+
 def test_slots_are_refilled_by_whole_prompts_with_their_samples(model):
     assert_same(sample(model, slots=7, num_samples=3, refill=2), sample(model, num_samples=3))
 

@@ -24,7 +24,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def params(lm):
-    return jax.tree.map(lambda x: 2.5 * x, lm.init(KEY))  # far from uniform
+    return jax.tree.map(lambda x: 2 * x, lm.init(KEY))  # far from uniform; rounding alone reaches 1e-5 at 2.5
 
 
 @pytest.fixture(scope="module")
