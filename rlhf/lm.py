@@ -21,7 +21,7 @@ class LM(NamedTuple):
     axes: Callable  # () -> pytree like params; a leaf is a tuple of logical axis names, or None
     hidden: Callable  # (params, tokens [B, T], *, positions, segment_ids, cache=None, inputs=None) -> ([B, T, D], cache, aux)
     unembed: Callable  # (params, hidden [..., D]) -> logits [..., V], at least float32
-    init_cache: Callable  # (batch, length) -> cache; batch on axis 0 of every leaf, a shorter one's columns where a longer one begins
+    init_cache: Callable  # (batch, length) -> cache; batch on axis 0 of every leaf; a longer one begins as a shorter one
     encode: Callable | None = None  # encoder-decoders: (params, inputs) -> the encoded form of inputs
     unstack: Callable | None = None  # (params) -> params in the form that `hidden` with a cache reads fastest, again and again
     shares: bool = False  # whether `hidden` takes `shared`, a `SharedPrefix`, and reads it once

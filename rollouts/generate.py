@@ -47,9 +47,9 @@ def generate(
 ) -> Rollout:
     """Samples `num_samples` completions of every prompt, in one jitted program.
 
-    A prompt is read once; its keys and values serve all its samples.  The cache grows in up to four stages, each a compiled loop
-    of 16 tokens or more, so that attention reads few columns that hold nothing yet.  A row's random numbers depend on its own
-    key and position alone.  `key` is consumed.
+    A prompt is read once; its keys and values serve all its samples.  The cache grows in up to four stages, each a loop of 16
+    tokens or more, so that attention reads few columns that hold nothing yet.  A row's random numbers depend on its own key and
+    position alone.  `key` is consumed.
 
     Args:
       lm, params: the policy.
