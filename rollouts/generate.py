@@ -27,7 +27,7 @@ from rlhf.rollouts.decoding import (
 )
 from rlhf.rollouts.types import Array, Prompts, Rollout
 
-STAGES, STAGE = 4, 16  # loops that a long completion is decoded in, at most, and new tokens of each, at least
+MAX_STAGES, MIN_TOKENS = 4, 16  # loops that a long completion is decoded in; new tokens of each
 
 
 def generate(
@@ -133,12 +133,12 @@ def generate_many(
 @partial(jax.jit, static_argnums=range(3))
 def _generate(lm, settings, early_end, params, prompts, key, sampler, stop, prefix):
     """Stage by stage, each a loop of its own: until a later one begins, attention reads none of its columns."""
-    of = decoder(lm, settings, params, sampler, stop, prefix, _width(prompts, settings))
-    rows = of.emit(*of.read(prompts, row_keys(key, prompts, settings)))
+    parts = decoder(lm, settings, params, sampler, stop, prefix, _width(prompts, settings))
+    rows = parts.emit(*parts.read(prompts, row_keys(key, prompts, settings)))
     new, length = settings.max_new_tokens, prompts.tokens.shape[1]
-    stages = max(1, min(STAGES, new // STAGE))
+    stages = max(1, min(MAX_STAGES, new // MIN_TOKENS))
     for begin, end in pairwise(new * i // stages for i in range(stages + 1)):
-        rows = complete(of.decode, of.widen(rows, length + end), settings, early_end, max(1, begin), end)
+        rows = complete(parts.decode, parts.widen(rows, length + end), settings, early_end, max(1, begin), end)
     return _rollout(rows, prompts, prefix, settings, sampler)
 
 
@@ -148,14 +148,14 @@ def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, s
     number, samples, together = prompts.tokens.shape[0], settings.num_samples, refill * settings.num_samples
     total = number * samples
     width = _width(prompts, settings)
-    of = decoder(lm, settings, params, sampler, stop, prefix, width)
+    parts = decoder(lm, settings, params, sampler, stop, prefix, width)
     keys = row_keys(key, prompts, settings)
 
     def start(next_prompt):
         """The next prompts' rows with their first tokens; rows beyond the last prompt are over before they begin."""
         of_prompts, of_rows = next_prompt + jnp.arange(refill), next_prompt * samples + jnp.arange(together)
         some = jax.tree.map(lambda x: jnp.take(x, of_prompts, axis=0, mode="clip"), prompts)
-        rows = of.widen(of.emit(*of.read(some, jnp.take(keys, of_rows, mode="clip"))), width)
+        rows = parts.widen(parts.emit(*parts.read(some, jnp.take(keys, of_rows, mode="clip"))), width)
         beyond = of_rows >= total
         return rows._replace(finished=rows.finished | beyond), jnp.where(beyond, total, of_rows)
 
@@ -171,7 +171,7 @@ def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, s
             waiting = (next_prompt + refill < number) & (slots - going.sum() >= together)
             return going.any() & ~waiting
 
-        return jax.lax.while_loop(room, of.decode, rows), of_row, done, next_prompt + refill
+        return jax.lax.while_loop(room, parts.decode, rows), of_row, done, next_prompt + refill
 
     shapes, _ = jax.eval_shape(start, jnp.int32(0))
     empty = lambda rows: lambda x: jnp.broadcast_to(jnp.zeros((), x.dtype), (rows, *x.shape[1:]))

@@ -111,7 +111,7 @@ def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
     """The first index at which the running sum of weights `[B, N]` passes the target `[B]`, and what is left of the target."""
     size = weights.shape[1]
     upto = jnp.dot(weights, jnp.triu(jnp.ones((size, size), weights.dtype)), precision="highest")
-    places, there = jnp.arange(size)[None, :], weights > 0
+    places, there = jnp.arange(size)[None, :], weights > 0  # a product may add up neighbours in different orders
     last = jnp.max(jnp.where(there, places, 0), axis=-1, keepdims=True)  # where rounding leads beyond it
     index = jnp.min(jnp.where(there & (upto > target[:, None]), places, last), axis=-1)
     before = jnp.take_along_axis(upto - weights, index[:, None], axis=-1)[:, 0]

@@ -126,14 +126,14 @@ def _simulate(lm, settings, step, max_turns, early_end, params, prompts, states,
     most, number = settings.max_new_tokens, prompts.tokens.shape[0] * settings.num_samples
     states, keys = repeat(states, settings.num_samples), row_keys(key, prompts, settings)
     width = prompts.tokens.shape[1] + max_turns * most + (max_turns - 1) * _reply_size(step, states, most)
-    of = decoder(lm, settings, params, sampler, stop, None, width)
+    parts = decoder(lm, settings, params, sampler, stop, None, width)
     each, ahead = jnp.arange(number)[:, None], jnp.arange(most)[None, :]
 
     def put(array, columns, where, values):
         return array.at[each, jnp.where(where, columns, width)].set(values.astype(array.dtype), mode="drop")
 
     def turn(t, talks: _Talks) -> _Talks:
-        rows = complete(of.decode, of.emit(talks.rows, talks.hidden), settings, early_end)
+        rows = complete(parts.decode, parts.emit(talks.rows, talks.hidden), settings, early_end)
         columns, said = rows.start[:, None] + ahead, ahead < rows.new[:, None]
         tokens = jnp.where(said, jnp.take_along_axis(rows.tokens, columns, axis=1, mode="clip"), settings.pad_id)
         reply = jax.vmap(step)(talks.states, tokens, said)
@@ -153,7 +153,7 @@ def _simulate(lm, settings, step, max_turns, early_end, params, prompts, states,
             tokens=put(rows.tokens, places, heard, reply.tokens),
             segment_ids=put(rows.segment_ids | new_columns(rows), places, heard, heard),
         )
-        rows, hidden = of.hear(rows, aligned, real, further)
+        rows, hidden = parts.hear(rows, aligned, real, further)
         rows = rows._replace(
             start=end + heard.sum(axis=1),
             first=first,
@@ -176,9 +176,9 @@ def _simulate(lm, settings, step, max_turns, early_end, params, prompts, states,
         )
 
     begin, zeros = jnp.ones(number, bool), jnp.zeros((number, width), jnp.float32)
-    rows, hidden = of.read(prompts, keys)
+    rows, hidden = parts.read(prompts, keys)
     talks = _Talks(
-        of.widen(rows, width), hidden, begin, ~begin, zeros.astype(bool), zeros, zeros, zeros, jnp.zeros(number, int), states
+        parts.widen(rows, width), hidden, begin, ~begin, zeros.astype(bool), zeros, zeros, zeros, jnp.zeros(number, int), states
     )
     if early_end:
         more = lambda carry: (carry[0] < max_turns) & carry[1].going.any()
