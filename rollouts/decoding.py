@@ -64,7 +64,7 @@ class Decoder(NamedTuple):
 
 
 def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
-    """The parts of a loop whose rows have `width` columns."""
+    """The parts of a loop over rows of tokens `[B, width]`; `stop` `[V, states]` and `prefix` `[S]` as `generate` has them."""
     ahead = 0 if prefix is None else prefix.shape[0]
     encode, params = partial(lm.encode, params) if lm.encode else None, lm.unstack(params) if lm.unstack else params
     if prefix is not None:
@@ -195,11 +195,12 @@ def chances(keys: Array, first: Array, settings: Settings) -> Array:
 
 
 def repeat(tree, times: int):
+    """Leaves `[P, ...]` -> `[P * times, ...]`, the copies of a row side by side."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 def align_right(prompts: Prompts) -> tuple[Array, Array, Array]:
-    """Tokens shifted so that every prompt ends in the last column; their segment ids and positions."""
+    """Tokens `[P, L]` shifted so that every prompt ends in the last column; their segment ids and positions, `[P, L]` int32."""
     order = jnp.argsort(prompts.mask, axis=1, stable=True)  # padding first, tokens in their order
     mask = jnp.take_along_axis(prompts.mask, order, axis=1)
     tokens = jnp.take_along_axis(prompts.tokens, order, axis=1)

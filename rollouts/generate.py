@@ -1,4 +1,4 @@
-"""Sampling completions: prompts are read once, then one compiled loop runs over new tokens.
+"""Sampling completions: prompts are read once, then compiled loops run over new tokens.
 
 `generate` gives every completion a row of its own; `generate_many` runs any number of them through a fixed number of rows, each
 of which takes the next prompt once its completion has ended.  Row, prompt and key decide what is sampled, and nothing else.

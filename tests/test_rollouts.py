@@ -54,6 +54,17 @@ def test_generated_logprobs_equal_token_logprobs(lm, params, rollout):
     assert np.std(rollout.logprobs[rollout.mask]) > 0.1
 
 
+def test_a_sharper_model_in_float64_leaves_no_difference():
+    with jax.enable_x64(True):
+        lm = tiny.models(num_layers=2, dtype=jnp.float64)[0]
+        params = jax.tree.map(lambda x: 2.5 * x, lm.init(KEY))
+        sampler = rollouts.sampler(temperature=0.7)
+        r = rollouts.generate(lm, params, PROMPTS, KEY, max_new_tokens=8, num_samples=4, eos_ids=(EOS,), sampler=sampler)
+        scored = logprobs_of(lm, params, r)
+    assert params["embedding"].dtype == jnp.float64
+    np.testing.assert_allclose(np.asarray(r.logprobs)[r.mask], np.asarray(scored)[r.mask], atol=1e-6)
+
+
 def test_form_of_a_rollout(rollout):
     assert rollout.tokens.shape == (12, 11)
     np.testing.assert_array_equal(
