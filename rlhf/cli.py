@@ -33,7 +33,7 @@ COMMANDS = {  # command -> where its `main` is, and what it does
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; a mistake of the user's ends in one line and exit code 2."""
+    """Runs a command; a mistake of the user's ends in one line and exit code 2, and where it is told to stop in 130."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"rlhf {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"rlhf {name}: {stop}" if str(stop) else f"rlhf {name}: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

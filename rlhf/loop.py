@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
+from rlhf.interrupts import told_to_stop
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
 from rlhf.train import TrainState, init_state
@@ -43,7 +44,7 @@ class Training:
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations; there is one at the end too.  0: only there.
       patience: evaluations without a better result after which training ends; 0: it never does.
-      save_every: steps between checkpoints; 0: only at the end.
+      save_every: steps between checkpoints, with the model as it is then; 0: only at the end.
       keep: checkpoints that stay.
       track: where the figures go beside metrics.jsonl: tensorboard, wandb, trackio.
     """
@@ -130,6 +131,7 @@ def fit(
     updates: int = 1,
     hooks: Sequence[Callable[[int, TrainState], TrainState]] = (),
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    export: Callable[[TrainState], None] = lambda state: None,
     shown: tuple[str, ...] = ("loss",),
     console: Console | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
@@ -148,9 +150,12 @@ def fit(
       updates: optimizer steps that one step of the loop takes.
       hooks: `(number, state) -> state` after every step, in their order, such as those of `rlhf.averages`.
       evaluate: `(state) -> figures`, every `training.eval_every` steps and at the end.
+      export: `(state) -> None`, with every checkpoint: writes the model as it is.
       shown: figures beside the progress bar, and in `curves.png`; patience judges by the first that evaluations have.
 
     Returns: the last state, with the averaged parameters where there are, and the last figures.
+
+    Raises: KeyboardInterrupt where the process is told to stop: after the step, which is saved.
     """
     optimizer, context, judged = optimizer_of(training, total * updates), dict(context or {}), lambda state: state
     if training.average != "none":
@@ -167,7 +172,8 @@ def fit(
     run.describe()
     run.forget_after(done)
     last: dict[str, float] = {}
-    with trackers(training.track, run) as track:
+    over = done == total or _is_stuck(run, shown, training.patience)  # a run that goes on may be over already
+    with trackers(training.track, run) as track, told_to_stop() as told:
 
         def log(phase: str, number: int, figures: dict[str, float]) -> None:
             last.update(figures)
@@ -175,13 +181,16 @@ def fit(
             track(number, figures)
 
         def after(number: int, state: TrainState) -> bool:
-            final = number == total
-            if evaluate is not None and (final or (training.eval_every and number % training.eval_every == 0)):
+            nonlocal over
+            over, stopped = number == total, told()
+            if evaluate is not None and (over or (training.eval_every and number % training.eval_every == 0)):
                 log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
-                final = final or (training.patience > 0 and _is_stuck(run, shown, training.patience))
-            if final or (training.save_every and number % training.save_every == 0):
+                over = over or _is_stuck(run, shown, training.patience)
+            if over or stopped or (training.save_every and number % training.save_every == 0):
                 checkpoints.save(saved(state))
-            return final
+                export(judged(state))
+                run.card(number, last)
+            return over or stopped
 
         batches = ((number + 1, inputs(number, training.batch_size)) for number in range(done, total))
         made = make_step(optimizer)
@@ -192,22 +201,28 @@ def fit(
                 state = hook(number, state)
             return state, metrics
 
-        state = run_steps(
-            "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
-            shown=shown, every=training.log_every, size=_size(params),
-        )  # fmt: skip
+        if over:
+            export(judged(state))  # nothing is left to do but this, if that
+        else:
+            state = run_steps(
+                "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
+                shown=shown, every=training.log_every, size=_size(params),
+            )  # fmt: skip
     if last:
         run.plot(shown)
-        run.card(last)
+    if not over:
+        raise KeyboardInterrupt(f"{run.path}: stopped after step {int(state.step) // updates} of {total}; go on with --resume")
     return judged(state), last
 
 
 def _is_stuck(run: RunFolder, shown: Sequence[str], patience: int) -> bool:
-    """Whether so many evaluations have brought nothing better, by the first figure shown that they have.
+    """Whether so many evaluations have brought nothing better, by the first figure shown that they have; for 0 never.
 
     Of a loss the lower is better, of all else the higher.
     """
-    rows = [row for row in run.read("metrics.jsonl") if row["phase"] == "eval"]
+    rows = [row for row in run.read("metrics.jsonl") if row["phase"] == "eval"] if patience else []
+    if not rows:
+        return False
     known = [name for name in shown if f"eval_{name}" in rows[0]]
     if not known:
         raise ValueError(f"patience judges by one of {', '.join(shown)}, but evaluations have {', '.join(rows[0])}")

@@ -5,7 +5,7 @@ about.json       the command, versions, commit and machine
 metrics.jsonl    one line a logged step
 checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
-model/           the result, as Hugging Face writes it
+model/           the model at the newest checkpoint, as Hugging Face writes it
 curves.png, README.md
 """
 
@@ -13,10 +13,12 @@ import dataclasses
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,8 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Leaves out the lines of `metrics.jsonl` beyond a step: a resumed run takes those steps again."""
-        if (self.path / "metrics.jsonl").exists():
-            kept = [json.dumps(row) + "\n" for row in self.read("metrics.jsonl") if row["step"] <= step]
-            (self.path / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+        kept = [json.dumps(row) + "\n" for row in self.read("metrics.jsonl") if row["step"] <= step]
+        (self.path / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Appends one JSON line to a file of the folder."""
@@ -98,8 +99,8 @@ class RunFolder:
         (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSON-lines file of the folder; a last line that was cut off is left out."""
-        return _lines(self.path / name)
+        """The rows of a JSON-lines file of the folder, none if it is missing; a last line that was cut off is left out."""
+        return _lines(self.path / name) if (self.path / name).exists() else []
 
     def samples(self, step: int, table: Mapping[str, list]) -> None:
         """What the model says at a step: `samples/STEP.parquet`."""
@@ -113,15 +114,15 @@ class RunFolder:
         """`curves.png`: logged figures by step."""
         plot([self.path], self.path / "curves.png", names)
 
-    def card(self, figures: Mapping[str, float]) -> None:
-        """`README.md`, the model card."""
+    def card(self, step: int, figures: Mapping[str, float]) -> None:
+        """`README.md`, the card of the model at a step."""
         known = json.loads((self.path / "about.json").read_text(encoding="utf-8"))
         options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         last = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items())
         text = (
             f"---\nlibrary_name: transformers\nbase_model: {options.get('model')}\ntags: [rlhf]\n---\n\n"
             f"# {self.path.name}\n\nMade by `{known['command']}`.\n\n"
-            f"| at the end | |\n|---|---|\n{last}\n\n"
+            f"| after step {step} | |\n|---|---|\n{last}\n\n"
             + "\n".join(f"- {name} {version}" for name, version in known["versions"].items())
             + "\n"
         )
@@ -191,6 +192,16 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
     figure.savefig(target, dpi=120)
 
 
+@contextmanager
+def renewed(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when it is whole."""
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    yield new
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
 def model_of(name: str) -> str:
     """The model of a run's folder; of another folder, or a name on the Hub, itself.
 
@@ -200,7 +211,7 @@ def model_of(name: str) -> str:
     if (inside / "config.json").exists():
         return str(inside)
     if (Path(name) / "config.yaml").exists():
-        raise ValueError(f"{name}: a run without a model yet; finish it with --resume, or give a model's folder")
+        raise ValueError(f"{name}: a run without a model yet; go on with --resume, or give a model's folder")
     return name
 
 

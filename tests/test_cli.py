@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from rlhf import cli, loop, runs, tasks, track
+from rlhf.checkpoint import Checkpoints
 from rlhf.models import huggingface
 from rlhf.options import TRL, parser_of
 from rlhf.recipes import q_heads, setup
@@ -47,14 +49,17 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(runs.RunFolder, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            cli.main([*ask, "--output", str(tmp_path / "halves")])
+        assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 130
     assert [row["step"] for row in logged(tmp_path / "halves", "train")] == [1, 2, 3]
+    assert cli.main(["export", str(tmp_path / "halves"), "--output", str(tmp_path / "early")]) == 0
+    assert "| after step 2 |" in (tmp_path / "early" / "README.md").read_text()
+    early = huggingface.load(tmp_path / "early")[1]["embedding"]
     assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 2  # not by accident
     assert cli.main([*ask, "--output", str(tmp_path / "halves"), "--resume"]) == 0
     for phase in ("train", "eval"):
         assert logged(tmp_path / "halves", phase) == logged(tmp_path / "whole", phase)
     assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
+    assert np.abs(early - huggingface.load(tmp_path / "whole" / "model")[1]["embedding"]).max() > 1e-4
     first, last = logged(tmp_path / "whole", "train")[::4]
     assert last["loss"] < first["loss"]
     config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
@@ -62,6 +67,21 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
     assert "rlhf" in json.loads((tmp_path / "whole" / "about.json").read_text())["versions"]
     assert "| eval_loss |" in (tmp_path / "whole" / "README.md").read_text()
     assert (tmp_path / "whole" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_told_to_stop_saves_first(base, tmp_path):
+    ask = ["sft", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "1000000", "--output", str(tmp_path / "run")]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-m", "rlhf", *ask], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.1)
+        process.terminate()
+        _, said = process.communicate()
+    assert process.returncode == 130, said
+    last = logged(tmp_path / "run", "train")[-1]["step"]
+    assert f"stopped after step {last} of 1000000; go on with --resume" in said
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == last
+    assert weights(tmp_path / "run")
 
 
 def test_a_resumed_run_asks_for_the_same(base, tmp_path, capsys):
@@ -110,7 +130,11 @@ def test_grpo_samples_scores_and_resumes(base, tmp_path):
     table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "00000004.parquet").to_pydict()
     assert sorted(table) == ["completion", "prompt", "reward"]
     assert len(table["reward"]) == 16
-    assert cli.main([*ask, "--resume"]) == 2  # it is over: its model is there, and is not written again
+    written = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert cli.main([*ask, "--resume"]) == 0  # it is over: its model is written again, and no step is taken
+    assert weights(tmp_path / "run") == written
+    assert logged(tmp_path / "run", "train") == rows
 
 
 def test_data_sets_are_mixed_and_cut_short():
@@ -193,7 +217,7 @@ def test_a_run_without_a_model_yet_is_named(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("model: base\n")
     for command in (["eval", str(tmp_path), "--dataset", "task:reverse"], ["chat", str(tmp_path)]):
         assert cli.main(command) == 2
-        assert "a run without a model yet; finish it with --resume" in capsys.readouterr().err
+        assert "a run without a model yet; go on with --resume" in capsys.readouterr().err
 
 
 def test_several_tokens_may_end_an_answer(base, tmp_path):

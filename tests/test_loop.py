@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from rlhf import averages, runs
 from rlhf.checkpoint import Checkpoints
+from rlhf.interrupts import told_to_stop
 from rlhf.loop import Training, fit
 
 STEPS = 6
@@ -93,6 +96,48 @@ def test_training_ends_when_nothing_gets_better(name, values, steps, tmp_path):
     assert int(state.step) == steps
     assert figures[f"eval_{name}"] == values[steps - 1]
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == steps
+    again, _ = run(tmp_path / "run", training, resume=True, evaluate=evaluate, shown=(name,))
+    assert int(again.step) == steps  # it stays over
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_told_to_stop_ends_with_its_step_and_goes_on(number, tmp_path):
+    before, written = signal.getsignal(number), []
+    export = lambda state: written.append(float(state.params["w"][0]))
+
+    def inputs(i, size):
+        if i == 2:
+            signal.raise_signal(number)
+        return jnp.ones(size)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6; go on with --resume"):
+        run(tmp_path / "run", inputs=inputs, export=export)
+    assert signal.getsignal(number) is before
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 3
+    assert "| after step 3 |" in (tmp_path / "run" / "README.md").read_text()
+    run(tmp_path / "run", dataclasses.replace(CONSTANT, save_every=2), resume=True, export=export)
+    np.testing.assert_allclose(written, W[[3, 4, 6]], rtol=1e-6)
+    run(tmp_path / "run", resume=True, export=export, inputs=None)  # over: nothing but the model is left to write
+    np.testing.assert_allclose(written, W[[3, 4, 6, 6]], rtol=1e-6)
+
+
+def test_told_twice_a_run_stops_at_once(tmp_path):
+    twice = lambda i, size: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(tmp_path / "run", inputs=twice)
+    assert not str(stopped.value)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() is None
+
+
+def test_signals_are_left_alone_beside_the_main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def elsewhere():
+        with told_to_stop() as told:
+            return signal.getsignal(signal.SIGTERM) is before and not told()
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(elsewhere).result()
 
 
 def test_refusals():

@@ -1,6 +1,7 @@
 """Binary classifier optimisation: is an answer good?  The reward says, measured from the mean of all rewards so far."""
 
 from collections.abc import Callable
+from functools import partial
 
 from rlhf import losses, tasks
 from rlhf.loop import Training, fit
@@ -59,11 +60,11 @@ def main(
     train, test = with_reference(train), test and with_reference(test)
     scores_fn = policy.of_whole(unpaired.scores(policy.lm))
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, coupled.step(scores_fn, objective(beta=beta), training, update_context=move), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), context=begun, shown=("loss", "margin", "delta"),
         evaluate=coupled.evaluation(scores_fn, objective(beta=beta, moving=False), test, training.batch_size),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

@@ -137,11 +137,11 @@ def main(
     amount = nll_coef if nll_coef is not None else 0.0 if loss in ALONE else 1.0
     loss_fn = policy.of_whole(objective(policy.lm, loss=per_pair, nll_coef=amount, max_segments=most, shared=shared))
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), shown=("loss", "accuracy", "margin"),
         evaluate=setup.evaluation(loss_fn, test and prepare(test, max_segments=most), training.batch_size),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

@@ -131,10 +131,10 @@ def main(
         make_step = setup.offline_step(loss_fn, weighted, training)
         evaluate = setup.evaluation(loss_fn, held, training.batch_size)
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, make_step, policy.params, lambda number, size: setup.take(train, training.seed, number, size),
         total=total, shown=("loss", "accuracy", "margin"), evaluate=evaluate,
         **setup.kept(policy.context(with_reference=bool(hooks)), hooks),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

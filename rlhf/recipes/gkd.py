@@ -139,11 +139,11 @@ def main(
 
         return iterate
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, make_step, policy.params,
         lambda number, size: lesson(train, training.seed, number, size, lmbda),
         total=total, fixed={**policy.context(), "teacher": taught}, shown=("loss", "agreement"),
         evaluate=setup.evaluation(loss_fn, test and sft.prepare(test), training.batch_size),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

@@ -125,9 +125,8 @@ def main(
         reference = online.logprobs(policy.lm, policy.reference(state.context), rollout, prompt) if beta else None
         return state, rollouts.batch_of(rollout, advantages=advantages, ref_logprobs=reference), {}
 
-    state, figures = online_steps.learn(
+    _, figures = online_steps.learn(
         begin, policy, sample, compared, partial(prepare, weights=algorithm.weights), loss_fn, together=shared.rows,
         **setup.kept(policy.context(with_reference=beta > 0), hooks),
     )  # fmt: skip
-    policy.export(run.path, state, begin.tokenizer)
     return figures

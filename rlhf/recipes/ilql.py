@@ -138,14 +138,17 @@ def main(
     def loss_fn(params, context, batch, key):
         return loss({**params, "lm": policy.whole(params["lm"], context)}, context, batch, key)
 
+    def export(state):
+        policy.export(run.path, tokenizer, state._replace(params=state.params["lm"]))
+        learnt = {**{name: state.params[name] for name in fresh}, "target": state.context["target"]}
+        q_heads.save(run.path / q_heads.FILE, learnt)
+
     sample = q_heads.player(policy, heads, sampling, eos_ids, beta)
-    state, figures = fit(
+    _, figures = fit(
         run, training, setup.offline_step(loss_fn, prepare, training), {"lm": policy.params, **fresh},
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), context={"target": reference(fresh["q"])}, hooks=[follow],
         shown=("reward", "loss", "q_loss", "value_loss"),
-        evaluate=judge and test and online.evaluation(run, sample, judge, test, training, tokenizer),
+        evaluate=judge and test and online.evaluation(run, sample, judge, test, training, tokenizer), export=export,
     )  # fmt: skip
-    policy.export(run.path, state._replace(params=state.params["lm"]), tokenizer)
-    q_heads.save(run.path / q_heads.FILE, {**{name: state.params[name] for name in fresh}, "target": state.context["target"]})
     return figures

@@ -1,6 +1,7 @@
 """Kahneman–Tversky optimisation: answers with a verdict, each held against how far the policy is from the reference."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from rlhf import losses, tasks
@@ -75,11 +76,11 @@ def main(
     train, test = with_reference(train), test and with_reference(test)
     scores_fn = policy.of_whole(unpaired.scores(policy.lm))
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, coupled.step(scores_fn, compare, training), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), shown=("loss", "margin", "kl"),
         evaluate=coupled.evaluation(scores_fn, compare, test, training.batch_size),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

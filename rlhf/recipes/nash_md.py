@@ -88,9 +88,8 @@ def main(
     def played(state, rollout, rewards):
         return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards)
 
-    state, figures = online_steps.learn(
+    _, figures = online_steps.learn(
         begin, policy, online.two_players(player, opponent), played, prepare, policy.of_whole(objective(policy.lm, beta=beta)),
         fixed=policy.context(with_reference=True), answer=player, shown=("reward", "opponent_reward"),
     )  # fmt: skip
-    policy.export(run.path, state, begin.tokenizer)
     return figures

@@ -77,9 +77,8 @@ def main(
         pairs, _, seen = experience(rollout, rewards, num_samples=num_samples)
         return state, dpo.prepare(policy.lm, policy.reference(state.context), pairs, shared=shared), seen
 
-    state, figures = online_steps.learn(
+    _, figures = online_steps.learn(
         begin, policy, sample, preferred, prepare, loss_fn,
         fixed=policy.context(with_reference=True), shown=("reward", "accuracy"),
     )  # fmt: skip
-    policy.export(run.path, state, begin.tokenizer)
     return figures

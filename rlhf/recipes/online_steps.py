@@ -74,6 +74,7 @@ def learn(
     context: dict[str, Any] | None = None,
     hooks: Sequence[Callable] = (),
     answer: Callable | None = None,
+    export: Callable | None = None,
     target_kl: float | None = None,
     shown: tuple[str, ...] = ("reward", "completion_length"),
 ) -> tuple[TrainState, dict[str, float]]:
@@ -88,6 +89,7 @@ def learn(
       together: rows of the batch, one after another, that stay together in mini-batches and micro-batches.
       fixed, context, hooks: as in `rlhf.loop.fit`.
       answer: as `sample`, for evaluations; None: `sample`.
+      export: as in `rlhf.loop.fit`; None: the policy's own.
       target_kl: as in `updates`.
 
     Returns: the last state and the last figures.
@@ -117,7 +119,7 @@ def learn(
     return fit(
         run, training, make_step, policy.params, lambda number, size: begin.train.take(training.seed, number, size),
         total=begin.total, fixed=fixed, context=context, hooks=hooks, updates=begin.mini_batches * begin.epochs, shown=shown,
-        evaluate=evaluate,
+        evaluate=evaluate, export=export or partial(policy.export, run.path, begin.tokenizer),
     )  # fmt: skip
 
 

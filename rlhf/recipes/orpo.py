@@ -41,11 +41,11 @@ def main(
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(cpo.objective(policy.lm, loss=loss, whole=True, max_segments=most, shared=shared))
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, setup.offline_step(loss_fn, prepare, training), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), shown=("loss", "nll", "accuracy"),
         evaluate=setup.evaluation(loss_fn, test and prepare(test), training.batch_size),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

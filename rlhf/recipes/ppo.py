@@ -140,9 +140,9 @@ def main(
         context, batch, seen = online_steps.adapted(learn_from, state.context, scores, controller, scale_scores=scale_rewards)
         return state._replace(context=context), batch, seen
 
-    state, figures = online_steps.learn(
+    _, figures = online_steps.learn(
         begin, policy, sample, estimated, prepare, loss_fn, fixed=actor.context(with_reference=True),
         context=online_steps.moving(controller), target_kl=target_kl, shown=("reward", "kl_to_reference"),
+        export=lambda state: actor.export(run.path, begin.tokenizer, state._replace(params=state.params["lm"])),
     )  # fmt: skip
-    actor.export(run.path, state._replace(params=state.params["lm"]), begin.tokenizer)
     return figures

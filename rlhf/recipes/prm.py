@@ -86,11 +86,11 @@ def main(
     judge, head = setup.with_head(model, training.seed, head_of)
     loss_fn, prepared = judge.of_whole(objective(judge.lm, head)), partial(prepare, last_step_only=last_step_only)
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, setup.offline_step(loss_fn, prepared, training), judge.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=judge.context(), shown=("loss", "accuracy"),
         evaluate=setup.evaluation(loss_fn, test and prepared(test), training.batch_size),
+        export=partial(judge.export, run.path, tokenizer),
     )  # fmt: skip
-    judge.export(run.path, state, tokenizer)
     return figures

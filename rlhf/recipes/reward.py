@@ -70,11 +70,11 @@ def main(
     judge, head = setup.reward_model(model, training.seed)
     loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most, shared=shared))
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), judge.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=judge.context(), shown=("loss", "accuracy"),
         evaluate=setup.evaluation(loss_fn, test and prepare(test, max_segments=most), training.batch_size),
+        export=partial(judge.export, run.path, tokenizer),
     )  # fmt: skip
-    judge.export(run.path, state, tokenizer)
     return figures

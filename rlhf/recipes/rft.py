@@ -98,10 +98,10 @@ def main(
 
         return iterate
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, make_step, policy.params, lambda number, size: begin.train.take(training.seed, number, size),
         total=begin.total, fixed=policy.context(), updates=updates, shown=("reward", "kept"),
         evaluate=begin.test and online.evaluation(run, sample, begin.judge, begin.test, training, begin.tokenizer),
+        export=partial(policy.export, run.path, begin.tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, begin.tokenizer)
     return figures

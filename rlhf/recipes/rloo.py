@@ -82,9 +82,8 @@ def main(
     def compared(state, rollout, rewards):
         return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards, **knobs)
 
-    state, figures = online_steps.learn(
+    _, figures = online_steps.learn(
         begin, policy, sample, compared, prepare, loss_fn, together=shared.rows,
         fixed=policy.context(with_reference=True), shown=("reward", "kl_to_reference"),
     )  # fmt: skip
-    policy.export(run.path, state, begin.tokenizer)
     return figures

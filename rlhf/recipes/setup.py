@@ -18,6 +18,7 @@ from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import classifier_head, huggingface
+from rlhf.runs import renewed
 from rlhf.train import TrainState, reference, train_step
 
 
@@ -182,14 +183,16 @@ class Policy(NamedTuple):
         """A `loss_fn` of the language model's parameters as one of those trained."""
         return lambda params, context, batch, key: loss_fn(self.whole(params, context), context, batch, key)
 
-    def export(self, folder: Path, state: TrainState, tokenizer: Any) -> None:
-        """Writes `model/`, and for adapters `adapter/` beside it."""
+    def export(self, folder: Path, tokenizer: Any, state: TrainState) -> None:
+        """Writes `model/`, and for adapters `adapter/` beside it, in the place of those of an earlier state."""
         whole = self.whole(state.params, state.context)
         lm, head = (whole, None) if self.head is None else (whole["lm"], whole["head"])
         if self.frozen is not None:
-            peft_files.save(folder / "adapter", self.lm, lm, huggingface.model_type(self.source), base=self.source)
+            with renewed(folder / "adapter") as new:
+                peft_files.save(new, self.lm, lm, huggingface.model_type(self.source), base=self.source)
             lm = adapters.merge(lm)
-        huggingface.save(folder / "model", self.lm, lm, head=head, like=self.source, tokenizer=tokenizer)
+        with renewed(folder / "model") as new:
+            huggingface.save(new, self.lm, lm, head=head, like=self.source, tokenizer=tokenizer)
 
 
 def policy(options: Model, seed: int) -> Policy:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the mean cross-entropy of the trained tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from rlhf import data, losses, rollouts, tasks
@@ -74,11 +75,11 @@ def main(
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(objective(policy.lm))
 
-    state, figures = fit(
+    _, figures = fit(
         run, training, setup.offline_step(loss_fn, prepare, training), policy.params,
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(),
         evaluate=setup.evaluation(loss_fn, test and prepare(test), training.batch_size),
+        export=partial(policy.export, run.path, tokenizer),
     )  # fmt: skip
-    policy.export(run.path, state, tokenizer)
     return figures

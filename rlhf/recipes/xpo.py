@@ -76,9 +76,8 @@ def main(
         pairs = dpo.prepare(policy.lm, policy.reference(state.context), pairs, shared=shared)
         return state, Duels(pairs, picked[:, 0] == 1), {**seen, **online.duel_figures(rollout, rewards)}
 
-    state, figures = online_steps.learn(
+    _, figures = online_steps.learn(
         begin, policy, online.two_players(player, opponent), preferred, prepare, loss_fn,
         fixed=policy.context(with_reference=True), answer=player, shown=("reward", "opponent_reward"),
     )  # fmt: skip
-    policy.export(run.path, state, begin.tokenizer)
     return figures

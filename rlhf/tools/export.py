@@ -1,11 +1,12 @@
-"""A finished run's model, elsewhere: another folder, or the Hub."""
+"""A run's model, elsewhere: another folder, or the Hub."""
 
 import shutil
 from pathlib import Path
 
 
 def main(run: str, *, output: str | None = None, push: str | None = None) -> None:
-    """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub.
+    """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub; of a run that is not over, the
+    model at the newest checkpoint.
 
     Args:
       run: the run's folder.
@@ -14,7 +15,7 @@ def main(run: str, *, output: str | None = None, push: str | None = None) -> Non
     """
     source = Path(run) / "model"
     if not (source / "config.json").exists():
-        raise ValueError(f"{run}: no finished model; finish the run with --resume, or give a run's folder")
+        raise ValueError(f"{run}: no model yet, it comes with a run's checkpoints; go on with --resume, or give a run's folder")
     if output is not None and push is None:
         if Path(output).exists():
             raise ValueError(f"{output}: exists; give a new folder")

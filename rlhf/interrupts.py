@@ -1,0 +1,38 @@
+"""Being told to stop: Ctrl-C at a terminal, SIGTERM from a scheduler that wants the machine back."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+
+import jax
+
+
+@contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether this process was told to stop, so that a loop can end between two steps; told twice, it stops where it is.
+
+    Signals belong to a process's main thread; elsewhere, and where several processes compute together and would have to stop
+    at the same step, they do what they did before.
+
+    >>> with told_to_stop() as told:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     told()
+    True
+    """
+    heard: list[int] = []
+
+    def hear(number, frame):
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+        print("stopping after this step, and saving; once more stops at once", file=sys.stderr)
+
+    ours = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() and jax.process_count() == 1 else ()
+    before = {number: signal.signal(number, hear) for number in ours}
+    try:
+        yield lambda: bool(heard)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
