@@ -131,7 +131,7 @@ def fit(
     updates: int = 1,
     hooks: Sequence[Callable[[int, TrainState], TrainState]] = (),
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    export: Callable[[TrainState], None] = lambda state: None,
+    export: Callable[[TrainState, bool], None] = lambda state, over: None,
     shown: tuple[str, ...] = ("loss",),
     console: Console | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
@@ -150,7 +150,7 @@ def fit(
       updates: optimizer steps that one step of the loop takes.
       hooks: `(number, state) -> state` after every step, in their order, such as those of `rlhf.averages`.
       evaluate: `(state) -> figures`, every `training.eval_every` steps and at the end.
-      export: `(state) -> None`, with every checkpoint: writes the model as it is.
+      export: `(state, over) -> None`, with every checkpoint: writes the model as it is; `over` at the end of the run.
       shown: figures beside the progress bar, and in `curves.png`; patience judges by the first that evaluations have.
 
     Returns: the last state, with the averaged parameters where there are, and the last figures.
@@ -188,7 +188,7 @@ def fit(
                 over = over or _is_stuck(run, shown, training.patience)
             if over or stopped or (training.save_every and number % training.save_every == 0):
                 checkpoints.save(saved(state))
-                export(judged(state))
+                export(judged(state), over)
                 run.card(number, last)
             return over or stopped
 
@@ -202,7 +202,7 @@ def fit(
             return state, metrics
 
         if over:
-            export(judged(state))  # nothing is left to do but this, if that
+            export(judged(state), over)  # nothing is left to do but this, if that
         else:
             state = run_steps(
                 "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),

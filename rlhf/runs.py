@@ -5,7 +5,7 @@ about.json       the command, versions, commit and machine
 metrics.jsonl    one line a logged step
 checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
-model/           the model at the newest checkpoint, as Hugging Face writes it
+model/           the model at the newest checkpoint, as Hugging Face writes it; of adapters (adapter/) at the end
 curves.png, README.md
 """
 
@@ -211,7 +211,7 @@ def model_of(name: str) -> str:
     if (inside / "config.json").exists():
         return str(inside)
     if (Path(name) / "config.yaml").exists():
-        raise ValueError(f"{name}: a run without a model yet; go on with --resume, or give a model's folder")
+        raise ValueError(f"{name}: a run without a model yet (of adapters it comes last); --resume it, or give a model")
     return name
 
 

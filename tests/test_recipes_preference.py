@@ -288,6 +288,8 @@ def test_bco_from_data_to_a_model_in_two_runs_with_one_mean(base, rows, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(rlhf.runs.RunFolder, "log", stop)
         assert cli.main(ask) == 130
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert not (tmp_path / "run" / "model").exists()  # which is merged at the end
     before = metrics_of(tmp_path / "run")
     np.testing.assert_allclose([before[0][x] for x in ("loss", "delta", "rewards_seen")], [np.log(2), 0, 8], atol=1e-6)
     assert cli.main([*ask, "--resume"]) == 0

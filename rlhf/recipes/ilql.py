@@ -138,8 +138,8 @@ def main(
     def loss_fn(params, context, batch, key):
         return loss({**params, "lm": policy.whole(params["lm"], context)}, context, batch, key)
 
-    def export(state):
-        policy.export(run.path, tokenizer, state._replace(params=state.params["lm"]))
+    def export(state, over):
+        policy.export(run.path, tokenizer, state._replace(params=state.params["lm"]), over)
         learnt = {**{name: state.params[name] for name in fresh}, "target": state.context["target"]}
         q_heads.save(run.path / q_heads.FILE, learnt)
 

@@ -143,6 +143,6 @@ def main(
     _, figures = online_steps.learn(
         begin, policy, sample, estimated, prepare, loss_fn, fixed=actor.context(with_reference=True),
         context=online_steps.moving(controller), target_kl=target_kl, shown=("reward", "kl_to_reference"),
-        export=lambda state: actor.export(run.path, begin.tokenizer, state._replace(params=state.params["lm"])),
+        export=lambda state, over: actor.export(run.path, begin.tokenizer, state._replace(params=state.params["lm"]), over),
     )  # fmt: skip
     return figures

@@ -183,13 +183,16 @@ class Policy(NamedTuple):
         """A `loss_fn` of the language model's parameters as one of those trained."""
         return lambda params, context, batch, key: loss_fn(self.whole(params, context), context, batch, key)
 
-    def export(self, folder: Path, tokenizer: Any, state: TrainState) -> None:
-        """Writes `model/`, and for adapters `adapter/` beside it, in the place of those of an earlier state."""
+    def export(self, folder: Path, tokenizer: Any, state: TrainState, over: bool = True) -> None:
+        """Writes `model/` in the place of that of an earlier state; for adapters `adapter/`, and `model/` once the run is over:
+        merging takes the memory of a second copy."""
         whole = self.whole(state.params, state.context)
         lm, head = (whole, None) if self.head is None else (whole["lm"], whole["head"])
         if self.frozen is not None:
             with renewed(folder / "adapter") as new:
                 peft_files.save(new, self.lm, lm, huggingface.model_type(self.source), base=self.source)
+            if not over:
+                return
             lm = adapters.merge(lm)
         with renewed(folder / "model") as new:
             huggingface.save(new, self.lm, lm, head=head, like=self.source, tokenizer=tokenizer)

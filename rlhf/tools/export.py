@@ -5,8 +5,9 @@ from pathlib import Path
 
 
 def main(run: str, *, output: str | None = None, push: str | None = None) -> None:
-    """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub; of a run that is not over, the
-    model at the newest checkpoint.
+    """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub.
+
+    Of a run that is not over it is the model at the newest checkpoint.
 
     Args:
       run: the run's folder.
@@ -15,7 +16,7 @@ def main(run: str, *, output: str | None = None, push: str | None = None) -> Non
     """
     source = Path(run) / "model"
     if not (source / "config.json").exists():
-        raise ValueError(f"{run}: no model yet, it comes with a run's checkpoints; go on with --resume, or give a run's folder")
+        raise ValueError(f"{run}: no run with a model yet (of adapters it comes last); --resume it, or give a run's folder")
     if output is not None and push is None:
         if Path(output).exists():
             raise ValueError(f"{output}: exists; give a new folder")
