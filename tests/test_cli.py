@@ -215,9 +215,10 @@ def test_a_run_of_ilql_answers_by_its_values(base, tmp_path):
 
 def test_a_run_without_a_model_yet_is_named(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("model: base\n")
-    for command in (["eval", str(tmp_path), "--dataset", "task:reverse"], ["chat", str(tmp_path)]):
+    run = str(tmp_path)
+    for command in (["eval", run, "--dataset", "task:reverse"], ["chat", run], ["export", run, "--output", f"{run}/new"]):
         assert cli.main(command) == 2
-        assert "a run without a model yet (of adapters it comes last); --resume it" in capsys.readouterr().err
+        assert "a model yet (of adapters it comes last); --resume it" in capsys.readouterr().err
 
 
 def test_several_tokens_may_end_an_answer(base, tmp_path):
