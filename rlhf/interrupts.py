@@ -1,9 +1,9 @@
 """Being told to stop: Ctrl-C at a terminal, SIGTERM from a scheduler that wants the machine back."""
 
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import current_thread, main_thread
 
 import jax
@@ -14,7 +14,7 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether this process was told to stop, so that a loop can end between two steps; told twice, it stops where it is.
 
     Signals belong to a process's main thread; elsewhere, and where several processes compute together and would have to stop
-    at the same step, they do what they did before.
+    at the same step, they do what they did before; so do those that are ignored, as Ctrl-C is in a shell's background.
 
     >>> with told_to_stop() as told:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -27,10 +27,12 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
         if heard:
             raise KeyboardInterrupt
         heard.append(number)
-        print("stopping after this step, and saving; once more stops at once", file=sys.stderr)
+        with suppress(OSError):  # whoever reads may be gone already
+            os.write(2, b"\nstopping after this step, and saving; once more stops at once\n")
 
     ours = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() and jax.process_count() == 1 else ()
-    before = {number: signal.signal(number, hear) for number in ours}
+    heeded = [number for number in ours if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, hear) for number in heeded}
     try:
         yield lambda: bool(heard)
     finally:

@@ -44,7 +44,7 @@ class Training:
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between evaluations; there is one at the end too.  0: only there.
       patience: evaluations without a better result after which training ends; 0: it never does.
-      save_every: steps between checkpoints, with the model as it is then; 0: only at the end.
+      save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that stay.
       track: where the figures go beside metrics.jsonl: tensorboard, wandb, trackio.
     """
@@ -153,9 +153,10 @@ def fit(
       export: `(state, over) -> None`, with every checkpoint: writes the model as it is; `over` at the end of the run.
       shown: figures beside the progress bar, and in `curves.png`; patience judges by the first that evaluations have.
 
-    Returns: the last state, with the averaged parameters where there are, and the last figures.
+    Returns: the last state, with the averaged parameters where there are, and the last value of every figure.
 
-    Raises: KeyboardInterrupt where the process is told to stop: after the step, which is saved.
+    Raises: KeyboardInterrupt where the process is told to stop before the last step: after its step, which is saved; where it
+      is told twice, at once, and nothing is.
     """
     optimizer, context, judged = optimizer_of(training, total * updates), dict(context or {}), lambda state: state
     if training.average != "none":
@@ -171,26 +172,25 @@ def fit(
     done = int(state.step) // updates
     run.describe()
     run.forget_after(done)
-    last: dict[str, float] = {}
-    over = done == total or _is_stuck(run, shown, training.patience)  # a run that goes on may be over already
+    over = done >= total or _is_stuck(run, shown, training.patience)  # a run that goes on may be over already
     with trackers(training.track, run) as track, told_to_stop() as told:
 
         def log(phase: str, number: int, figures: dict[str, float]) -> None:
-            last.update(figures)
             run.log(phase, number, figures)
             track(number, figures)
 
         def after(number: int, state: TrainState) -> bool:
             nonlocal over
-            over, stopped = number == total, told()
+            over = number == total
             if evaluate is not None and (over or (training.eval_every and number % training.eval_every == 0)):
                 log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
                 over = over or _is_stuck(run, shown, training.patience)
-            if over or stopped or (training.save_every and number % training.save_every == 0):
+            saves = over or told() or (training.save_every > 0 and number % training.save_every == 0)
+            if saves:
                 checkpoints.save(saved(state))
                 export(judged(state), over)
-                run.card(number, last)
-            return over or stopped
+                run.card()
+            return over or (saves and told())  # told while saving: this step is saved already
 
         batches = ((number + 1, inputs(number, training.batch_size)) for number in range(done, total))
         made = make_step(optimizer)
@@ -203,16 +203,18 @@ def fit(
 
         if over:
             export(judged(state), over)  # nothing is left to do but this, if that
+            run.card()
         else:
             state = run_steps(
                 "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
                 shown=shown, every=training.log_every, size=_size(params),
             )  # fmt: skip
-    if last:
+    figures = run.figures()
+    if figures:
         run.plot(shown)
     if not over:
         raise KeyboardInterrupt(f"{run.path}: stopped after step {int(state.step) // updates} of {total}; go on with --resume")
-    return judged(state), last
+    return judged(state), {name: value for name, (value, _) in figures.items()}
 
 
 def _is_stuck(run: RunFolder, shown: Sequence[str], patience: int) -> bool:

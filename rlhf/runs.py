@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 PACKAGES = ("rlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+ABOUT_ROWS = ("phase", "step", "seconds")  # of metrics.jsonl; the rest are figures
 FREE = ("output", "resume", "log_every", "save_every", "keep", "track")  # options that a resumed run may have otherwise
 
 
@@ -114,15 +115,20 @@ class RunFolder:
         """`curves.png`: logged figures by step."""
         plot([self.path], self.path / "curves.png", names)
 
-    def card(self, step: int, figures: Mapping[str, float]) -> None:
-        """`README.md`, the card of the model at a step."""
+    def figures(self) -> dict[str, tuple[float, int]]:
+        """The last value of every figure of `metrics.jsonl`, and its step."""
+        rows = self.read("metrics.jsonl")
+        return {name: (value, row["step"]) for row in rows for name, value in row.items() if name not in ABOUT_ROWS}
+
+    def card(self) -> None:
+        """`README.md`, the model card."""
         known = json.loads((self.path / "about.json").read_text(encoding="utf-8"))
         options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        last = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items())
+        last = "\n".join(f"| {name} | {value:.4g} | {step} |" for name, (value, step) in self.figures().items())
         text = (
             f"---\nlibrary_name: transformers\nbase_model: {options.get('model')}\ntags: [rlhf]\n---\n\n"
             f"# {self.path.name}\n\nMade by `{known['command']}`.\n\n"
-            f"| after step {step} | |\n|---|---|\n{last}\n\n"
+            f"| figure | last | step |\n|---|---|---|\n{last}\n\n"
             + "\n".join(f"- {name} {version}" for name, version in known["versions"].items())
             + "\n"
         )
@@ -179,7 +185,7 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
     runs = {folder.name: metrics_of(folder) for folder in folders}
     shown = [name for name in names if any(name in row for rows in runs.values() for row in rows)]
     if not shown:
-        known = sorted({name for rows in runs.values() for row in rows for name in row} - {"phase", "step", "seconds"})
+        known = sorted({name for rows in runs.values() for row in rows for name in row} - set(ABOUT_ROWS))
         raise ValueError(f"no run has {', '.join(names)}; they have {', '.join(known)}")
     figure = Figure(figsize=(4 * len(shown), 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -195,11 +201,14 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
 @contextmanager
 def renewed(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `folder` when it is whole."""
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = (folder.with_name(f"{folder.name}.{which}") for which in ("new", "old"))
+    for left in (new, old):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     yield new
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def model_of(name: str) -> str:

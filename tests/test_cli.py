@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
         assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 130
     assert [row["step"] for row in logged(tmp_path / "halves", "train")] == [1, 2, 3]
     assert cli.main(["export", str(tmp_path / "halves"), "--output", str(tmp_path / "early")]) == 0
-    assert "| after step 2 |" in (tmp_path / "early" / "README.md").read_text()
+    assert re.search(r"\| loss \| \S+ \| 2 \|", (tmp_path / "early" / "README.md").read_text())
     early = huggingface.load(tmp_path / "early")[1]["embedding"]
     assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 2  # not by accident
     assert cli.main([*ask, "--output", str(tmp_path / "halves"), "--resume"]) == 0
@@ -79,6 +80,7 @@ def test_a_process_told_to_stop_saves_first(base, tmp_path):
         _, said = process.communicate()
     assert process.returncode == 130, said
     last = logged(tmp_path / "run", "train")[-1]["step"]
+    assert "stopping after this step, and saving" in said
     assert f"stopped after step {last} of 1000000; go on with --resume" in said
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == last
     assert weights(tmp_path / "run")

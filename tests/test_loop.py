@@ -4,6 +4,7 @@ import dataclasses
 import io
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,9 @@ CONSTANT = Training(steps=STEPS, batch_size=1, learning_rate=0.5, schedule="cons
 QUIET = Console(file=io.StringIO())
 
 
-def run(folder, training=CONSTANT, *, stop=None, resume=False, inputs=lambda number, size: jnp.ones(size), **options):
+def run(
+    folder, training=CONSTANT, *, stop=None, resume=False, inputs=lambda number, size: jnp.ones(size), total=STEPS, **options
+):
     """A run on `(w - 1)² / 2` from 0; `stop` breaks it off after that step."""
 
     def broken(number, size):
@@ -30,7 +33,7 @@ def run(folder, training=CONSTANT, *, stop=None, resume=False, inputs=lambda num
 
     defaults = dict(fixed={"shift": jnp.zeros(())}, console=QUIET)
     begun = runs.RunFolder(folder, {"resume": resume})
-    return fit(begun, training, lambda _: quarter, {"w": jnp.zeros(1)}, broken, STEPS, **{**defaults, **options})
+    return fit(begun, training, lambda _: quarter, {"w": jnp.zeros(1)}, broken, total, **{**defaults, **options})
 
 
 def quarter(state, batch):
@@ -100,44 +103,92 @@ def test_training_ends_when_nothing_gets_better(name, values, steps, tmp_path):
     assert int(again.step) == steps  # it stays over
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_told_to_stop_ends_with_its_step_and_goes_on(number, tmp_path):
-    before, written = signal.getsignal(number), []
-    export = lambda state, over: written.append((float(state.params["w"][0]), over))
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request):
+    """A signal that is heeded, as it is not in a shell's background."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
 
-    def inputs(i, size):
-        if i == 2:
+
+@pytest.mark.parametrize("place", ["inputs", "evaluate", "export"])
+def test_a_run_told_to_stop_ends_with_its_step_and_goes_on(place, number, tmp_path):
+    before, written, calls = signal.getsignal(number), [], []
+
+    def told(here, value=None):
+        calls.append(here)
+        if calls.count(place) == 3 and here == place:
             signal.raise_signal(number)
-        return jnp.ones(size)
+        return value
 
+    hooks = dict(
+        inputs=lambda i, size: told("inputs", jnp.ones(size)),
+        evaluate=lambda state: told("evaluate", {"loss": 0.0}),
+        export=lambda state, over: told("export", written.append((float(state.params["w"][0]), over))),
+    )
+    training = dataclasses.replace(CONSTANT, eval_every=1, save_every=1 if place == "export" else 0)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6; go on with --resume"):
-        run(tmp_path / "run", inputs=inputs, export=export)
+        run(tmp_path / "run", training, **hooks)
     assert signal.getsignal(number) is before
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 3
-    assert "| after step 3 |" in (tmp_path / "run" / "README.md").read_text()
-    run(tmp_path / "run", dataclasses.replace(CONSTANT, save_every=2), resume=True, export=export)
-    np.testing.assert_allclose(written, [(W[3], False), (W[4], False), (W[6], True)], rtol=1e-6)
-    run(tmp_path / "run", resume=True, export=export, inputs=None)  # over: nothing but the model is left to write
-    assert written[3:] == written[2:3]
+    np.testing.assert_allclose(written[-1], (W[3], False), rtol=1e-6)
+    run(tmp_path / "run", dataclasses.replace(training, save_every=2), resume=True, **hooks)
+    np.testing.assert_allclose(written[-2:], [(W[4], False), (W[6], True)], rtol=1e-6)
+    card = tmp_path / "run" / "README.md"
+    assert "| eval_loss | 0 | 6 |" in card.read_text()
+    card.unlink()
+    _, figures = run(tmp_path / "run", training, resume=True, **hooks | dict(inputs=None))  # over: nothing is left but to write
+    assert (written[-1], figures["eval_loss"]) == (written[-2], 0.0)
+    assert card.exists()
 
 
-def test_told_twice_a_run_stops_at_once(tmp_path):
-    twice = lambda i, size: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+def test_told_twice_a_run_stops_at_once(number, tmp_path):
+    twice = lambda i, size: [signal.raise_signal(number) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(tmp_path / "run", inputs=twice)
     assert not str(stopped.value)
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() is None
 
 
-def test_signals_are_left_alone_beside_the_main_thread():
-    before = signal.getsignal(signal.SIGTERM)
-
+def test_signals_that_are_not_ours_are_left_alone(number):
     def elsewhere():
+        before = signal.getsignal(number)
         with told_to_stop() as told:
-            return signal.getsignal(signal.SIGTERM) is before and not told()
+            return signal.getsignal(number) is before and not told()
 
     with ThreadPoolExecutor() as pool:
         assert pool.submit(elsewhere).result()
+    assert not elsewhere()
+    signal.signal(number, signal.SIG_IGN)
+    assert elsewhere()
+
+
+def test_nobody_need_hear_that_it_stops(number, monkeypatch):
+    with monkeypatch.context() as patch, told_to_stop() as told:
+        patch.setattr("os.write", Mock(side_effect=BrokenPipeError))
+        signal.raise_signal(number)
+        assert told()
+
+
+def test_a_folder_is_renewed_whole(tmp_path):
+    model, old, new = (tmp_path / name for name in ("model", "model.old", "model.new"))
+    for content in ("first", "second"):
+        for left in (old, new):
+            left.mkdir(exist_ok=True)
+            (left / "left").touch()
+        with runs.renewed(model) as fresh:
+            assert not fresh.exists()
+            fresh.mkdir()
+            (fresh / "content").write_text(content)
+            assert model.exists() == (content == "second")
+        assert [file.name for file in tmp_path.iterdir()] == ["model"]
+        assert [file.read_text() for file in model.iterdir()] == [content]
+
+
+def test_a_run_of_fewer_rows_than_it_had_is_over(tmp_path):
+    run(tmp_path / "run")
+    state, _ = run(tmp_path / "run", resume=True, total=STEPS - 2)
+    np.testing.assert_allclose(state.params["w"], W[STEPS], rtol=1e-6)
 
 
 def test_refusals():

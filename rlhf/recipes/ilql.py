@@ -139,9 +139,9 @@ def main(
         return loss({**params, "lm": policy.whole(params["lm"], context)}, context, batch, key)
 
     def export(state, over):
-        policy.export(run.path, tokenizer, state._replace(params=state.params["lm"]), over)
         learnt = {**{name: state.params[name] for name in fresh}, "target": state.context["target"]}
-        q_heads.save(run.path / q_heads.FILE, learnt)
+        q_heads.save(run.path / q_heads.FILE, learnt)  # first: a run with a model has heads
+        policy.export(run.path, tokenizer, state._replace(params=state.params["lm"]), over)
 
     sample = q_heads.player(policy, heads, sampling, eos_ids, beta)
     _, figures = fit(

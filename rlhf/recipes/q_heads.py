@@ -75,10 +75,12 @@ def player(policy: setup.Policy, heads: Heads, sampling: Sampling, eos_ids: tupl
 
 
 def save(file: Path, params: dict[str, Any]) -> None:
-    """Writes `{"q": …, "v": …, "target": …}` as a safetensors file."""
+    """Writes `{"q": …, "v": …, "target": …}` as a safetensors file, in the place of an earlier one."""
     from safetensors.numpy import save_file
 
-    save_file({"/".join(path): np.ascontiguousarray(leaf) for path, leaf in mapping.flat(params).items()}, file)
+    new = file.with_suffix(".new")
+    save_file({"/".join(path): np.ascontiguousarray(leaf) for path, leaf in mapping.flat(params).items()}, new)
+    new.replace(file)
 
 
 def load(file: Path) -> tuple[Heads, dict[str, Any]]:

@@ -184,8 +184,8 @@ class Policy(NamedTuple):
         return lambda params, context, batch, key: loss_fn(self.whole(params, context), context, batch, key)
 
     def export(self, folder: Path, tokenizer: Any, state: TrainState, over: bool = True) -> None:
-        """Writes `model/` in the place of that of an earlier state; for adapters `adapter/`, and `model/` once the run is over:
-        merging takes the memory of a second copy."""
+        """Writes `model/` in the place of that of an earlier state; for adapters `adapter/`, without a head, and `model/` once
+        the run is over: merging takes the memory of a second copy."""
         whole = self.whole(state.params, state.context)
         lm, head = (whole, None) if self.head is None else (whole["lm"], whole["head"])
         if self.frozen is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 def main(run: str, *, output: str | None = None, push: str | None = None) -> None:
     """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub.
 
-    Of a run that is not over it is the model at the newest checkpoint.
+    Of a run that is not over it is the model at the newest checkpoint; one with adapters has none yet.
 
     Args:
       run: the run's folder.
