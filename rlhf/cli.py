@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlhf {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"rlhf {name}: {stop}" if str(stop) else f"rlhf {name}: stopped", file=sys.stderr)
+        print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

@@ -188,8 +188,8 @@ def fit(
             saves = over or told() or (training.save_every > 0 and number % training.save_every == 0)
             if saves:
                 checkpoints.save(saved(state))
-                export(judged(state), over)
                 run.card()
+                export(judged(state), over)
             return over or (saves and told())  # told while saving: this step is saved already
 
         batches = ((number + 1, inputs(number, training.batch_size)) for number in range(done, total))
@@ -202,8 +202,8 @@ def fit(
             return state, metrics
 
         if over:
-            export(judged(state), over)  # nothing is left to do but this, if that
             run.card()
+            export(judged(state), over)  # it may have been killed after its last checkpoint, or its model deleted
         else:
             state = run_steps(
                 "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),

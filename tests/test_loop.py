@@ -1,4 +1,4 @@
-"""The host's loop: averages, hooks, early end, and what a checkpoint leaves out; all of them over a resumed run too."""
+"""The host's loop: averages, hooks, early end, being told to stop, and what a checkpoint leaves out; over resumed runs too."""
 
 import dataclasses
 import io
@@ -113,7 +113,7 @@ def number(request):
 
 @pytest.mark.parametrize("place", ["inputs", "evaluate", "export"])
 def test_a_run_told_to_stop_ends_with_its_step_and_goes_on(place, number, tmp_path):
-    before, written, calls = signal.getsignal(number), [], []
+    before, written, calls, card = signal.getsignal(number), [], [], tmp_path / "run" / "README.md"
 
     def told(here, value=None):
         calls.append(here)
@@ -124,22 +124,20 @@ def test_a_run_told_to_stop_ends_with_its_step_and_goes_on(place, number, tmp_pa
     hooks = dict(
         inputs=lambda i, size: told("inputs", jnp.ones(size)),
         evaluate=lambda state: told("evaluate", {"loss": 0.0}),
-        export=lambda state, over: told("export", written.append((float(state.params["w"][0]), over))),
+        export=lambda state, over: told("export", written.append((float(state.params["w"][0]), over, card.exists()))),
     )
     training = dataclasses.replace(CONSTANT, eval_every=1, save_every=1 if place == "export" else 0)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6; go on with --resume"):
         run(tmp_path / "run", training, **hooks)
     assert signal.getsignal(number) is before
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 3
-    np.testing.assert_allclose(written[-1], (W[3], False), rtol=1e-6)
+    np.testing.assert_allclose(written[-1], (W[3], False, True), rtol=1e-6)
     run(tmp_path / "run", dataclasses.replace(training, save_every=2), resume=True, **hooks)
-    np.testing.assert_allclose(written[-2:], [(W[4], False), (W[6], True)], rtol=1e-6)
-    card = tmp_path / "run" / "README.md"
+    np.testing.assert_allclose(written[-2:], [(W[4], False, True), (W[6], True, True)], rtol=1e-6)
     assert "| eval_loss | 0 | 6 |" in card.read_text()
     card.unlink()
     _, figures = run(tmp_path / "run", training, resume=True, **hooks | dict(inputs=None))  # over: nothing is left but to write
-    assert (written[-1], figures["eval_loss"]) == (written[-2], 0.0)
-    assert card.exists()
+    assert (written[-1], figures["eval_loss"]) == (written[-2], 0.0)  # and a model comes after its card
 
 
 def test_told_twice_a_run_stops_at_once(number, tmp_path):

@@ -31,7 +31,7 @@ def judge(base, tmp_path_factory):
     model, _ = setup.reward_model(setup.Model(base), seed=0)
     params = {**model.params, "head": {"weight": jnp.linspace(-1.0, 1.0, 16), "bias": jnp.zeros(())}}
     state = train.TrainState(jnp.zeros(()), params, (), jax.random.key(0), {})
-    model.export(folder, huggingface.load_tokenizer(base), state)
+    model.export(folder, huggingface.load_tokenizer(base), state, True)
     return str(folder)
 
 

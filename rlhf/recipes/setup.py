@@ -183,7 +183,7 @@ class Policy(NamedTuple):
         """A `loss_fn` of the language model's parameters as one of those trained."""
         return lambda params, context, batch, key: loss_fn(self.whole(params, context), context, batch, key)
 
-    def export(self, folder: Path, tokenizer: Any, state: TrainState, over: bool = True) -> None:
+    def export(self, folder: Path, tokenizer: Any, state: TrainState, over: bool) -> None:
         """Writes `model/` in the place of that of an earlier state; for adapters `adapter/`, without a head, and `model/` once
         the run is over: merging takes the memory of a second copy."""
         whole = self.whole(state.params, state.context)
