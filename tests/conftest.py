@@ -1,6 +1,8 @@
 """Strict by default: eight CPU devices, rank promotion raises; warnings are errors (pyproject.toml)."""
 
 import os
+import subprocess
+import sys
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -9,7 +11,21 @@ FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",  # the older ones halve it again
     "--xla_cpu_parallel_codegen_split_count=1",  # one piece a program: they are small, and both cores are busy
 )
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+
+
+def known_flags(flags):
+    """Those that this jaxlib knows: it ends the process that gives it another, and says which."""
+    ask = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    asked = subprocess.run(ask, env=environment, capture_output=True, text=True)
+    refused = {word for line in asked.stderr.splitlines() if "Unknown flag" in line for word in line.split()}
+    known = [flag for flag in flags if flag not in refused]
+    assert asked.returncode == 0 or len(known) < len(flags), asked.stderr
+    return known
+
+
+if FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # workers inherit what their parent found
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *known_flags(FLAGS)]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
