@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -53,6 +54,15 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]) == 0
     return str(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_maps():
+    """Every compiled program holds memory maps, of which a process has 65,530: beyond, XLA crashes.  Forgets them in time."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
+        jax.clear_caches()
 
 
 def callspec(item):

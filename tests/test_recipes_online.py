@@ -238,8 +238,9 @@ def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(name, b
     assert cli.main([*ask, "--output", str(tmp_path / "two"), "--micro_batches", "2"]) == 0
     for first, second in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert first.keys() == second.keys()
+        ties = abs(first.get("margin", 1.0)) < 1e-5  # policy and reference are one: the sign of a margin is rounding
         for figure, value in first.items():
-            if figure != "phase":
+            if figure != "phase" and not (figure == "accuracy" and ties):
                 np.testing.assert_allclose(value, second[figure], rtol=1e-3, atol=1e-5, err_msg=figure)
     trained = weights(tmp_path / "one")
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), trained, weights(tmp_path / "two"))
