@@ -59,6 +59,25 @@ def constant(x, mask) -> Array:
     return jax.lax.stop_gradient(clean(x, mask))
 
 
+def rounding(x, axis=None) -> Array:
+    """What numbers as large as the largest of `x` may differ by without meaning it: 4 units of rounding of its dtype."""
+    x = widen(x)
+    return 4 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis, keepdims=axis is not None, initial=0.0)
+
+
+def centered(values, mask) -> tuple[Array, Array]:
+    """`x - mean x` and `mean x` over what is True in `mask`; exactly 0 where all are equal but for rounding.
+
+    The smallest is taken off first: differences of nearly equal numbers are exact, those to their rounded mean are not.
+    """
+    values = clean(values, mask)
+    smallest = jnp.where(mask, values, jnp.inf).min(initial=jnp.finfo(values.dtype).max)
+    above = clean(values - smallest, mask)
+    above = jnp.where(above.max(initial=0.0) > rounding(values), above, 0.0)
+    mean = above.sum() / jnp.maximum(mask.sum(), 1)
+    return clean(above - mean, mask), jnp.where(mask.any(), smallest, 0.0) + mean
+
+
 def quantile(values, mask, share) -> Array:
     """The `share`-quantile along the last axis of what is True in `mask`, interpolated linearly.  `[..., N]` -> `[..., 1]`."""
     ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)

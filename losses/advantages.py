@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.losses import segments
-from rlhf.losses._common import Array, check_positive, check_shapes, clean, constant, widen
+from rlhf.losses._common import Array, centered, check_positive, check_shapes, clean, constant, widen
 
 
 def gae(rewards, values, mask, *, bootstrap, segment_ids=None, discount=1.0, lam=0.95) -> tuple[Array, Array]:
@@ -159,7 +159,8 @@ def whiten(values, mask, *, eps=1e-8) -> Array:
       mask: `[...]` bool, True on tokens that count.
       eps: added to the variance, which has Bessel's correction.
 
-    Returns: `[...]`, 0 where `mask` is False; all 0 where a single token counts.  No gradient.
+    Returns: `[...]`, 0 where `mask` is False; all 0 where a single token counts, or all are equal but for rounding.
+    No gradient.
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
@@ -187,12 +188,9 @@ def whiten_rewards(rewards, mask, *, eps=1e-8) -> Array:
 
 
 def _whitened(values, mask, eps) -> tuple[Array, Array]:
-    values = constant(values, mask)
-    number = mask.sum()
-    mean = values.sum() / jnp.maximum(number, 1)
-    centered = clean(values - mean, mask)
-    variance = (centered**2).sum() / jnp.maximum(number - 1, 1)
-    return centered * jax.lax.rsqrt(variance + eps), mean
+    deviations, mean = centered(constant(values, mask), mask)
+    variance = (deviations**2).sum() / jnp.maximum(mask.sum() - 1, 1)
+    return deviations * jax.lax.rsqrt(variance + eps), mean
 
 
 def _backward(a, b) -> Array:

@@ -3,7 +3,8 @@
 One normaliser, `group_relative(rewards, mean=…, std=…)`, with the statistics as arguments, spans GRPO and its relatives; the
 named ones below are its settings.  In all of them a NaN reward marks a sample that could not be scored: it is left out of every
 statistic and its advantage is 0.  A sample that is alone in its group has nothing to be compared with: its advantage is 0.
-Where the spread is exactly 0 nothing is divided, so a group of equal rewards has advantages of 0.
+Where the spread is 0 nothing is divided, so a group of equal rewards has advantages of 0.  Rewards that differ from their
+group's middle one by at most 4 units of rounding of the group's largest are equal to it: 0.1 + 0.2 and 0.3 are no news.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from rlhf.losses import segments
-from rlhf.losses._common import Array, check_shapes, clean, constant, widen
+from rlhf.losses._common import Array, check_shapes, clean, constant, rounding
 from rlhf.losses.advantages import returns
 
 
@@ -21,7 +22,8 @@ def group_mean(rewards) -> Array:
     >>> group_mean(jnp.array([[1., 0.]])).tolist()
     [[0.5, 0.5]]
     """
-    return _alike(_sum(rewards) / jnp.maximum(_number(~jnp.isnan(rewards)), 1), rewards)
+    middle, deviations = _from_middle(rewards)
+    return _alike(middle + _mean(deviations, ~jnp.isnan(rewards)), rewards)
 
 
 def leave_one_out_mean(rewards) -> Array:
@@ -30,17 +32,9 @@ def leave_one_out_mean(rewards) -> Array:
     >>> leave_one_out_mean(jnp.array([[1., 0., 4.]])).tolist()
     [[2.0, 2.5, 0.5]]
     """
-    scored = ~jnp.isnan(rewards)
-    return (_sum(rewards) - constant(rewards, scored)) / jnp.maximum(_number(scored) - scored, 1)
-
-
-def no_mean(rewards) -> Array:
-    """Zeros: nothing is subtracted.
-
-    >>> no_mean(jnp.array([[1., 0.]])).tolist()
-    [[0.0, 0.0]]
-    """
-    return jnp.zeros_like(widen(rewards))
+    middle, deviations = _from_middle(rewards)
+    siblings = _siblings(~jnp.isnan(rewards))
+    return jnp.where(siblings > 0, middle + _of_others(deviations) / jnp.maximum(siblings, 1), 0.0)
 
 
 def group_std(rewards, *, correction=1) -> Array:
@@ -52,7 +46,9 @@ def group_std(rewards, *, correction=1) -> Array:
     [[0.707, 0.707]]
     """
     scored = ~jnp.isnan(rewards)
-    return _alike(jnp.sqrt(_squares(rewards) / jnp.maximum(_number(scored) - correction, 1)), rewards)
+    _, deviations = _from_middle(rewards)
+    squares = (clean(deviations - _mean(deviations, scored), scored) ** 2).sum(-1, keepdims=True)
+    return _alike(jnp.sqrt(squares / jnp.maximum(_number(scored) - correction, 1)), rewards)
 
 
 def batch_std(rewards) -> Array:
@@ -67,36 +63,27 @@ def batch_std(rewards) -> Array:
 def leave_one_out_std(rewards) -> Array:
     """The standard deviation of a sample's scored siblings, with Bessel's correction.  `[P, G]` -> `[P, G]`.
 
-    Of the n - 1 others, `Σ_{j ≠ i} (r_j - mean_{k ≠ i})² = Σ (r - mean)² - n/(n-1) (r_i - mean)²`.
+    Of the n - 1 others, `Σ (r_j - mean)² = Σ (r_j - m)² - (n - 1) (mean - m)²`, m being the group's middle reward.
 
     >>> leave_one_out_std(jnp.array([[1., 0., 4.]])).tolist()
     [[2.828, 2.121, 0.707]]
     """
-    scored = ~jnp.isnan(rewards)
-    number = _number(scored)
-    centered = constant(rewards - group_mean(rewards), scored)
-    squares = _squares(rewards) - number / jnp.maximum(number - 1, 1) * centered**2
-    rounding = 1e-6 * _squares(rewards)  # what is below this is the rounding of a difference, not a spread
-    return jnp.sqrt(jnp.where(squares > rounding, squares, 0.0) / jnp.maximum(number - 2, 1))
+    siblings = _siblings(~jnp.isnan(rewards))
+    _, deviations = _from_middle(rewards)
+    squares = _of_others(deviations**2) - _of_others(deviations) ** 2 / jnp.maximum(siblings, 1)
+    squares = jnp.where(siblings > 1, jnp.maximum(squares, 0.0), 0.0)
+    return jnp.sqrt(squares / jnp.maximum(siblings - 1, 1))
 
 
-def no_std(rewards) -> Array:
-    """Zeros: nothing is divided.
-
-    >>> no_std(jnp.array([[1., 0.]])).tolist()
-    [[0.0, 0.0]]
-    """
-    return no_mean(rewards)
-
-
-def group_relative(rewards, *, mean: Callable = group_mean, std: Callable = group_std, eps=1e-4) -> Array:
+def group_relative(rewards, *, mean: Callable | None = group_mean, std: Callable | None = group_std, eps=1e-4) -> Array:
     """`A = (r - mean(r)) / (std(r) + eps)`, by default within each prompt's group  (GRPO, arXiv:2402.03300, §4.1.2).
 
     Args:
       rewards: `[P, G]`, prompts × samples; NaN marks a sample that could not be scored.
-      mean: what is subtracted: `group_mean`, `leave_one_out_mean`, `no_mean`, or any `[P, G] -> [P, G]` that leaves
-        out NaN.
-      std: what is divided by: `group_std`, `batch_std`, `leave_one_out_std`, `no_std`, or any `[P, G] -> [P, G]`.
+      mean: what is subtracted: `group_mean`, `leave_one_out_mean`, any `[P, G] -> [P, G]` that leaves out NaN and moves with
+        the rewards, `mean(r + c) = mean(r) + c`, or None for nothing.
+      std: what is divided by: `group_std`, `batch_std`, `leave_one_out_std`, any `[P, G] -> [P, G]` that leaves out NaN, or
+        None for nothing.
       eps: added to the spread (TRL: 1e-4; verl: 1e-6).
 
     Returns: `[P, G]` advantages.  No gradient.
@@ -108,10 +95,20 @@ def group_relative(rewards, *, mean: Callable = group_mean, std: Callable = grou
     """
     _check_grouped(rewards)
     scored = ~jnp.isnan(rewards)
-    center, spread = mean(rewards), std(rewards)
-    check_shapes(mean=center, std=spread, rewards=rewards)
-    divisor = jnp.where(spread > 0, spread + eps, 1.0)
-    return constant((rewards - center) / divisor, scored & (_number(scored) > 1))
+    middle, deviations = _from_middle(rewards)
+    settled = jnp.where(scored, middle + deviations, jnp.nan)
+    if mean is None:
+        advantages = settled
+    else:
+        # Differences to the middle reward are exact; a mean of the rewards themselves would be rounded to their magnitude.
+        center = mean(jnp.where(scored, deviations, jnp.nan))
+        check_shapes(mean=center, rewards=rewards)
+        advantages = deviations - center
+    if std is not None:
+        spread = std(settled)
+        check_shapes(std=spread, rewards=rewards)
+        advantages = advantages / jnp.where(spread > 0, spread + eps, 1.0)
+    return constant(advantages, scored & (_number(scored) > 1))
 
 
 def dr_grpo(rewards) -> Array:
@@ -122,7 +119,7 @@ def dr_grpo(rewards) -> Array:
     >>> dr_grpo(jnp.array([[1., 0.]])).tolist()
     [[0.5, -0.5]]
     """
-    return group_relative(rewards, std=no_std)
+    return group_relative(rewards, std=None)
 
 
 def lite_ppo(rewards, *, eps=1e-4) -> Array:
@@ -144,7 +141,7 @@ def rloo(rewards) -> Array:
     >>> rloo(jnp.array([[1., 0., 0.]])).tolist()
     [[1.0, -0.5, -0.5]]
     """
-    return group_relative(rewards, mean=leave_one_out_mean, std=no_std)
+    return group_relative(rewards, mean=leave_one_out_mean, std=None)
 
 
 def leave_one_out(rewards, *, eps=1e-6) -> Array:
@@ -183,9 +180,13 @@ def opo(rewards, lengths) -> Array:
     """
     _check_grouped(rewards)
     check_shapes(lengths=lengths, rewards=rewards)
-    weights = jnp.where(jnp.isnan(rewards), 0.0, lengths)
-    baseline = _sum(rewards * weights) / jnp.maximum(_sum(weights), 1)
-    return group_relative(rewards, mean=lambda rewards: _alike(baseline, rewards), std=no_std)
+    weights = constant(lengths, ~jnp.isnan(rewards))
+
+    def weighted_mean(rewards):
+        total = clean(rewards * weights, weights > 0).sum(-1, keepdims=True)
+        return _alike(total / jnp.maximum(weights.sum(-1, keepdims=True), 1), rewards)
+
+    return group_relative(rewards, mean=weighted_mean, std=None)
 
 
 def gpg(rewards) -> Array:
@@ -201,12 +202,12 @@ def gpg(rewards) -> Array:
     return alpha * dr_grpo(rewards)
 
 
-def pass_at_k(rewards, *, std: Callable = no_std, eps=1e-4) -> Array:
+def pass_at_k(rewards, *, std: Callable | None = None, eps=1e-4) -> Array:
     """Only a group's best sample counts, `A = (r_best - r_second) / (std + eps)`  (pass@k training, arXiv:2503.19595).
 
     Args:
       rewards: `[P, G]`, NaN where a sample could not be scored.
-      std: what is divided by, as for `group_relative`.
+      std: what is divided by, as for `group_relative`; None: nothing.
 
     Returns: `[P, G]`; 0 for all others, and where two share the first place.  Gradients and errors as `group_relative`.
 
@@ -214,11 +215,12 @@ def pass_at_k(rewards, *, std: Callable = no_std, eps=1e-4) -> Array:
     [[1.0, 0.0, 0.0]]
     """
     _check_grouped(rewards)
-    ordered = jnp.sort(jnp.where(jnp.isnan(rewards), -jnp.inf, rewards), axis=-1)
-    second = ordered[:, -2:-1] if jnp.shape(rewards)[1] > 1 else ordered
-    best = rewards >= ordered[:, -1:]
-    gap = group_relative(rewards, mean=lambda rewards: _alike(second, rewards), std=std, eps=eps)
-    return clean(gap, best)
+
+    def second(rewards):
+        ordered = jnp.sort(jnp.where(jnp.isnan(rewards), -jnp.inf, rewards), axis=-1)
+        return _alike(ordered[:, -2:][:, :1], rewards)  # of a group of one, its own
+
+    return jnp.maximum(group_relative(rewards, mean=second, std=std, eps=eps), 0.0)
 
 
 def weighted_rewards(rewards, weights) -> Array:
@@ -335,13 +337,32 @@ def _number(scored) -> Array:
     return scored.sum(-1, keepdims=True)
 
 
-def _sum(rewards) -> Array:
-    return constant(rewards, ~jnp.isnan(rewards)).sum(-1, keepdims=True)
+def _siblings(scored) -> Array:
+    """`[P, G]`: how many others of a sample's group are scored."""
+    return _number(scored) - scored
 
 
-def _squares(rewards) -> Array:
+def _mean(deviations, scored) -> Array:
+    return deviations.sum(-1, keepdims=True) / jnp.maximum(_number(scored), 1)
+
+
+def _of_others(x) -> Array:
+    """`Σ_{j ≠ i} x_j`, from both sides: taking x_i off the sum of all would leave its rounding."""
+    before = jnp.cumsum(x, axis=-1)
+    after = jnp.flip(jnp.cumsum(jnp.flip(x, -1), axis=-1), -1)
+    none = jnp.zeros_like(x[:, :1])
+    return jnp.concatenate([none, before[:, :-1]], -1) + jnp.concatenate([after[:, 1:], none], -1)
+
+
+def _from_middle(rewards) -> tuple[Array, Array]:
+    """A group's middle reward `[P, 1]`, and how far all are from it `[P, G]`: 0 where that is rounding, or not scored."""
     scored = ~jnp.isnan(rewards)
-    return (constant(rewards - group_mean(rewards), scored) ** 2).sum(-1, keepdims=True)
+    values = constant(rewards, scored)
+    ordered = jnp.sort(jnp.where(scored, values, jnp.inf), axis=-1)
+    place = jnp.maximum(_number(scored) - 1, 0) // 2
+    middle = jnp.where(scored.any(-1, keepdims=True), jnp.take_along_axis(ordered, place, axis=-1), 0.0)
+    deviations = clean(values - middle, scored)
+    return middle, jnp.where(jnp.abs(deviations) > rounding(values, axis=-1), deviations, 0.0)
 
 
 def _alike(x, rewards) -> Array:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, check_shapes, constant
+from rlhf.losses._common import Array, centered, check_shapes, constant, rounding
 
 
 class MomentsState(NamedTuple):
@@ -18,24 +18,26 @@ class MomentsState(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """`init() -> state` and `update(state, values, mask) -> state`."""
+    """`init() -> state`, `update(state, values, mask) -> state`, and `scale(state, values) -> (x - mean) / √(var + eps)`."""
 
     init: Callable[[], MomentsState]
     update: Callable[..., MomentsState]
+    scale: Callable[..., Array]
 
 
 def running() -> Moments:
     """Couples rows: mean and variance of all numbers seen, merged batch by batch  (Chan et al. 1979; trlX, TRL's classic PPO).
 
     `update(state, values, mask=None)` takes numbers of any shape and counts those that are finite where `mask` is True.
-    Call it once per optimizer mini-batch.  No gradient.
+    Call it once per optimizer mini-batch.  `scale(state, values, eps=1e-8)` is exactly 0 where a number and the mean are equal
+    but for rounding; NaN stays.  No gradient.
 
     >>> moments = running()
     >>> state = moments.update(moments.init(), jnp.array([1., 2., 3.]))
     >>> state.number.item(), state.mean.item(), state.variance.item()
     (3.0, 2.0, 1.0)
     """
-    return Moments(_init, _update)
+    return Moments(_init, _update, _scale)
 
 
 def _init() -> MomentsState:
@@ -48,10 +50,10 @@ def _update(state: MomentsState, values, mask=None) -> MomentsState:
     seen = mask & jnp.isfinite(values)
     values = constant(values, seen)
     new = seen.sum()
-    mean = values.sum() / jnp.maximum(new, 1)
+    deviations, mean = centered(values, seen)
     shift = mean - state.mean
     number = state.number + new
-    squares = jnp.sum(jnp.where(seen, values - mean, 0.0) ** 2) + state.variance * jnp.maximum(state.number - 1, 0)
+    squares = jnp.sum(deviations**2) + state.variance * jnp.maximum(state.number - 1, 0)
     squares += shift**2 * state.number * new / jnp.maximum(number, 1)
     merged = MomentsState(
         number=number,
@@ -59,3 +61,9 @@ def _update(state: MomentsState, values, mask=None) -> MomentsState:
         variance=jnp.where(number > 1, squares / jnp.maximum(number - 1, 1), 1.0),
     )
     return jax.tree.map(lambda now, before: now.astype(jnp.result_type(before, values)), merged, state)
+
+
+def _scale(state: MomentsState, values, *, eps=1e-8) -> Array:
+    deviations = constant(values - state.mean, True)
+    deviations = jnp.where(jnp.abs(deviations) <= rounding(state.mean), 0.0, deviations)
+    return deviations * jax.lax.rsqrt(state.variance + eps)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, check_positive, check_shapes, clean, constant
+from rlhf.losses._common import Array, centered, check_positive, check_shapes, clean, constant
 
 
 def clipped_value_loss(values, old_values, returns, mask, *, clip=0.2) -> Array:
@@ -56,7 +56,7 @@ def explained_variance(values, returns, mask) -> Array:
 
     Args as `huber_value_loss`.
 
-    Returns: `[]`, 0 where the returns do not vary.  No gradient.
+    Returns: `[]`, 0 where the returns do not vary, or by rounding alone.  No gradient.
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
@@ -64,8 +64,7 @@ def explained_variance(values, returns, mask) -> Array:
     0.75
     """
     check_shapes(values=values, returns=returns, mask=mask)
-    number = jnp.maximum(mask.sum(), 1)
     values, returns = constant(values, mask), constant(returns, mask)
-    squares = lambda x: jnp.sum(clean(x - x.sum() / number, mask) ** 2)
+    squares = lambda x: jnp.sum(centered(x, mask)[0] ** 2)
     varies = squares(returns) > 0
     return jnp.where(varies, 1.0 - squares(returns - values) / squares(returns), 0.0)

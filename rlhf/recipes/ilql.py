@@ -89,11 +89,12 @@ def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> Trajector
             raise ValueError(f"row {number}: reward must be a number, but is {reward!r}")
     kept = setup.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
     rewards = np.array([row["reward"] for row in rows], np.float32)[kept.kept]
-    if np.ptp(rewards) == 0:
+    centered = np.asarray(losses.whiten(rewards, np.ones(len(rewards), bool)))
+    if not centered.any():
         raise ValueError(f"the reward is {rewards[0]} in all {len(rewards)} rows, so that there is nothing to learn; check it")
     batch = data.batch(kept.sides[0])
     last = np.asarray(losses.segments.last_trained(batch.mask, batch.segment_ids))
-    return Trajectories(*batch[:4], last * ((rewards - rewards.mean()) / rewards.std())[:, None])
+    return Trajectories(*batch[:4], last * (centered / centered.std())[:, None])
 
 
 def main(

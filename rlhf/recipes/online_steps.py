@@ -176,7 +176,7 @@ def adapted(
       score_clip: scores beyond ± this are cut, after scaling.
     """
     so_far, kl = RUNNING.update(context["scores"], scores), context["kl"]
-    scaled = (scores - so_far.mean) * jax.lax.rsqrt(so_far.variance + 1e-8) if scale_scores else scores
+    scaled = RUNNING.scale(so_far, scores) if scale_scores else scores
     scaled = scaled if score_clip is None else jnp.clip(scaled, -score_clip, score_clip)
     batch, seen = experience(scaled, kl_coef=kl.coef)
     moved = {"kl": controller.update(kl, seen["kl_to_reference"], len(scores)), "scores": so_far}

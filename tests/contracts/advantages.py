@@ -7,7 +7,7 @@ from contracts.case import ROWS, SAMPLES, Case, also, grouped, masked, normal, v
 from rlhf import losses
 
 POSITIVE_ALPHA = ({"alpha": 0.0}, "alpha must be above 0")
-LEVELS = ("group_mean", "leave_one_out_mean", "no_mean", "group_std", "batch_std", "leave_one_out_std", "no_std")
+LEVELS = ("group_mean", "leave_one_out_mean", "group_std", "batch_std", "leave_one_out_std")
 some_zero = lambda rng: {"rewards": np.round(grouped("rewards")(rng)["rewards"])}
 log_of_probabilities = ("logprobs", "log_sum_sq_probs")
 baseline_inputs = lambda rng: {

@@ -102,7 +102,7 @@ def test_group_statistics_of_other_kinds():
     population = functools.partial(groups.group_std, correction=0)
     want = by_group(lambda r, group, others: over(r - mean(group), statistics.pstdev(group), 1e-8))
     assert_close(run(functools.partial(groups.group_relative, std=population), REWARDS, eps=1e-8), want)
-    scale_only = functools.partial(groups.group_relative, mean=groups.no_mean, std=groups.group_std)
+    scale_only = functools.partial(groups.group_relative, mean=None, std=groups.group_std)
     assert_close(run(scale_only, REWARDS), by_group(lambda r, group, others: over(r, statistics.stdev(group), 1e-4)))
     best = functools.partial(groups.pass_at_k, std=groups.group_std)
     want = by_group(lambda r, group, others: over(max(r - max(others), 0.0), statistics.stdev(group), 1e-4))

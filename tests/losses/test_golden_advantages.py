@@ -138,11 +138,9 @@ def floored_std(eps):
 
 
 VERL_GROUPS = {
-    "grpo": lambda r, n, norm, eps: groups.group_relative(r, std=groups.group_std if norm else groups.no_std, eps=eps),
-    "grpo_vectorized": lambda r, n, norm, eps: groups.group_relative(
-        r, std=floored_std(eps) if norm else groups.no_std, eps=eps
-    ),
-    "grpo_passk": lambda r, n, norm, eps: groups.pass_at_k(r, std=groups.group_std if norm else groups.no_std, eps=eps),
+    "grpo": lambda r, n, norm, eps: groups.group_relative(r, std=groups.group_std if norm else None, eps=eps),
+    "grpo_vectorized": lambda r, n, norm, eps: groups.group_relative(r, std=floored_std(eps) if norm else None, eps=eps),
+    "grpo_passk": lambda r, n, norm, eps: groups.pass_at_k(r, std=groups.group_std if norm else None, eps=eps),
     "reinforce_plus_plus_baseline": lambda r, n, norm, eps: groups.dr_grpo(r),
     "rloo": lambda r, n, norm, eps: groups.rloo(r),
     "rloo_vectorized": lambda r, n, norm, eps: groups.rloo(r),
