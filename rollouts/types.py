@@ -65,6 +65,7 @@ class Batch(NamedTuple):
     advantages: Array | None = None  # [B, T] float32
     returns: Array | None = None  # [B, T] float32, targets of the values
     weights: Array | None = None  # [B, T] float32, of the whole optimizer mini-batch
+    importance: Array | None = None  # [B, T] float32, π/μ of sampled tokens, which multiplies their loss; None: 1
     inputs: dict | None = None
 
 

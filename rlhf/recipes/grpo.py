@@ -9,6 +9,7 @@ from rlhf import losses, rollouts
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.recipes import online, online_steps, setup
+from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.rollouts import Batch, Rollout
 from rlhf.runs import RunFolder
@@ -35,6 +36,8 @@ def objective(
     def loss_fn(params, context, batch, key):
         s = rollouts.score_batch(lm, params, batch, shared=shared)
         per_token = loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask, **knobs)
+        if batch.importance is not None:  # of what sampling decided alone: the KL is of the policy as it is
+            per_token = per_token * batch.importance
         metrics = {"entropy": losses.weighted_sum(s.entropy, batch.weights)}
         if kl_coef:
             kl = losses.kl.k3(s.logprobs, batch.ref_logprobs, batch.mask)
@@ -73,6 +76,8 @@ def iteration(
     **how,
 ) -> Callable:
     """`online_steps.iteration`, with its arguments; `state.context["reference"]` holds the reference's params."""
+    if num_samples < 2:
+        raise ValueError(f"num_samples {num_samples}: advantages compare the samples of a prompt; give at least 2")
     sampled = dict(num_samples=num_samples, shared=SharedPrefix(num_samples, max_new_tokens))
 
     def compared(state, rollout, rewards):
@@ -85,7 +90,8 @@ def iteration(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
+    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling,
+    importance: Importance, output: str, *,
     loss: str = "grpo", clip_low: float | None = None, clip_high: float | None = None, beta: float = 0.0,
     sync_every: int = 0, sync_share: float = 0.6, updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
@@ -110,6 +116,8 @@ def main(
     hooks = setup.following(model, sync_every, sync_share)
     if hooks and not beta:
         raise ValueError(f"sync_every {sync_every} moves the reference, but with a beta of 0 there is none; give --beta")
+    if groups < 2:
+        raise ValueError(f"num_samples {groups}: advantages compare the samples of a prompt with each other; give at least 2")
     begin = online_steps.start(
         run, model, source, training, scoring,
         rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
@@ -127,6 +135,7 @@ def main(
 
     _, figures = online_steps.learn(
         begin, policy, sample, compared, partial(prepare, weights=algorithm.weights), loss_fn, together=shared.rows,
+        weigh=importance.weigh(sampling.sampler()),
         **setup.kept(policy.context(with_reference=beta > 0), hooks),
     )  # fmt: skip
     return figures

@@ -11,6 +11,7 @@ from rlhf.lm import LM, geometric_mixture
 from rlhf.loop import Training
 from rlhf.metrics import Ratio
 from rlhf.recipes import grpo, online, online_steps, setup
+from rlhf.recipes.importance import Importance, Weigh
 from rlhf.recipes.online import Drawing, Scoring
 from rlhf.rollouts import Batch, Rollout
 from rlhf.runs import RunFolder
@@ -35,17 +36,20 @@ def objective(lm: LM, *, beta: float = 0.1) -> Callable:
         batch = games.batch
         s = rollouts.score_batch(lm, params, batch)
         per_token = losses.online.nash_md(s.logprobs, batch.ref_logprobs, batch.mask, preferred=games.preferred, beta=beta)
+        if batch.importance is not None:
+            per_token = per_token * batch.importance
         entropy = Ratio(jnp.sum(s.entropy * batch.mask), batch.mask.sum().astype(jnp.float32))
         return losses.weighted_sum(per_token, batch.weights), {"entropy": entropy}
 
     return loss_fn
 
 
-def experience(lm: LM, ref_params, rollout: Rollout, rewards) -> tuple[Games, dict]:
+def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, weigh: Weigh | None = None) -> tuple[Games, dict]:
     """The games of a rollout of `online.two_players`, the policy first; where a side has no score, nothing is trained.
 
     Args:
       rewards: `[B]`; an answer is preferred with the probability σ(its reward - the opponent's).
+      weigh: importance weights of the policy's answers, where its sampler filters.
     """
     own: Rollout = setup.select(rollout, slice(0, None, 2))
     margin = rewards[::2] - rewards[1::2]
@@ -53,16 +57,22 @@ def experience(lm: LM, ref_params, rollout: Rollout, rewards) -> tuple[Games, di
     preferred = jax.nn.sigmoid(jnp.where(scored, margin, 0.0))
     ref_logprobs = online.logprobs(lm, ref_params, own)
     batch = rollouts.batch_of(own, mask=own.mask & scored[:, None], ref_logprobs=ref_logprobs)
+    seen: dict[str, Any] = {}
+    if weigh is not None:
+        importance, seen = weigh(own)
+        batch = batch._replace(importance=importance)
     kl = online.rollout_metrics(own, rewards[::2], ref_logprobs)["kl_to_reference"]
     return Games(batch, preferred), {
         **online.duel_figures(rollout, rewards),
         "preferred": preferred.mean(),
         "kl_to_reference": kl,
+        **seen,
     }
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
+    importance: Importance, output: str, *,
     beta: float = 0.1, mixture_coef: float = 0.5, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Nash learning from human feedback: an answer of the policy against one of a mixture of it and the model as it was.
@@ -85,8 +95,10 @@ def main(
     player = online.player(policy.lm, params_of, drawing, begin.eos_ids)
     opponent = online.player(geometric_mixture(policy.lm, mixture_coef=mixture_coef), both, drawing, begin.eos_ids)
 
+    weigh = importance.weigh(drawing.sampler())
+
     def played(state, rollout, rewards):
-        return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards)
+        return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards, weigh=weigh)
 
     _, figures = online_steps.learn(
         begin, policy, online.two_players(player, opponent), played, prepare, policy.of_whole(objective(policy.lm, beta=beta)),

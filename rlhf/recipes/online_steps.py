@@ -14,6 +14,7 @@ from rlhf.losses import moments
 from rlhf.losses.controllers import Controller
 from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import online, setup
+from rlhf.recipes.importance import Importance, Weigh
 from rlhf.rollouts import Prompts
 from rlhf.runs import RunFolder
 from rlhf.train import TrainState, minibatches, train_step
@@ -76,6 +77,7 @@ def learn(
     answer: Callable | None = None,
     export: Callable | None = None,
     target_kl: float | None = None,
+    weigh: Weigh | None = None,
     shown: tuple[str, ...] = ("reward", "completion_length"),
 ) -> tuple[TrainState, dict[str, float]]:
     """The loop: answers are drawn and judged, made a batch of, and learnt from.
@@ -91,6 +93,7 @@ def learn(
       answer: as `sample`, for evaluations; None: `sample`.
       export: as in `rlhf.loop.fit`; None: the policy's own.
       target_kl: as in `updates`.
+      weigh: importance weights of the batch, of `Importance.weigh`; None: there are none.
 
     Returns: the last state and the last figures.
     """
@@ -103,9 +106,10 @@ def learn(
         @partial(jax.jit, donate_argnums=0)
         def update(state, rollout, rewards, key):
             state, batch, seen = experience(state, rollout, rewards)
+            batch, mismatch = weighted(weigh, batch, rollout)
             batches = minibatches(key, group(batch), begin.mini_batches, begin.epochs)
             state, metrics = updates(step, prepare, state, batches, target_kl=target_kl)
-            return state, {**metrics, **online.figures(rollout), **seen}
+            return state, {**metrics, **online.figures(rollout), **seen, **mismatch}
 
         def iterate(state, asked: online.Asked):
             rollout = sample(state, asked.prompts, asked.key)
@@ -146,6 +150,14 @@ def updates(
     (state, _), metrics = jax.lax.scan(unless_far, (state, jnp.array(False)), batches)
     number = metrics.pop("updates").sum()
     return state, {**jax.tree.map(lambda x: x.sum() / number, metrics), "updates": number}
+
+
+def weighted(weigh: Weigh | None, batch: Any, rollout: rollouts.Rollout) -> tuple[Any, dict[str, Any]]:
+    """The batch with importance weights, and how far sampler and policy are apart."""
+    if weigh is None:
+        return batch, {}
+    importance, mismatch = weigh(rollout)
+    return batch._replace(importance=importance), mismatch
 
 
 def in_groups(rows: int, prepare: Callable, loss_fn: Callable) -> tuple[Callable, Callable, Callable]:
@@ -200,6 +212,7 @@ def iteration(
     micro_batches: int = 1,
     early_end: bool = True,
     of_lm: Callable = lambda params: params,
+    importance: Importance = Importance(),
 ) -> Callable:
     """One pure iteration, `(state, prompts, key) -> (state, metrics)`: sample, score, compare, and take the optimizer steps.
 
@@ -210,6 +223,7 @@ def iteration(
       max_new_tokens, num_samples, sampler, eos_ids, early_end: of `rollouts.generate`.
       epochs, mini_batches: of `rlhf.train.minibatches`.  micro_batches: of `rlhf.train_step`.
       of_lm: the language model's parameters, of those that are trained.
+      importance: how tokens are weighed where the sampler filters.
     """
 
     def iterate(state: TrainState, prompts: Prompts, key) -> tuple[TrainState, dict]:
@@ -220,10 +234,11 @@ def iteration(
         )  # fmt: skip
         rewards = reward_fn(state.context, rollout, reward_key)
         state, batch, seen = experience(state, rollout, rewards)
+        batch, mismatch = weighted(importance.weigh(sampler), batch, rollout)
         shared = SharedPrefix(num_samples, max_new_tokens).fitting(len(rollout.tokens), mini_batches * micro_batches)
         group, prepare_groups, loss_fn = in_groups(shared.rows, prepare, objective(shared))
         step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
         state, metrics = updates(step, prepare_groups, state, minibatches(order_key, group(batch), mini_batches, epochs))
-        return state, {**metrics, **seen}
+        return state, {**metrics, **seen, **mismatch}
 
     return iterate

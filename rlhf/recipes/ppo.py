@@ -11,6 +11,7 @@ from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import scalar_head
 from rlhf.recipes import online, online_steps, setup
+from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Drawing, Scoring
 from rlhf.rollouts import Batch, Rollout
 from rlhf.runs import RunFolder
@@ -30,6 +31,8 @@ def objective(lm: LM, head: Head, *, clip: float = 0.2, value_clip: float = 0.2,
     def loss_fn(params, context, batch, key):
         s = evaluate(lm, head, params, batch)
         pg = losses.clipped_surrogate(s.logprobs, batch.logprobs, batch.advantages, batch.mask, clip_low=clip, clip_high=clip)
+        if batch.importance is not None:
+            pg = pg * batch.importance
         value = losses.clipped_value_loss(s.values["value"], batch.values, batch.returns, batch.mask, clip=value_clip)
         moved = losses.kl.k3(batch.logprobs, jax.lax.stop_gradient(s.logprobs), batch.mask)
         each = {"policy_loss": pg, "value_loss": value, "entropy": s.entropy, "approx_kl": moved}
@@ -89,7 +92,8 @@ def iteration(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
+    importance: Importance, output: str, *,
     num_samples: int = 1, kl_coef: float = 0.05, kl_target: float | None = None, kl_horizon: int = 10_000,
     discount: float = 1.0, lam: float = 0.95, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1,
     updates_per_batch: int = 4, mini_batches: int = 1, target_kl: float | None = None, whiten_rewards: bool = False,
@@ -142,6 +146,7 @@ def main(
 
     _, figures = online_steps.learn(
         begin, policy, sample, estimated, prepare, loss_fn, fixed=actor.context(with_reference=True),
+        weigh=importance.weigh(drawing.sampler()),
         context=online_steps.moving(controller), target_kl=target_kl, shown=("reward", "kl_to_reference"),
         export=lambda state, over: actor.export(run.path, begin.tokenizer, state._replace(params=state.params["lm"]), over),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.recipes import grpo, online, online_steps, setup
+from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Drawing, Scoring
 from rlhf.rollouts import Batch, Rollout
 from rlhf.runs import RunFolder
@@ -45,7 +46,8 @@ def experience(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
+    importance: Importance, output: str, *,
     num_samples: int = 2, beta: float = 0.05, clip_low: float = 0.2, clip_high: float = 0.2, normalize_advantages: bool = False,
     updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
@@ -83,7 +85,7 @@ def main(
         return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards, **knobs)
 
     _, figures = online_steps.learn(
-        begin, policy, sample, compared, prepare, loss_fn, together=shared.rows,
+        begin, policy, sample, compared, prepare, loss_fn, together=shared.rows, weigh=importance.weigh(drawing.sampler()),
         fixed=policy.context(with_reference=True), shown=("reward", "kl_to_reference"),
     )  # fmt: skip
     return figures

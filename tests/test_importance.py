@@ -1,0 +1,116 @@
+"""Filters of a sampler, and the policy gradient, by exact enumeration of a small categorical policy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rlhf
+from rlhf import losses, rollouts
+from rlhf.recipes import grpo
+from rlhf.recipes.importance import Importance
+from rlhf.rollouts import Prompts, Rollout, samplers
+from rlhf.train import init_state
+
+import steps as tiny  # isort: skip
+
+V = 5
+TOP = samplers.top_p(0.7)
+
+
+def enumerated(logits, length):
+    """Every completion of `length` tokens, with log-probs of policy and filtered sampler; logits by the token before."""
+    tokens = np.array(list(itertools.product(range(V), repeat=length)))
+    before = np.concatenate([np.zeros((len(tokens), 1), int), tokens[:, :-1]], 1)
+    sampler = samplers.sampler(TOP)
+    policy = jax.nn.log_softmax(logits)
+    filtered = jax.nn.log_softmax(jnp.stack([samplers.apply(sampler, row)[1] for row in logits]))
+    return tokens, before, np.asarray(policy)[before, tokens], np.asarray(filtered)[before, tokens]
+
+
+def gradients(length, importance):
+    """The expected gradient of the loss over the sampler's completions, and the policy gradient over those it can write."""
+    logits = 1.5 * jax.random.normal(jax.random.key(1), (V, V))
+    tokens, before, policy, filtered = enumerated(logits, length)
+    possible = np.isfinite(filtered).all(1)
+    assert 0 < possible.sum() < len(tokens)
+    tokens, before, policy, filtered = (x[possible] for x in (tokens, before, policy, filtered))
+    rewards = np.random.default_rng(0).normal(size=len(tokens)).astype(np.float32)
+    mask = jnp.ones(tokens.shape, bool)
+    rollout = Rollout(tokens, mask, before, mask.astype(int), policy, filtered, mask[:, 0], jnp.float32(1.0))
+    weigh = Importance(importance, importance_max=1e3).weigh(samplers.sampler(TOP))
+    weights = 1.0 if weigh is None else weigh(rollout)[0]
+    chances = np.exp(filtered.sum(1))
+    np.testing.assert_allclose(chances.sum(), 1.0, rtol=1e-5)
+
+    def expected_loss(logits):
+        logprobs = jax.nn.log_softmax(logits)[before, tokens]
+        per_token = losses.clipped_surrogate(logprobs, policy, rewards[:, None] * mask, mask) * weights
+        return jnp.sum(chances[:, None] * per_token)
+
+    def objective(logits):
+        return -jnp.sum(jnp.exp(jax.nn.log_softmax(logits)[before, tokens].sum(1)) * rewards)
+
+    return np.asarray(jax.grad(expected_loss)(logits)), np.asarray(jax.grad(objective)(logits))
+
+
+@pytest.mark.parametrize(("length", "importance"), [(1, "token_truncate"), (1, "sequence_mask"), (3, "sequence_truncate")])
+def test_weighted_samples_give_the_policy_gradient(length, importance):
+    ours, truth = gradients(length, importance)
+    np.testing.assert_allclose(ours, truth, atol=1e-6 * np.abs(truth).max() + 1e-6)
+
+
+def test_without_weights_it_is_another():
+    for length in (1, 3):
+        ours, truth = gradients(length, "none")
+        assert np.abs(ours - truth).max() > 0.1 * np.abs(truth).max()
+
+
+def test_weights_of_tokens_are_nearer_than_none():
+    """They leave out only that the tokens before came from the sampler too; for long completions, see `Importance`."""
+    cosine = lambda a, b: np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+    distance = lambda pair: np.linalg.norm(pair[0] - pair[1])
+    assert distance(gradients(3, "token_truncate")) < distance(gradients(3, "none"))
+    assert cosine(*gradients(3, "token_truncate")) > 0.95
+
+
+@pytest.mark.parametrize("importance", ["token_truncate", "none"])
+def test_a_step_weighs_its_tokens_where_the_sampler_filters(importance):
+    lm, _ = tiny.models()
+    params = lm.init(jax.random.key(0))
+    prompts = Prompts(jnp.full((2, 1), 5), jnp.ones((2, 1), bool))
+    reward_fn = lambda context, rollout, key: (rollout.tokens[:, -1] % 2).astype(jnp.float32)
+
+    def metrics(*filters):
+        iterate = grpo.iteration(
+            lm, reward_fn, optax.sgd(0.1), max_new_tokens=3, num_samples=4, kl_coef=0.0,
+            sampler=rollouts.sampler(*filters), importance=Importance(importance),
+        )  # fmt: skip
+        state = init_state(params, optax.sgd(0.1), jax.random.key(1), {"reference": rlhf.reference(params)})
+        return jax.jit(iterate)(state, prompts, jax.random.key(2))[1]
+
+    assert not [name for name in metrics() if name.startswith("mismatch")]
+    seen = metrics(samplers.top_k(2))
+    if importance == "none":
+        assert not [name for name in seen if name.startswith("mismatch")]
+    else:
+        assert 0 < seen["mismatch/mean_weight"] < 1
+        assert seen["mismatch/kl"] > 0
+
+
+def test_bounds():
+    arrays = jnp.log(jnp.array([[0.5, 0.5, 0.1]])), jnp.log(jnp.array([[0.1, 0.5, 0.5]]))
+    mask = jnp.array([[True, True, False]])
+    rollout = Rollout(None, mask, None, None, *arrays, None, None)
+    of = lambda name, **bounds: Importance(name, **bounds).weigh(samplers.sampler(TOP))(rollout)[0][0].tolist()
+    assert of("token_truncate") == [3.0, 1.0, 0.0]
+    assert of("token_mask") == [0.0, 1.0, 0.0]
+    assert of("sequence_truncate", importance_max=9.0) == pytest.approx([5.0, 5.0, 0.0])
+    assert of("token_truncate", importance_min=2.0) == [3.0, 2.0, 0.0]
+    with pytest.raises(ValueError, match="importance_min must be below importance_max"):
+        Importance(importance_min=4.0)
+    with pytest.raises(ValueError, match="num_samples 1: advantages compare"):
+        grpo.iteration(None, None, None, max_new_tokens=1, num_samples=1)
