@@ -30,7 +30,8 @@ class TookTooLong(BaseException):
 def load(path: Path):
     """The module of a file that is in no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -21,7 +21,7 @@ import yaml
 from rlhf import cli, runs, tasks, track
 from rlhf.checkpoint import Checkpoints
 from rlhf.models import huggingface
-from rlhf.options import TRL, parser_of
+from rlhf.options import TRL, options_of
 from rlhf.recipes import q_heads, setup
 
 HERE = Path(__file__).parent / "bad_inputs"
@@ -236,7 +236,7 @@ def test_several_tokens_may_end_an_answer(base, tmp_path):
 def test_every_name_of_trl_is_an_option_here():
     known = set()
     for fn in (importlib.import_module(module).main for module, _ in cli.COMMANDS.values() if ".recipes." in module):
-        known |= {option.removeprefix("--") for action in parser_of(fn, "x")._actions for option in action.option_strings}
+        known |= set(options_of(fn))
     assert set(TRL.values()) <= known, set(TRL.values()) - known
 
 
@@ -267,8 +267,10 @@ def test_help_is_two_screens_of_options_and_defaults(name, capsys, monkeypatch):
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 110
     shown = {line.split()[0]: line.split()[1] for line in lines if line.startswith("  --")}
-    parser = parser_of(importlib.import_module(cli.COMMANDS[name][0]).main, name)
-    assert {option.removeprefix("--") for option, value in shown.items() if value == "..."} == set(parser.needed)
+    options = options_of(importlib.import_module(cli.COMMANDS[name][0]).main)
+    needed = {option for option in options if options[option].needed}
+    assert {option.removeprefix("--") for option, value in shown.items() if value == "..."} == needed
+    assert all(option.text for option in options.values())
     if "--learning_rate" in shown:
         assert shown["--learning_rate"] == "1e-05"
         assert shown["--patience"] == "0"
