@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+import tempfile
+import traceback
 
 COMMANDS = {  # command -> where its `main` is, and what it does
     "demo": ("rlhf.demo", "from nothing to an aligned model on a CPU, in minutes"),
@@ -52,12 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command(**parsed(command, name, rest))
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"rlhf {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _elsewhere(error: BaseException) -> str:
+    """Where the whole traceback is, of an error that another package raised: it may be no mistake of the user's."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    if package == "rlhf":
+        return ""
+    with tempfile.NamedTemporaryFile("w", prefix="rlhf-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    return f" (raised by {package}; traceback in {file.name})"
 
 
 def overview() -> str:

@@ -22,6 +22,7 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.lm import LM, Head
 from rlhf.loop import run_steps
 from rlhf.models import TransformerConfig, huggingface, scalar_head, transformer
+from rlhf.ranges import Seed, Steps, checked
 from rlhf.recipes import dpo, grpo, ppo, reward, sft
 from rlhf.runs import RunFolder
 from rlhf.tasks import reviews
@@ -298,12 +299,13 @@ def _plot(folder: RunFolder, algorithm: str) -> None:
     figure.savefig(folder.path / "curves.png", dpi=120)
 
 
+@checked
 def main(
     *,
     algorithm: Literal["ppo", "grpo", "dpo"] = "ppo",
-    seed: int = 0,
+    seed: Seed = 0,
     output: str | None = None,
-    steps: int | None = None,
+    steps: Steps | None = None,
     control: Literal["none", "shuffled"] = "none",
 ) -> None:
     """Trains a small language model and a reward model on generated movie reviews, then moves it towards positive ones.
@@ -315,8 +317,6 @@ def main(
       steps: of every phase; null: each phase's own number.
       control: shuffled: rewards are dealt out at random, and nothing may be learnt.
     """
-    if seed < 0 or (steps is not None and steps < 1):
-        raise ValueError(f"seed must be at least 0 and steps at least 1, but they are {seed} and {steps}")
     suffix = "" if control == "none" else f"-{control}"
     output = output or f"runs/demo-{algorithm}-{seed}{suffix}"
     run(algorithm=algorithm, seed=seed, output=output, steps=steps, control=control)

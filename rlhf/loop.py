@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
 from rlhf.interrupts import told_to_stop
+from rlhf.ranges import Coefficient, Count, Every, Seed, Steps, between, check_fields
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
 from rlhf.train import TrainState, init_state
@@ -49,38 +50,28 @@ class Training:
       track: where the figures go beside metrics.jsonl: tensorboard, wandb, trackio.
     """
 
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-    micro_batches: int = 1
-    learning_rate: float = 1e-5
+    steps: Steps | None = None
+    epochs: Annotated[float, between(0, 100_000, above=True)] = 1.0
+    batch_size: Count = 8
+    micro_batches: Count = 1
+    learning_rate: Annotated[float, between(0, 100, above=True)] = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: Every = 0
+    weight_decay: Coefficient = 0.0
+    max_grad_norm: Annotated[float, between(0, 1e9, above=True)] = 1.0
     average: Literal["none", "ema", "bema"] = "none"
-    average_decay: float = 0.99
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int = 0
-    patience: int = 0
-    save_every: int = 0
-    keep: int = 2
+    average_decay: Annotated[float, between(0, 1, below=True)] = 0.99
+    seed: Seed = 0
+    log_every: Steps = 1
+    eval_every: Every = 0
+    patience: Every = 0
+    save_every: Every = 0
+    keep: Count = 2
     track: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
+        check_fields(self)
         check(self.track)
-        least = dict(batch_size=1, micro_batches=1, log_every=1, keep=1)
-        least |= dict(eval_every=0, patience=0, save_every=0, warmup_steps=0, seed=0)
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, but is {getattr(self, name)}")
-        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
-            raise ValueError(f"steps must be at least 1 and epochs above 0, but they are {self.steps} and {self.epochs}")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0 or self.weight_decay < 0:
-            raise ValueError("learning_rate and max_grad_norm must be above 0, and weight_decay at least 0")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay must be in [0, 1), but is {self.average_decay}")
         if self.patience and not self.eval_every:
             raise ValueError(
                 f"patience {self.patience} counts evaluations, but there are none before the end; give --eval_every"

@@ -1,17 +1,22 @@
-"""Command-line options out of a recipe's own signature: its types, defaults and docstrings are the parser."""
+"""Command-line options out of a recipe's own signature: its types, ranges, defaults and docstrings say what may be given."""
 
-import argparse
 import dataclasses
 import difflib
 import inspect
 import json
+import re
 import shutil
+import sys
 import textwrap
+import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jsonargparse
+import yaml
+
+from rlhf import ranges, yaml_files
 
 TRL = {  # what TRL's users type -> what it is here
     "model_name_or_path": "model",
@@ -68,131 +73,229 @@ class Mistake(ValueError):
     """What the user typed cannot be; the message says why and what would do."""
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    needed: Sequence[str] = ()  # options without a default
+class Option(NamedTuple):
+    """What is known of an option."""
 
-    def error(self, message, ex=None) -> NoReturn:
-        raise Mistake(" ".join(str(message).split()))
+    hint: Any  # its type, with its range
+    default: Any  # inspect.Parameter.empty where it must be given
+    text: str  # what it is
+    group: str  # what it stands with
+    of: str | None  # the function's parameter that is a dataclass of which it is a field
 
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """An option's name, its default (... where there is none) and what it is, in a line or two: two screens in all."""
-        width = min(shutil.get_terminal_size().columns, 128)
-        usage = ["usage: rlhf", *self.prog.split()[1:], *(f"--{name} {name.upper()}" for name in self.needed), "[options]"]
-        lines = textwrap.wrap(" ".join(usage), width)
-        for group in self._action_groups[2:]:  # behind those that every parser has
-            options = (_explained(x, x.dest in self.needed, width) for x in group._group_actions)
-            lines += ["", *textwrap.wrap(f"{group.title}:", width), *(line for option in options for line in option)]
-        of_all = "Of every command: --config FILE (YAML; what is typed beside it wins), --print_config"
-        return "\n".join([*lines, "", *textwrap.wrap(of_all, width), ""])
+    @property
+    def needed(self) -> bool:
+        """Whether it must be given."""
+        return self.default is inspect.Parameter.empty
 
 
-def _explained(option: argparse.Action, needed: bool, width: int) -> list[str]:
-    value = "..." if needed else option.default if isinstance(option.default, str) else json.dumps(option.default)
-    choices = str(option.metavar or "").strip("{}").split(",")
-    listed = f" ({', '.join(choices)})" if len(choices) > 1 and isinstance(option.default, str) else ""
-    return textwrap.wrap(f"{f'  --{option.dest} {value}':<26}  {option.help}{listed}", width, subsequent_indent=" " * 28)
+def options_of(fn: Callable) -> dict[str, Option]:
+    """The options of a function: its parameters; of those that are dataclasses the fields, side by side with the others."""
+    hints, texts = ranges.hints_of(fn), _documented(fn)
+    parameters = inspect.signature(fn).parameters.values()
+    own = [x for x in parameters if not dataclasses.is_dataclass(hints[x.name])]
+    found = {x.name: Option(hints[x.name], x.default, texts[x.name], _summary(fn), None) for x in own}
+    for name, kind in groups_of(fn).items():
+        of_kind, texts = ranges.hints_of(kind), _documented(*reversed(kind.__mro__[:-1]))
+        for field in dataclasses.fields(kind):
+            option = Option(of_kind[field.name], _default(field), texts[field.name], _summary(kind), name)
+            found[field.name] = option
+    return found
 
 
-def parser_of(fn: Callable, name: str) -> jsonargparse.ArgumentParser:
-    """The parser of a function's parameters; those of a dataclass are options of their own, side by side with the others."""
-    parser = _Parser(prog=f"rlhf {name}", description=(inspect.getdoc(fn) or "").split("\n\n")[0])
-    parser.add_argument("--config", action="config")
-    groups = _groups(fn)
-    parser.add_function_arguments(fn, skip=set(groups), sub_configs=False)
-    for kind in groups.values():
-        parser.add_class_arguments(kind, nested_key=None)
-    parser.needed = [option.dest for option in parser._actions if option.required]
-    return parser
+def groups_of(fn: Callable) -> dict[str, type]:
+    """The parameters of a function that are dataclasses."""
+    hints = ranges.hints_of(fn)
+    return {name: hints[name] for name in inspect.signature(fn).parameters if dataclasses.is_dataclass(hints[name])}
 
 
 def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of a function from the command line, dataclasses made.
 
     Words before the first option are the function's first parameter: `rlhf chat RUN`, `rlhf plot RUN RUN`.  A list may be
-    written as words, `--loss sigmoid sft`, and a switch without its `true`.
+    written as words, `--loss sigmoid sft`, and a switch without its `true`.  What is typed wins over `--config FILE`.
 
-    Raises: Mistake, in one line, for an option that is not known (naming the nearest that is), missing or of another type.
+    Raises: Mistake, in one line, for an option that is not known (naming the nearest that is), missing, or of another type or
+      range; ValueError as `rlhf.yaml_files.load`; SystemExit after `--help` and `--print_config`.
     """
-    parser, groups, hints = parser_of(fn, name), _groups(fn), _hints(fn)
-    try:
-        values = vars(parser.parse_args(_translated(argv, hints)))
-    except Mistake as error:
-        raise Mistake(f"{_after(argv, '--config')}: {error}" if "parsing config" in str(error) else str(error)) from None
-    made: dict[str, Any] = {}
-    for group, kind in groups.items():
-        fields = [field.name for field in dataclasses.fields(kind)]
-        made[group] = kind(**{field: values.pop(field) for field in fields})
-    return made | {key: value for key, value in values.items() if key in inspect.signature(fn).parameters}
+    options = options_of(fn)
+    typed = list(_grouped(argv, next(iter(options))))
+    asked = {written for written, _ in typed}
+    if "help" in asked:
+        print(help_of(options, name))
+        sys.exit(0)
+    values = {name: option.default for name, option in options.items() if not option.needed}
+    for file in (word for written, words in typed if written == "config" for word in words or [""]):
+        values |= _from_file(file, options)
+    values |= _from_words(typed, options)
+    if "print_config" in asked:
+        print(yaml.safe_dump({name: values[name] for name in options if name in values}, sort_keys=False), end="")
+        sys.exit(0)
+    if missing := [f"--{name}" for name in options if name not in values]:
+        raise Mistake(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
+    made = {name: values[name] for name, option in options.items() if option.of is None}
+    for group, kind in groups_of(fn).items():
+        made[group] = kind(**{name: values[name] for name, option in options.items() if option.of == group})
+    return made
 
 
-def _groups(fn: Callable) -> dict[str, type]:
-    hints = typing.get_type_hints(fn)
-    return {name: hints[name] for name in inspect.signature(fn).parameters if dataclasses.is_dataclass(hints[name])}
+def help_of(options: Mapping[str, Option], name: str) -> str:
+    """An option's name, its default (... where there is none) and what it is, in a line or two: three screens in all."""
+    width = min(shutil.get_terminal_size().columns, 128)
+    needed = (f"--{option} {option.upper()}" for option in options if options[option].needed)
+    lines = textwrap.wrap(" ".join(["usage: rlhf", name, *needed, "[options]"]), width)
+    for group in dict.fromkeys(option.group for option in options.values()):
+        lines += ["", *textwrap.wrap(f"{group.rstrip('.')}:", width)]
+        lines += [
+            line for option in options if options[option].group == group for line in _explained(option, options[option], width)
+        ]
+    of_all = "Of every command: --config FILE (YAML; what is typed beside it wins), --print_config"
+    return "\n".join([*lines, "", *textwrap.wrap(of_all, width)])
 
 
-def _hints(fn: Callable) -> dict[str, Any]:
-    """The type of every option."""
-    own = {name: hint for name, hint in typing.get_type_hints(fn).items() if name in inspect.signature(fn).parameters}
-    of_groups = {name: hint for kind in _groups(fn).values() for name, hint in typing.get_type_hints(kind).items()}
-    return {name: hint for name, hint in own.items() if not dataclasses.is_dataclass(hint)} | of_groups
+def _explained(name: str, option: Option, width: int) -> list[str]:
+    default = option.default if isinstance(option.default, str) else "" if option.needed else json.dumps(option.default)
+    kind, _ = ranges.kind_of(option.hint)
+    listed = f" ({', '.join(typing.get_args(kind))})" if typing.get_origin(kind) is typing.Literal else ""
+    start = f"  --{name} {'...' if option.needed else default}"
+    return textwrap.wrap(f"{start:<26}  {option.text}{listed}", width, subsequent_indent=" " * 28)
 
 
-def _translated(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """The same as `--option=value` in our names."""
-    out: list[str] = []
-    theirs: dict[str, str] = {}
-    typed: dict[str, str] = {}
-    for written, words in _grouped(argv, next(iter(hints))):
-        name = written.replace("-", "_")
-        if name in TRL and name not in hints:
-            theirs[name] = words[-1] if words else ""
-            name = TRL[name]
-        if typed.setdefault(name, written) != written:
-            raise Mistake(f"--{written} and --{typed[name]} are both --{name}; give one of them")
-        if name in OURS:
-            out += [f"--{name}", *words]
-            continue
-        if name not in hints:
-            near = difflib.get_close_matches(name, [*hints, *TRL], n=1)
-            raise Mistake(f"--{written} is not known" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-        if _is_list(hints[name]) and words and not words[0].startswith("["):
-            words = [f"[{','.join(words)}]"]
-        if hints[name] is bool and not words:
-            words = ["true"]
-        if len(words) != 1:
-            raise Mistake(f"--{written} takes one value, but is given {' '.join(words) or 'none'}")
-        out.append(f"--{name}={words[0]}")
-    return out + _whole_batch(theirs)
+def _from_words(typed: Sequence[tuple[str, list[str]]], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The values of options that are typed."""
+    given = [(written, words) for written, words in typed if written not in OURS]
+    ours = _ours([written for written, _ in given], options, "--")
+    values: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for (written, words), name in zip(given, ours, strict=True):
+        hint = options[name].hint
+        values[name] = _held(_called(f"--{written}", name), hint, _of_words(f"--{written}", hint, words))
+        theirs[written.replace("-", "_")] = values[name]
+    return values | _whole_batch(theirs)
 
 
-def _grouped(argv: Sequence[str], first: str) -> list[tuple[str, list[str]]]:
+def _from_file(file: str, options: Mapping[str, Option]) -> dict[str, Any]:
+    """The values of options in a file."""
+    if not file:
+        raise Mistake("--config takes a file, but is given none")
+    found = yaml_files.load(file)
+    ours = _ours(list(found), options, f"{file}: ")
+    values: dict[str, Any] = {}
+    for (written, given), name in zip(found.items(), ours, strict=True):
+        values[name] = _held(f"{file}: {_called(written, name)}", options[name].hint, given)
+    return values | _whole_batch({written.replace("-", "_"): values[name] for written, name in zip(found, ours, strict=True)})
+
+
+def _ours(written: Sequence[str], options: Mapping[str, Option], mark: str) -> list[str]:
+    """Our names of options, in their order.
+
+    Raises: Mistake for one that is not known, with the nearest that is, and for two names of one.
+    """
+    found: dict[str, str] = {}
+    names = []
+    for word in written:
+        name = word.replace("-", "_")
+        if name not in options:
+            name = TRL.get(name, name)
+        if found.setdefault(name, word) != word:
+            raise Mistake(f"{mark}{word} and --{found[name]} are both --{name}; give one of them")
+        if name not in options:
+            near = difflib.get_close_matches(name, [*options, *(known for known, here in TRL.items() if here in options)], n=1)
+            mark_of_near = "--" if mark == "--" else ""
+            hint = f"did you mean {mark_of_near}{near[0]}?" if near else "see --help"
+            raise Mistake(f"{mark}{word} is not known; {hint}")
+        names.append(name)
+    return names
+
+
+def _called(written: str, name: str) -> str:
+    """An option as it was written, with our name where that is another."""
+    return written if written.lstrip("-").replace("-", "_") == name else f"{written} (here {name})"
+
+
+def _held(called: str, hint: Any, given: Any) -> Any:
+    """The value as its type wants it.  Raises: Mistake for one of another type or range."""
+    value = _as(hint, given)
+    if wrong := ranges.mistake(called, hint, value):
+        raise Mistake(wrong)
+    return value
+
+
+def _as(hint: Any, given: Any) -> Any:
+    """What was given, as the type wants it where it can be: numbers and null that are written as text, one entry as a list."""
+    kind, _ = ranges.kind_of(hint)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if given == "null" and type(None) in parts:
+            return None
+        tried = [_as(part, given) for part in parts]
+        return next((value for part, value in zip(parts, tried, strict=True) if not ranges.problem(part, value)), tried[0])
+    if origin is list and given is not None and not isinstance(given, dict):
+        return [_as(parts[0], entry) for entry in (given if isinstance(given, list) else [given])]
+    if kind is bool and isinstance(given, str):
+        return {"true": True, "false": False}.get(given.lower(), given)
+    if kind in (int, float) and isinstance(given, str | int) and not isinstance(given, bool):
+        try:
+            return kind(given)
+        except (ValueError, OverflowError):  # no number, or one of thousands of digits
+            return given
+    return given
+
+
+def _of_words(called: str, hint: Any, words: list[str]) -> Any:
+    """What the words behind an option say, before its type is known to hold."""
+    if _takes(hint, bool) and not words:
+        return True
+    if _takes(hint, list) and words and not words[0].startswith("[") and words != ["null"]:
+        return [entry for word in words for entry in word.split(",")]
+    if len(words) != 1:
+        raise Mistake(f"{called} takes one value, but is given {' '.join(words) or 'none'}")
+    structured = _takes(hint, list) or _takes(hint, dict)
+    return yaml_files.parse(words[0], called) if structured else words[0]
+
+
+def _takes(hint: Any, kind: type) -> bool:
+    """Whether a type is this one, or this one among others."""
+    bare, _ = ranges.kind_of(hint)
+    parts = typing.get_args(bare) if typing.get_origin(bare) in (typing.Union, types.UnionType) else (bare,)
+    return any(kind in (part, typing.get_origin(part)) for part, _ in map(ranges.kind_of, parts))
+
+
+def _grouped(argv: Sequence[str], first: str) -> Iterator[tuple[str, list[str]]]:
     """Options without their dashes, and the words behind each; words before any option are `first`'s."""
     found: list[tuple[str, list[str]]] = []
     for word in argv:
         word = "--help" if word == "-h" else word
         if word.startswith("--"):
-            option, equals, value = word.lstrip("-").partition("=")
+            option, equals, value = word.removeprefix("--").partition("=")
             found.append((option, [value] if equals else []))
         else:
             found = found or [(first, [])]
             found[-1][1].append(word)
+    yield from found
+
+
+def _whole_batch(theirs: Mapping[str, Any]) -> dict[str, int]:
+    """TRL's batch is of one device and one of several accumulated parts; ours is the whole, and the parts are cut from it."""
+    if "gradient_accumulation_steps" not in theirs:
+        return {}
+    return {"batch_size": theirs.get("per_device_train_batch_size", 8) * theirs["gradient_accumulation_steps"]}
+
+
+def _documented(*described: Any) -> dict[str, str]:
+    """Name -> what the `Args:` of docstrings say of it."""
+    found: dict[str, str] = defaultdict(str)
+    for one in described:
+        _, _, section = (inspect.getdoc(one) or "").partition("\nArgs:\n")
+        for names, text in re.findall(r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", section.split("\n\n")[0], re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), re.sub(r"\n +", " ", text))
     return found
 
 
-def _whole_batch(theirs: dict[str, str]) -> list[str]:
-    """TRL's batch is of one device and one of several accumulated parts; ours is the whole, and the parts are cut from it."""
-    parts = theirs.get("gradient_accumulation_steps")
-    if parts is None or not parts.isdecimal():
-        return []
-    of_part = theirs.get("per_device_train_batch_size", "8")
-    return [f"--batch_size={int(of_part) * int(parts)}"] if of_part.isdecimal() else []
+def _summary(described: Any) -> str:
+    return " ".join((inspect.getdoc(described) or "").split("\n\n")[0].splitlines())
 
 
-def _is_list(hint: Any) -> bool:
-    return typing.get_origin(hint) is list or any(typing.get_origin(part) is list for part in typing.get_args(hint))
-
-
-def _after(argv: Sequence[str], option: str) -> str:
-    """What stands behind an option."""
-    words = " ".join(argv).replace(f"{option}=", f"{option} ").split()
-    return words[words.index(option) + 1]
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

@@ -3,20 +3,24 @@
 learning_rate: Annotated[float, above(0)] = 1e-5
 """
 
-import math
+import dataclasses
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
 
 FLOAT32 = 3.4e38  # numbers beyond it are infinite on a device
 INT32 = 2**31 - 1
+LONGEST = 80  # letters of a value that a message shows
 
 
 class Range(NamedTuple):
-    """An interval of finite numbers; open where `above` or `below` says so.
+    """An interval of finite numbers; open where `above` or `below` says so.  Beside a list, it is of its entries' number.
 
     >>> 0.5 in Range(0, 1), 1 in Range(0, 1, below=True), str(Range(0, 1, below=True)), str(Range(0, above=True))
     (True, False, 'at least 0 and below 1', 'above 0')
@@ -27,19 +31,19 @@ class Range(NamedTuple):
     above: bool = False  # low itself is outside
     below: bool = False  # high itself is outside
 
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+    def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, int | float | np.number):
             return False
         if value == self.low:
             return not self.above
         if value == self.high:
             return not self.below
-        return self.low < value < self.high
+        return bool(self.low < value < self.high)  # not for NaN
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {self.low:g}" if self.low > -FLOAT32 else ""
-        high = f"{'below' if self.below else 'at most'} {self.high:,g}" if self.high < INT32 else ""
-        return " and ".join(filter(None, [low, high])) or "finite"
+        low = f"{'above' if self.above else 'at least'} {_number(self.low)}" if self.low > -FLOAT32 else ""
+        high = f"{'below' if self.below else 'at most'} {_number(self.high)}" if self.high < FLOAT32 else ""
+        return " and ".join(filter(None, [low, high])) or "that is finite"
 
 
 def above(low: float) -> Range:
@@ -57,6 +61,18 @@ def between(low: float, high: float, *, above: bool = False, below: bool = False
     return Range(low, high, above, below)
 
 
+# What options most often are.  A number beyond these bounds is a slip of the hand, not a choice.
+Share = Annotated[float, between(0, 1)]
+Coefficient = Annotated[float, between(0, 1000)]
+Strength = Annotated[float, between(0, 1000, above=True)]
+Temperature = Annotated[float, between(0, 100, above=True)]
+Count = Annotated[int, between(1, 65_536)]
+Length = Annotated[int, between(1, 1_000_000)]  # of a text, in tokens
+Steps = Annotated[int, between(1, 1_000_000)]
+Every = Annotated[int, between(0, 1_000_000)]  # steps between two events; 0: none
+Seed = Annotated[int, between(0, INT32)]
+
+
 def check(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Holds every value against its type and range.
 
@@ -68,16 +84,34 @@ def check(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 
     >>> check({"discount": typing.Annotated[float, between(0, 1)]}, {"discount": 7.0})
     Traceback (most recent call last):
-    ValueError: discount must be a number, at least 0 and at most 1, but is 7.0
+    ValueError: discount must be a number at least 0 and at most 1, but is 7.0
     """
     for name, value in values.items():
-        if name in hints and (wanted := problem(hints[name], value)):
-            raise ValueError(f"{name} must be {wanted}, but is {value!r:.80}")
+        if name in hints and (wrong := mistake(name, hints[name], value)):
+            raise ValueError(wrong)
+
+
+def mistake(name: str, hint: Any, value: Any) -> str | None:
+    """The message about a value that cannot be; None about one that can."""
+    wanted = problem(hint, value)
+    return f"{name} must be {wanted}, but is {shown(value)}" if wanted else None
+
+
+def shown(value: Any) -> str:
+    """A value as options are written, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def check_fields(options: Any) -> None:
     """`check` of a dataclass, for its `__post_init__`."""
-    check(typing.get_type_hints(type(options), include_extras=True), vars(options))
+    described: Any = type(options)
+    check(hints_of(described), vars(options))
 
 
 def checked(fn: Callable) -> Callable:
@@ -85,48 +119,65 @@ def checked(fn: Callable) -> Callable:
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        check(typing.get_type_hints(fn, include_extras=True), signature(fn).bind(*args, **kwargs).arguments)
+        check(hints_of(fn), signature(fn).bind(*args, **kwargs).arguments)
         return fn(*args, **kwargs)
 
     return call
 
 
+@cache
+def hints_of(described: Any) -> dict[str, Any]:
+    """The types of a function's parameters or a dataclass's fields, with their ranges."""
+    return typing.get_type_hints(described, include_extras=True)
+
+
 def problem(hint: Any, value: Any) -> str | None:
-    """What a value should have been, where it is not."""
-    kind, range_ = _kind(hint)
-    if kind is float or kind is int:
-        return _number(kind, range_, value)
-    if kind is bool:
-        return None if isinstance(value, bool) else "true or false"
-    if kind is str:
-        return None if isinstance(value, str) else "text"
+    """What a value should have been, where it is not.
+
+    >>> problem(Share | None, "half"), problem(Annotated[list[str], at_least(1)], [])
+    ('a number at least 0 and at most 1, or null', 'a list with entries')
+    """
+    kind, range_ = kind_of(hint)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        wanted = [problem(part, value) for part in parts]
-        told = [want for part, want in zip(parts, wanted, strict=True) if part is not type(None)]
-        return None if None in wanted else " or ".join([*filter(None, told), *(["null"] if type(None) in parts else [])])
-    if kind is type(None):
-        return None if value is None else "null"
-    if origin is typing.Literal:
-        return None if value in parts else f"one of {', '.join(map(str, parts))}"
-    if origin is list:
-        if not isinstance(value, list | tuple):
-            return "a list"
-        return next((f"a list of which each is {want}" for entry in value if (want := problem(parts[0], entry))), None)
-    return None
+    fits, wanted = True, ""
+    if kind is float:
+        fits, wanted = not isinstance(value, bool) and value in range_, f"a number {range_}"
+    elif kind is int:
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        fits, wanted = whole and value in range_, f"a whole number {range_}"
+    elif kind is bool:
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif kind is str:
+        fits, wanted = isinstance(value, str), "text"
+    elif kind is type(None):
+        fits, wanted = value is None, "null"
+    elif origin is typing.Literal:
+        fits, wanted = value in parts, f"one of {', '.join(map(str, parts))}"
+    elif origin in (typing.Union, types.UnionType):
+        told = [problem(part, value) for part in parts]
+        fits, wanted = None in told, ", or ".join(filter(None, sorted(told, key=lambda want: want == "null")))
+    elif origin is list:
+        few = range_.low > -FLOAT32 and isinstance(value, list | tuple) and len(value) < range_.low
+        fits = isinstance(value, list | tuple) and not few
+        wanted = "a list with entries" if range_.low > -FLOAT32 else "a list"
+        wrong = next((want for entry in value if (want := problem(parts[0], entry))), None) if fits else None
+        fits, wanted = fits and not wrong, f"a list of which each is {wrong}" if wrong else wanted
+    elif origin is dict:
+        of_text = isinstance(value, dict) and not any(problem(str, name) for name in value)
+        wrong = next((want for entry in value.values() if (want := problem(parts[1], entry))), None) if of_text else None
+        fits, wanted = of_text and not wrong, f"a mapping of text to {wrong or problem(parts[1], None) or 'anything'}"
+    elif dataclasses.is_dataclass(kind):
+        fits, wanted = isinstance(value, typing.cast(type, kind)), f"a {getattr(kind, '__name__', kind)}"
+    return None if fits else wanted
 
 
-def _kind(hint: Any) -> tuple[Any, Range]:
-    if typing.get_origin(hint) is typing.Annotated:
+def kind_of(hint: Any) -> tuple[Any, Range]:
+    """A type without its notes, and its range."""
+    if typing.get_origin(hint) is Annotated:
         kind, *notes = typing.get_args(hint)
         return kind, next((note for note in notes if isinstance(note, Range)), Range())
     return hint, Range()
 
 
-def _number(kind: type, range_: Range, value: Any) -> str | None:
-    if kind is int:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        range_ = range_._replace(low=max(range_.low, -INT32), high=min(range_.high, INT32))
-        return None if whole and value in range_ else f"a whole number, {range_}"
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and value in range_
-    return None if fits else f"a number, {range_}"
+def _number(bound: float) -> str:
+    return f"{bound:,d}" if isinstance(bound, int) else f"{bound:g}"

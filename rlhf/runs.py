@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from rlhf import yaml_files
+
 PACKAGES = ("rlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 ABOUT_ROWS = ("phase", "step", "seconds")  # of metrics.jsonl; the rest are figures
 FREE = ("output", "resume", "log_every", "save_every", "keep", "track")  # options that a resumed run may have otherwise
@@ -60,7 +62,7 @@ class RunFolder:
             raise ValueError(f"{used}; choose another --output, or move it away")
         if not self.options.get("resume"):
             raise ValueError(f"{used}; choose another --output, move it away, or --resume it")
-        before = yaml.safe_load(config.read_text(encoding="utf-8"))
+        before = yaml_files.load(config)
         changed = [
             f"{name} was {before.get(name)!r} and is {self.options.get(name)!r}"
             for name in sorted({*before, *self.options} - set(FREE))
@@ -123,7 +125,7 @@ class RunFolder:
     def card(self) -> None:
         """`README.md`, the model card."""
         known = json.loads((self.path / "about.json").read_text(encoding="utf-8"))
-        options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        options = yaml_files.load(self.path / "config.yaml")
         last = "\n".join(f"| {name} | {value:.4g} | {step} |" for name, (value, step) in self.figures().items())
         text = (
             f"---\nlibrary_name: transformers\nbase_model: {options.get('model')}\ntags: [rlhf]\n---\n\n"

@@ -8,6 +8,7 @@ from rlhf.loop import Training, fit
 from rlhf.losses import moments
 from rlhf.losses.moments import MomentsState
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Length, Strength, checked
 from rlhf.recipes import coupled, setup, unpaired
 from rlhf.runs import RunFolder
 
@@ -35,8 +36,9 @@ def move(context, params, metrics):
     return context | {"rewards": seen}
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, beta: float = 0.1, max_length: int = 1024,
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, beta: Strength = 0.1, max_length: Length = 1024,
     resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Answers with a verdict, good or bad, told apart by a classifier that is the policy itself: BCO.

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -12,6 +12,7 @@ from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference, reference_free
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Coefficient, Length, Share, Strength, between, checked
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch, Pairs
@@ -100,11 +101,23 @@ def chosen_loss(name: str, **knobs) -> Callable:
     return chosen
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, loss: str = "sigmoid",
-    beta: float | None = None, gamma: float | None = None, alpha: float | None = None, label_smoothing: float | None = None,
-    nll_coef: float | None = None, max_length: int = 1024, packing: Literal["none", "bfd"] = "none", resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    output: str,
+    *,
+    loss: str = "sigmoid",
+    beta: Strength | None = None,
+    gamma: Coefficient | None = None,
+    alpha: Annotated[float, between(-100, 100)] | None = None,
+    label_smoothing: Share | None = None,
+    nll_coef: Coefficient | None = None,
+    max_length: Length = 1024,
+    packing: Literal["none", "bfd"] = "none",
+    resume: bool = False,
+) -> dict[str, float]:
     """Preference pairs without a reference: CPO, SimPO, AlphaPO, TPO.
 
     Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the prompt; for tpo and tpo_l

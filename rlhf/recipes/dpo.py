@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
@@ -12,6 +12,7 @@ from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Coefficient, Every, Length, Share, Strength, at_least, between, checked
 from rlhf.recipes import coupled, reward, setup
 from rlhf.recipes import pairs as pairs_of
 from rlhf.rollouts import Pairs
@@ -62,11 +63,23 @@ def objective(lm: LM, *, max_segments: int = 1, shared: SharedPrefix | None = No
     return loss_fn
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, loss: list[str] | None = None,
-    loss_weights: list[float] | None = None, beta: float = 0.1, label_smoothing: float | None = None, max_length: int = 1024,
-    packing: Literal["none", "bfd"] = "none", sync_every: int = 0, sync_share: float = 0.6, resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    output: str,
+    *,
+    loss: Annotated[list[str], at_least(1)] | None = None,
+    loss_weights: Annotated[list[Coefficient], at_least(1)] | None = None,
+    beta: Strength = 0.1,
+    label_smoothing: Share | None = None,
+    max_length: Length = 1024,
+    packing: Literal["none", "bfd"] = "none",
+    sync_every: Every = 0,
+    sync_share: Annotated[float, between(0, 1, above=True)] = 0.6,
+    resume: bool = False,
+) -> dict[str, float]:
     """Preference pairs without sampling: DPO and its kin.
 
     Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the prompt.

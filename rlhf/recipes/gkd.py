@@ -14,6 +14,7 @@ from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.models import huggingface
 from rlhf.models.huggingface_config import decoder_of
+from rlhf.ranges import Length, Share, Temperature, checked
 from rlhf.recipes import online, setup, sft
 from rlhf.recipes.online import Sampling
 from rlhf.rollouts import Batch, Prompts
@@ -88,10 +89,11 @@ def lesson(rows: tuple[Batch, Prompts], seed: int, number: int, size: int, lmbda
     return Lesson(batch, prompts, own, jax.random.fold_in(jax.random.key(seed), number))
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, teacher: str, beta: float = 0.5,
-    lmbda: float = 0.5, seq_kd: bool = False, temperature: float = 0.9, max_new_tokens: int = 128,
-    loss_temperature: float = 1.0, max_length: int = 1024, resume: bool = False,
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, teacher: str, beta: Share = 0.5,
+    lmbda: Share = 0.5, seq_kd: bool = False, temperature: Temperature = 0.9, max_new_tokens: Length = 128,
+    loss_temperature: Temperature = 1.0, max_length: Length = 1024, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Generalised knowledge distillation: a student learns its teacher's distribution over every next token.
 
@@ -110,8 +112,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    if not (0 <= lmbda <= 1 and 0 <= beta <= 1 and loss_temperature > 0):
-        raise ValueError(f"lmbda {lmbda} and beta {beta} must be in [0, 1], and loss_temperature {loss_temperature} above 0")
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
     tokenizer = huggingface.load_tokenizer(model.model)
     size, eos_ids = common_vocabulary(tokenizer, model.model, teacher), online.ends(model.model, tokenizer)

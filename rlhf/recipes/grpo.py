@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
+from rlhf.ranges import Coefficient, Count, Every, between, checked
 from rlhf.recipes import online, online_steps, setup
 from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Sampling, Scoring
@@ -89,12 +91,26 @@ def iteration(
     )  # fmt: skip
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling,
-    importance: Importance, output: str, *,
-    loss: str = "grpo", clip_low: float | None = None, clip_high: float | None = None, beta: float = 0.0,
-    sync_every: int = 0, sync_share: float = 0.6, updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    scoring: Scoring,
+    sampling: Sampling,
+    importance: Importance,
+    output: str,
+    *,
+    loss: str = "grpo",
+    clip_low: Coefficient | None = None,
+    clip_high: Coefficient | None = None,
+    beta: Coefficient = 0.0,
+    sync_every: Every = 0,
+    sync_share: Annotated[float, between(0, 1, above=True)] = 0.6,
+    updates_per_batch: Count = 1,
+    mini_batches: Count = 1,
+    resume: bool = False,
+) -> dict[str, float]:
     """Group relative policy optimisation: samples groups of answers, scores them, and compares within each group.
 
     Rows have `prompt`, and the columns that the reward functions read.

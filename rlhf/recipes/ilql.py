@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from rlhf.loop import Training, fit
 from rlhf.losses import offline
 from rlhf.models import huggingface
 from rlhf.models.huggingface_config import decoder_of
+from rlhf.ranges import Coefficient, Length, Share, Steps, between, checked
 from rlhf.recipes import online, q_heads, setup
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.recipes.q_heads import Heads
@@ -97,11 +98,26 @@ def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> Trajector
     return Trajectories(*batch[:4], last * (centered / centered.std())[:, None])
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
-    tau: float = 0.7, discount: float = 0.99, cql_coef: float = 0.1, awac_coef: float = 1.0, awac_beta: float = 0.0,
-    target_rate: float = 0.001, target_every: int = 5, beta: float = 1.0, max_length: int = 1024, resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    scoring: Scoring,
+    sampling: Sampling,
+    output: str,
+    *,
+    tau: Annotated[float, between(0, 1, above=True, below=True)] = 0.7,
+    discount: Share = 0.99,
+    cql_coef: Coefficient = 0.1,
+    awac_coef: Coefficient = 1.0,
+    awac_beta: Coefficient = 0.0,
+    target_rate: Annotated[float, between(0, 1, above=True)] = 0.001,
+    target_every: Steps = 5,
+    beta: Coefficient = 1.0,
+    max_length: Length = 1024,
+    resume: bool = False,
+) -> dict[str, float]:
     """Implicit Q-learning for language: learns from logged answers of any quality which tokens lead to a higher reward.
 
     Rows have `prompt`, `completion` and `reward`.  Beside the model, the run's folder holds heads.safetensors: two Qs and V.
@@ -121,8 +137,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    if not (0 < tau < 1 and 0 <= discount <= 1):
-        raise ValueError(f"tau must be in (0, 1) and discount in [0, 1], but they are {tau} and {discount}")
     follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
     tokenizer = huggingface.load_tokenizer(model.model)
     eos_ids = online.ends(model.model, tokenizer)

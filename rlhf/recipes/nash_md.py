@@ -10,6 +10,7 @@ from rlhf import losses, rollouts
 from rlhf.lm import LM, geometric_mixture
 from rlhf.loop import Training
 from rlhf.metrics import Ratio
+from rlhf.ranges import Share, Strength, checked
 from rlhf.recipes import grpo, online, online_steps, setup
 from rlhf.recipes.importance import Importance, Weigh
 from rlhf.recipes.online import Drawing, Scoring
@@ -70,10 +71,11 @@ def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, weigh: Weigh | 
     }
 
 
+@checked
 def main(
     model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
     importance: Importance, output: str, *,
-    beta: float = 0.1, mixture_coef: float = 0.5, resume: bool = False,
+    beta: Strength = 0.1, mixture_coef: Share = 0.5, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Nash learning from human feedback: an answer of the policy against one of a mixture of it and the model as it was.
 
@@ -86,8 +88,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    if beta <= 0 or not 0 <= mixture_coef <= 1:
-        raise ValueError(f"beta must be above 0 and mixture_coef in [0, 1], but they are {beta} and {mixture_coef}")
     begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     params_of = online.params_of(policy)

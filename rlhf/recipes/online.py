@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.models.huggingface import end_ids
+from rlhf.ranges import INT32, Count, Length, Share, Temperature, between, check_fields
 from rlhf.recipes import setup
 from rlhf.recipes.online_scoring import Judge as Judge
 from rlhf.recipes.online_scoring import Scoring as Scoring
@@ -35,16 +36,14 @@ class Drawing:
       min_p: tokens at least this share as likely as the likeliest.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    max_new_tokens: Length = 256
+    temperature: Temperature = 1.0
+    top_k: Annotated[int, between(0, INT32)] = 0
+    top_p: Annotated[float, between(0, 1, above=True)] = 1.0
+    min_p: Share = 0.0
 
     def __post_init__(self):
-        self.sampler()
-        if getattr(self, "num_samples", 1) < 1 or self.max_new_tokens < 1 or self.top_k < 0:
-            raise ValueError("num_samples and max_new_tokens must be at least 1, and top_k at least 0")
+        check_fields(self)
 
     def sampler(self) -> samplers.Sampler:
         """The same as `rollouts.generate` takes it."""
@@ -62,7 +61,7 @@ class Sampling(Drawing):
       num_samples: answers a prompt.
     """
 
-    num_samples: int = 8
+    num_samples: Count = 8
 
 
 class Asked(NamedTuple):

@@ -4,7 +4,7 @@ The objective compares log-probs at temperature 1, whatever temperature the answ
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from rlhf import losses
 from rlhf.lm import SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import preference
+from rlhf.ranges import Count, Strength, between, checked
 from rlhf.recipes import dpo, online, online_steps, reward, setup
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes.online import Drawing, Scoring
@@ -44,11 +45,21 @@ def experience(rollout: Rollout, rewards, *, num_samples: int) -> tuple[Pairs, j
     return pairs, picked, {"reward_margin": margin.mean(), "preferred": (margin > 0).mean()}
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
-    num_samples: int = 2, loss: Literal["sigmoid", "ipo"] = "sigmoid", beta: float = 0.1, mini_batches: int = 1,
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    scoring: Scoring,
+    drawing: Drawing,
+    output: str,
+    *,
+    num_samples: Annotated[int, between(2, 65_536)] = 2,
+    loss: Literal["sigmoid", "ipo"] = "sigmoid",
+    beta: Strength = 0.1,
+    mini_batches: Count = 1,
     resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Online DPO: samples several answers, and learns to prefer the best of them to the worst.
 
     Rows have `prompt`, and the columns that the reward functions read.
@@ -62,8 +73,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    if num_samples < 2:
-        raise ValueError(f"num_samples {num_samples}: an answer is preferred to another; give at least 2")
     pairs_of.check(LOSSES[loss], beta=beta)
     begin = online_steps.start(
         run, model, source, training, scoring, rows=training.batch_size, mini_batches=mini_batches

@@ -5,13 +5,14 @@ import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts, tasks
 from rlhf.models import huggingface
+from rlhf.ranges import at_least, between, check_fields
 from rlhf.recipes import setup
 from rlhf.rollouts import Rollout, reward_functions, rewards
 from rlhf.runs import model_of
@@ -38,15 +39,13 @@ class Scoring:
       missing_end_penalty: what an answer loses that was cut before its end.
     """
 
-    reward: list[str] | None = None
-    reward_weights: list[float] | None = None
-    reward_clip: float | None = None
-    missing_end_penalty: float = 0.0
+    reward: Annotated[list[str], at_least(1)] | None = None
+    reward_weights: Annotated[list[Annotated[float, between(-1000, 1000)]], at_least(1)] | None = None
+    reward_clip: Annotated[float, between(0, 1_000_000, above=True)] | None = None
+    missing_end_penalty: Annotated[float, between(0, 1_000_000)] = 0.0
 
     def __post_init__(self):
-        if (self.reward_clip is not None and self.reward_clip <= 0) or self.missing_end_penalty < 0:
-            have = f"{self.reward_clip} and {self.missing_end_penalty}"
-            raise ValueError(f"reward_clip must be above 0 and missing_end_penalty at least 0, but they are {have}")
+        check_fields(self)
 
     def judge(self, source: setup.Source, tokenizer: Any) -> Judge:
         """`(rollout, columns, samples a prompt) -> (rewards [B], figures)`; reward models are loaded once all is checked.

@@ -50,7 +50,7 @@ def start(
 
     Raises: ValueError for options, questions and rewards that cannot be.
     """
-    if min(mini_batches, epochs) < 1 or rows % (mini_batches * training.micro_batches):
+    if rows % (mini_batches * training.micro_batches):
         cut = f"{mini_batches} mini-batches of {training.micro_batches} equal parts, {epochs} times"
         raise ValueError(f"a step's {rows} rows cannot be taken in {cut}; change --mini_batches or --batch_size")
     tokenizer = load_tokenizer(model.model)

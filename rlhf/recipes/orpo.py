@@ -7,13 +7,15 @@ from rlhf import tasks
 from rlhf.loop import Training, fit
 from rlhf.losses import reference_free
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Length, Strength, checked
 from rlhf.recipes import cpo, setup
 from rlhf.recipes import pairs as pairs_of
 from rlhf.runs import RunFolder
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, beta: float = 0.1, max_length: int = 1024,
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, beta: Strength = 0.1, max_length: Length = 1024,
     packing: Literal["none", "bfd"] = "none", resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Preference pairs and imitation in one, without a reference: ORPO.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from rlhf import losses, rollouts
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import scalar_head
+from rlhf.ranges import Coefficient, Count, Share, Strength, between, checked
 from rlhf.recipes import online, online_steps, setup
 from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Drawing, Scoring
@@ -91,14 +93,32 @@ def iteration(
     return online_steps.iteration(lm, reward_fn, optimizer, estimated, prepare, of_shared, epochs=epochs, of_lm=of_lm, **how)
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
-    importance: Importance, output: str, *,
-    num_samples: int = 1, kl_coef: float = 0.05, kl_target: float | None = None, kl_horizon: int = 10_000,
-    discount: float = 1.0, lam: float = 0.95, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1,
-    updates_per_batch: int = 4, mini_batches: int = 1, target_kl: float | None = None, whiten_rewards: bool = False,
-    scale_rewards: bool = False, resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    scoring: Scoring,
+    drawing: Drawing,
+    importance: Importance,
+    output: str,
+    *,
+    num_samples: Count = 1,
+    kl_coef: Coefficient = 0.05,
+    kl_target: Strength | None = None,
+    kl_horizon: Annotated[int, between(1, 1_000_000_000)] = 10_000,
+    discount: Share = 1.0,
+    lam: Share = 0.95,
+    clip: Strength = 0.2,
+    value_clip: Strength = 0.2,
+    value_coef: Coefficient = 0.1,
+    updates_per_batch: Count = 4,
+    mini_batches: Count = 1,
+    target_kl: Strength | None = None,
+    whiten_rewards: bool = False,
+    scale_rewards: bool = False,
+    resume: bool = False,
+) -> dict[str, float]:
     """Proximal policy optimisation: samples answers, and a value head says how much better than expected they are.
 
     Rows have `prompt`, and the columns that the reward functions read.  The value head is not in `model/`.

@@ -10,6 +10,7 @@ from rlhf.lm import LM, Head
 from rlhf.loop import Training, fit
 from rlhf.models import classifier_head
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Length, checked
 from rlhf.recipes import setup
 from rlhf.rollouts.types import Array
 from rlhf.runs import RunFolder
@@ -57,9 +58,10 @@ def lay_out(tokenizer, rows: list[Row], separator: str, packing: str, length: in
     return Solutions(*arranged(steps)[:4], labels)
 
 
+@checked
 def main(
     model: setup.Model, source: setup.Data, training: Training, output: str, *, step_separator: str | None = None,
-    last_step_only: bool = False, max_length: int = 1024, packing: Literal["none", "bfd"] = "none", resume: bool = False,
+    last_step_only: bool = False, max_length: Length = 1024, packing: Literal["none", "bfd"] = "none", resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Process reward modelling: teaches a model to tell, after every step of an answer, whether it was right.
 

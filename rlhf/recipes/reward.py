@@ -10,6 +10,7 @@ from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, Head, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Coefficient, Length, checked
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch, Pairs, Rollout
@@ -45,9 +46,10 @@ def objective(
     return loss_fn
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: int = 1024,
-    packing: Literal["none", "bfd"] = "none", center_coef: float = 0.0, resume: bool = False,
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: Length = 1024,
+    packing: Literal["none", "bfd"] = "none", center_coef: Coefficient = 0.0, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Reward modelling: teaches a model to give the better of two answers the higher number (Bradley and Terry).
 

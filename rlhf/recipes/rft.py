@@ -8,6 +8,7 @@ import numpy as np
 
 from rlhf import losses
 from rlhf.loop import Training, fit
+from rlhf.ranges import Count, Share, checked
 from rlhf.recipes import online, online_steps, setup, sft
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.rollouts import Batch, Rollout
@@ -47,9 +48,10 @@ def dealt(rollout: Rollout, rows: np.ndarray, number: int, micro_batches: int = 
     return [setup.select(batch, slice(i, None, number)) for i in range(number)]
 
 
+@checked
 def main(
     model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
-    start_percentile: float = 0.7, end_percentile: float = 0.95, improve_steps: int = 4, mini_batches: int = 1,
+    start_percentile: Share = 0.7, end_percentile: Share = 0.95, improve_steps: Count = 4, mini_batches: Count = 1,
     best_only: bool = False, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Rejection sampling fine-tuning: samples answers, keeps each prompt's best, and learns to write them.
@@ -67,10 +69,10 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    if not 0 <= start_percentile <= end_percentile <= 1:
-        raise ValueError(f"percentiles must rise within [0, 1], but go from {start_percentile} to {end_percentile}")
-    if min(improve_steps, mini_batches) < 1 or sampling.num_samples < 2:
-        raise ValueError("improve_steps and mini_batches must be at least 1, and num_samples at least 2, to choose from")
+    if start_percentile > end_percentile:
+        raise ValueError(f"percentiles must rise, but go from {start_percentile} to {end_percentile}")
+    if sampling.num_samples < 2:
+        raise ValueError(f"num_samples {sampling.num_samples}: an answer is chosen among others; give at least 2")
     percentiles, updates = np.linspace(start_percentile, end_percentile, improve_steps), improve_steps * mini_batches
     begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
     policy = setup.policy(model, training.seed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import jax.numpy as jnp
 
@@ -9,6 +10,7 @@ from rlhf import losses, rollouts
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
+from rlhf.ranges import Coefficient, Count, Strength, between, checked
 from rlhf.recipes import grpo, online, online_steps, setup
 from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Drawing, Scoring
@@ -45,12 +47,25 @@ def experience(
     return rollouts.batch_of(rollout, advantages=advantages), online.rollout_metrics(rollout, rewards, ref_logprobs)
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
-    importance: Importance, output: str, *,
-    num_samples: int = 2, beta: float = 0.05, clip_low: float = 0.2, clip_high: float = 0.2, normalize_advantages: bool = False,
-    updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    model: setup.Model,
+    source: setup.Data,
+    training: Training,
+    scoring: Scoring,
+    drawing: Drawing,
+    importance: Importance,
+    output: str,
+    *,
+    num_samples: Annotated[int, between(2, 65_536)] = 2,
+    beta: Coefficient = 0.05,
+    clip_low: Strength = 0.2,
+    clip_high: Strength = 0.2,
+    normalize_advantages: bool = False,
+    updates_per_batch: Count = 1,
+    mini_batches: Count = 1,
+    resume: bool = False,
+) -> dict[str, float]:
     """REINFORCE leave-one-out: samples several answers, and compares each with the mean of the others.
 
     Rows have `prompt`, and the columns that the reward functions read.
@@ -67,8 +82,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    if num_samples < 2:
-        raise ValueError(f"num_samples {num_samples}: an answer is compared with others to its prompt; give at least 2")
     online.check(presets.rloo(clip_low=clip_low, clip_high=clip_high).loss)
     begin = online_steps.start(
         run, model, source, training, scoring,

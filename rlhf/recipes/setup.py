@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import classifier_head, huggingface
+from rlhf.ranges import INT32, Share, at_least, between, check_fields
 from rlhf.runs import renewed
 from rlhf.train import TrainState, reference, train_step
 
@@ -38,8 +39,8 @@ class Model:
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full"] = "none"
-    lora_rank: int = 0
-    lora_alpha: float = 32.0
+    lora_rank: Annotated[int, between(0, 65_536)] = 0
+    lora_alpha: Annotated[float, between(0, 1_000_000, above=True)] = 32.0
     dora: bool = False
 
     def precision(self) -> dict[str, Any]:
@@ -56,7 +57,8 @@ class Model:
         return adapters.add(params, key, rank=self.lora_rank, alpha=self.lora_alpha, dora=self.dora)
 
     def __post_init__(self):
-        if self.lora_rank < 0 or (self.dora and not self.lora_rank):
+        check_fields(self)
+        if self.dora and not self.lora_rank:
             raise ValueError(f"lora_rank {self.lora_rank} with dora {self.dora}; DoRA is of adapters, give --lora_rank 16")
 
 
@@ -77,13 +79,12 @@ class Source:
     dataset: str
     split: str = "train"
     dataset_config: str | None = None
-    dataset_size: int = 4096
-    max_rows: int | None = None
+    dataset_size: Annotated[int, between(1, 10_000_000)] = 4096
+    max_rows: Annotated[int, between(1, INT32)] | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, but is {self.max_rows}")
+        check_fields(self)
 
     @property
     def generated(self) -> bool:
@@ -117,9 +118,9 @@ class Data(Source):
       eval_split: rows to judge by, another split of the dataset; of a generated task there are 256.
     """
 
-    dataset_accuracy: float | None = None
+    dataset_accuracy: Share | None = None
     more_datasets: list[str] = dataclasses.field(default_factory=list)
-    fractions: list[float] | None = None
+    fractions: Annotated[list[Annotated[float, between(0, 1, above=True)]], at_least(1)] | None = None
     eval_dataset: str | None = None
     eval_split: str | None = None
 

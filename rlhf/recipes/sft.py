@@ -9,6 +9,7 @@ from rlhf.data.types import Row
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Length, checked
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch
 from rlhf.runs import RunFolder
@@ -48,8 +49,9 @@ def lay_out(rows: list[data.Tokenized], packing: str, length: int, say: Callable
     return data.best_fit(kept.sides[0], length=length) if packing == "bfd" else data.batch(kept.sides[0])
 
 
+@checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: int = 1024,
+    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: Length = 1024,
     packing: Literal["none", "bfd", "split", "wrapped"] = "none", assistant_only: bool = False, completion_only: bool = True,
     resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

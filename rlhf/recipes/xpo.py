@@ -10,6 +10,7 @@ from rlhf import losses
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import preference
+from rlhf.ranges import Coefficient, Strength, checked
 from rlhf.recipes import dpo, online, online_dpo, online_steps, setup
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes.online import Drawing, Scoring
@@ -47,9 +48,10 @@ def objective(
     return loss_fn
 
 
+@checked
 def main(
     model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
-    alpha: float = 1e-5, loss: Literal["sigmoid", "ipo"] = "sigmoid", beta: float = 0.1, resume: bool = False,
+    alpha: Coefficient = 1e-5, loss: Literal["sigmoid", "ipo"] = "sigmoid", beta: Strength = 0.1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Exploratory preference optimisation: the policy's answers against those of the model as it was, the better preferred.
 

@@ -5,11 +5,13 @@ import sys
 import jax
 
 from rlhf import data, rollouts
+from rlhf.ranges import Seed, checked
 from rlhf.recipes.online import Sampling
 from rlhf.tools import saved
 
 
-def main(model: str, sampling: Sampling, *, seed: int = 0) -> None:
+@checked
+def main(model: str, sampling: Sampling, *, seed: Seed = 0) -> None:
     """Answers line after line; a model without a chat template goes on with each line.  An empty line ends it.
 
     Args:

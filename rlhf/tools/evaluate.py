@@ -8,6 +8,7 @@ import numpy as np
 
 from rlhf import rollouts
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import Count, Seed, checked
 from rlhf.recipes import online, setup
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.recipes.online_scoring import function
@@ -24,9 +25,10 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(ours + theirs), np.nan, np.where(ours == theirs, 0.5, ours > theirs))
 
 
+@checked
 def main(
     model: str, source: setup.Source, scoring: Scoring, sampling: Sampling, *, against: str | None = None,
-    judge: str | None = None, batch_size: int = 32, output: str | None = None, seed: int = 0,
+    judge: str | None = None, batch_size: Count = 32, output: str | None = None, seed: Seed = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Scores a model's answers to the questions of a data set: the likeliest ones, and `num_samples` drawn ones as pass@k.
 

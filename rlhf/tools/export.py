@@ -3,7 +3,10 @@
 import shutil
 from pathlib import Path
 
+from rlhf.ranges import checked
 
+
+@checked
 def main(run: str, *, output: str | None = None, push: str | None = None) -> None:
     """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub.
 

@@ -3,8 +3,10 @@
 from typing import Literal
 
 from rlhf.options import TRL
+from rlhf.ranges import checked
 
 
+@checked
 def main(topic: Literal["trl"] = "trl") -> None:
     """Lists option names of TRL that work here, and what they are called.
 

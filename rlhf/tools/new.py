@@ -1,13 +1,23 @@
 """A small model with random weights and a task's tokenizer: something to train from scratch."""
 
+from typing import Annotated
+
 import jax
 
 from rlhf import tasks
 from rlhf.models import TransformerConfig, huggingface, transformer
+from rlhf.ranges import Seed, between, checked
 
 
+@checked
 def main(
-    output: str, *, task: str = "task:reverse", hidden_size: int = 64, num_layers: int = 2, num_heads: int = 4, seed: int = 0
+    output: str,
+    *,
+    task: str = "task:reverse",
+    hidden_size: Annotated[int, between(1, 65_536)] = 64,
+    num_layers: Annotated[int, between(1, 1024)] = 2,
+    num_heads: Annotated[int, between(1, 1024)] = 4,
+    seed: Seed = 0,
 ) -> None:
     """Writes a new model with random weights, to be trained from scratch.
 
@@ -19,6 +29,8 @@ def main(
       num_heads: that attend, in every layer.
       seed: of the weights.
     """
+    if hidden_size % (2 * num_heads):
+        raise ValueError(f"hidden_size {hidden_size} is not {num_heads} heads of one even size; change --num_heads")
     tokenizer = tasks.find(task).tokenizer()
     lm = transformer(TransformerConfig(len(tokenizer), hidden_size, num_layers, num_heads, 4 * hidden_size, tied=True))
     huggingface.save(output, lm, lm.init(jax.random.key(seed)), tokenizer=tokenizer, family="llama")

@@ -1,11 +1,19 @@
 """Curves of runs, side by side."""
 
 from pathlib import Path
+from typing import Annotated
 
 from rlhf import runs
+from rlhf.ranges import at_least, checked
 
 
-def main(folders: list[str], *, output: str = "curves.png", figures: list[str] | None = None) -> None:
+@checked
+def main(
+    folders: Annotated[list[str], at_least(1)],
+    *,
+    output: str = "curves.png",
+    figures: Annotated[list[str], at_least(1)] | None = None,
+) -> None:
     """Draws what runs have logged, one panel a figure and one line a run.
 
     Args:

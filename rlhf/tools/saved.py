@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from rlhf import rollouts
+from rlhf import rollouts, yaml_files
 from rlhf.lm import LM, Params
 from rlhf.models import huggingface
+from rlhf.ranges import Coefficient, mistake
 from rlhf.recipes import online, q_heads
 from rlhf.rollouts import Prompts, Rollout, Sampler
 from rlhf.runs import model_of
@@ -34,6 +33,8 @@ def load(model: str) -> Saved:
     lm, params, tokenizer = huggingface.load(name)
     leans: tuple = ()
     if heads.exists():
-        options = yaml.safe_load((Path(model) / "config.yaml").read_text(encoding="utf-8"))
-        leans = (q_heads.shift(*q_heads.load(heads), options["beta"]),)
+        beta = yaml_files.load(Path(model) / "config.yaml").get("beta")
+        if wrong := mistake(f"{model}/config.yaml: beta", Coefficient, beta):
+            raise ValueError(wrong)
+        leans = (q_heads.shift(*q_heads.load(heads), beta),)
     return Saved(lm, params, tokenizer, online.ends(name, tokenizer), leans)
