@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
 from rlhf.interrupts import told_to_stop
+from rlhf.models.stacks import matrices
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
 from rlhf.train import TrainState, init_state
@@ -36,7 +37,7 @@ class Training:
       learning_rate: the highest.
       schedule: how the learning rate falls after the warm-up.
       warmup_steps: optimizer steps in which it rises from 0.
-      weight_decay: of matrices, as AdamW has it.
+      weight_decay: of what is a matrix in the checkpoint's file, as AdamW has it: not of norms and biases.
       max_grad_norm: longer gradients are cut to this length.
       average: of the parameters over the steps, which is judged and exported in place of the last ones.
       average_decay: of ema, which spans about 1 / (1 - average_decay) steps.
@@ -111,7 +112,6 @@ def optimizer_of(training: Training, steps: int) -> optax.GradientTransformation
         "constant": optax.constant_schedule(peak),
     }[training.schedule]
     rate = optax.join_schedules([optax.linear_schedule(0.0, peak, training.warmup_steps), falls], [training.warmup_steps])
-    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
     return optax.chain(
         optax.clip_by_global_norm(training.max_grad_norm),
         optax.adamw(rate, weight_decay=training.weight_decay, mask=matrices),
