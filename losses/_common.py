@@ -59,6 +59,11 @@ def constant(x, mask) -> Array:
     return jax.lax.stop_gradient(clean(x, mask))
 
 
+def pick(x, index) -> Array:
+    """`take_along_axis` of the last axis; NaN, and of integers the least, for an index that is negative or too large."""
+    return jnp.take_along_axis(x, jnp.where(index < 0, jnp.shape(x)[-1], index), axis=-1, mode="fill")
+
+
 def quantile(values, mask, share) -> Array:
     """The `share`-quantile along the last axis of what is True in `mask`, interpolated linearly.  `[..., N]` -> `[..., 1]`."""
     ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)

@@ -231,8 +231,8 @@ def _check_taken(run: RunFolder, skipped: Sequence[Any], before: int) -> None:
     known = [row.get("skipped", 0.0) for row in run.read("metrics.jsonl") if row["phase"] == "train"] if before else []
     if number == len(shares) and all(share == 1 for share in known):
         raise ValueError(
-            f"{run.path}: all {before + number} steps were skipped, since their gradients were infinite or NaN: the model is as it "
-            "was; look at the losses in metrics.jsonl, and try --dtype float32, a lower --learning_rate, or other rows"
+            f"{run.path}: all {before + number} steps were skipped, since their gradients were infinite or NaN: the model is "
+            "as it was; look at the losses in metrics.jsonl, and try --dtype float32, a lower --learning_rate, or other rows"
         )
     if number:
         run.say(f"{number} of {len(shares)} steps were skipped, since their gradients were infinite or NaN")

@@ -111,7 +111,7 @@ def main(
     if hooks and not beta:
         raise ValueError(f"sync_every {sync_every} moves the reference, but with a beta of 0 there is none; give --beta")
     begin = online_steps.start(
-        run, model, source, training, scoring,
+        run, model, source, training, scoring, sampling,
         rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy = setup.policy(model, training.seed)

@@ -78,7 +78,7 @@ def main(
     run = RunFolder(output, options=locals())
     if beta <= 0 or not 0 <= mixture_coef <= 1:
         raise ValueError(f"beta must be above 0 and mixture_coef in [0, 1], but they are {beta} and {mixture_coef}")
-    begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
+    begin = online_steps.start(run, model, source, training, scoring, drawing, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     params_of = online.params_of(policy)
     both = lambda state: (params_of(state), policy.reference(state.context))

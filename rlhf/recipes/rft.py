@@ -72,7 +72,7 @@ def main(
     if min(improve_steps, mini_batches) < 1 or sampling.num_samples < 2:
         raise ValueError("improve_steps and mini_batches must be at least 1, and num_samples at least 2, to choose from")
     percentiles, updates = np.linspace(start_percentile, end_percentile, improve_steps), improve_steps * mini_batches
-    begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
+    begin = online_steps.start(run, model, source, training, scoring, sampling, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     sample = online.sampler(policy, sampling, begin.eos_ids)
     make_update = setup.offline_step(policy.of_whole(sft.objective(policy.lm)), sft.prepare, training)

@@ -69,7 +69,7 @@ def main(
         raise ValueError(f"num_samples {num_samples}: an answer is compared with others to its prompt; give at least 2")
     online.check(presets.rloo(clip_low=clip_low, clip_high=clip_high).loss)
     begin = online_steps.start(
-        run, model, source, training, scoring,
+        run, model, source, training, scoring, drawing,
         rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
