@@ -78,6 +78,11 @@ def centered(values, mask) -> tuple[Array, Array]:
     return clean(above - mean, mask), jnp.where(mask.any(), smallest, 0.0) + mean
 
 
+def pick(x, index) -> Array:
+    """`take_along_axis` of the last axis; NaN, and of integers the least, for an index that is negative or too large."""
+    return jnp.take_along_axis(x, jnp.where(index < 0, jnp.shape(x)[-1], index), axis=-1, mode="fill")
+
+
 def quantile(values, mask, share) -> Array:
     """The `share`-quantile along the last axis of what is True in `mask`, interpolated linearly.  `[..., N]` -> `[..., 1]`."""
     ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)

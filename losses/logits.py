@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, widen
+from rlhf.losses._common import Array, pick, widen
 
 
 def token_logprob(logits, tokens) -> Array:
@@ -13,7 +13,7 @@ def token_logprob(logits, tokens) -> Array:
       logits: `[..., V]`; gradients flow through them.
       tokens: `[...]` int32.
 
-    Returns: `[...]` nats, in at least float32.
+    Returns: `[...]` nats, in at least float32; NaN for a token below 0 or beyond V.
 
     Raises: ValueError where the leading shapes differ.
 
@@ -22,7 +22,7 @@ def token_logprob(logits, tokens) -> Array:
     """
     _check(logits, tokens)
     logits = widen(logits)
-    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    picked = pick(logits, tokens[..., None])[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 

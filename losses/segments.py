@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, check_shapes, clean, widen
+from rlhf.losses._common import Array, check_shapes, clean, pick, widen
 
 
 def or_whole_rows(mask, segment_ids) -> Array:
@@ -68,7 +68,7 @@ def per_token(per_sequence, segment_ids) -> Array:
             f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, but is {list(jnp.shape(per_sequence))}"
         )
     table = per_sequence.reshape(rows, -1)
-    return jnp.take_along_axis(table, jnp.clip(segment_ids - 1, 0, table.shape[1] - 1), axis=1)
+    return pick(table, jnp.where(segment_ids == 0, 0, segment_ids - 1))
 
 
 def total(values, mask, segment_ids=None) -> Array:
@@ -165,4 +165,4 @@ def _pooled(whole_rows, by_segment, values, segment_ids) -> Array:
         return jnp.broadcast_to(whole_rows(values, axis=-1, keepdims=True), values.shape)
     columns = values.shape[-1]
     table = jax.vmap(lambda x, ids: by_segment(x, ids, num_segments=columns + 1))(values, segment_ids)
-    return jnp.take_along_axis(table, jnp.minimum(segment_ids, columns), axis=-1)
+    return pick(table, segment_ids)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.losses import segments
-from rlhf.losses._common import Array, check_positive, check_shapes, widen
+from rlhf.losses._common import Array, check_positive, check_shapes, pick, widen
 
 
 def weighted_sum(values, weights) -> Array:
@@ -105,7 +105,8 @@ def prompt_mean(mask, segment_ids=None, *, prompt_ids) -> Array:
       prompt_ids: `[B]` int32 in [0, B): the prompt that each row answers; for packed rows `[B * S]` in [0, B * S), as
         `segments.segment_sum` orders sequences.
 
-    Returns: `[B, T]` float32 that sums to 1; `P` counts the prompts with at least one trained token.  No gradient.
+    Returns: `[B, T]` float32 that sums to 1; `P` counts the prompts with at least one trained token; NaN for a prompt
+    id that is out of range.  No gradient.
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
@@ -115,7 +116,8 @@ def prompt_mean(mask, segment_ids=None, *, prompt_ids) -> Array:
     """
     prompts = segments.per_token(prompt_ids, segments.or_whole_rows(mask, segment_ids))
     totals = jax.ops.segment_sum(mask.astype(float).reshape(-1), prompts.reshape(-1), num_segments=jnp.size(prompt_ids))
-    return mask / (jnp.maximum(totals[prompts], 1.0) * jnp.maximum((totals > 0).sum(), 1))
+    of_prompt = pick(totals, prompts.reshape(-1)).reshape(prompts.shape)
+    return jnp.where(mask, 1.0 / (jnp.maximum(of_prompt, 1.0) * jnp.maximum((totals > 0).sum(), 1)), 0.0)
 
 
 def token_share(mask, segment_ids=None) -> Array:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlhf.models.huggingface import load_classifier as load_classifier
     from rlhf.models.huggingface import load_with_value as load_with_value
     from rlhf.models.huggingface import save as save
+    from rlhf.models.vocabulary import resized as resized
     from rlhf.train import TrainState as TrainState
     from rlhf.train import coupled_train_step as coupled_train_step
     from rlhf.train import init_state as init_state
@@ -28,6 +29,7 @@ _EXPORTS = {
     "load_classifier": "rlhf.models.huggingface",
     "load_with_value": "rlhf.models.huggingface",
     "save": "rlhf.models.huggingface",
+    "resized": "rlhf.models.vocabulary",
     "TrainState": "rlhf.train",
     "init_state": "rlhf.train",
     "train_step": "rlhf.train",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rlhf.models.linear import linear
 from rlhf.models.quantized import BLOCKS as BLOCKS
 from rlhf.models.quantized import QuantizedWeight
+from rlhf.models.stacks import rank as rank_in_file
 
 Array = jax.Array
 
@@ -260,10 +261,9 @@ def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
 
 def _no_target(name: str, leaf: Array) -> str:
     """Why a leaf cannot have an adapter, or nothing."""
-    *above, last = name.split(".")
-    if leaf.ndim - ("layers" in above) < 2:
+    if rank_in_file(name.split("."), leaf) < 2:
         return "which is no matrix"
-    return "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", last) else ""
+    return "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", name) else ""
 
 
 def _drop(x: Array, key: Array, rate: Array) -> Array:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
 from rlhf.interrupts import told_to_stop
+from rlhf.models.stacks import matrices
 from rlhf.ranges import Coefficient, Count, Every, Seed, Steps, between, check_fields
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
@@ -23,6 +24,7 @@ PEAKS = {  # bfloat16 operations a second, by the start of a device's name
     "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
 }  # fmt: skip
+HOPELESS = 20  # steps after which a run ends if every one was skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Training:
       learning_rate: the highest.
       schedule: how the learning rate falls after the warm-up.
       warmup_steps: optimizer steps in which it rises from 0.
-      weight_decay: of matrices, as AdamW has it.
+      weight_decay: of what is a matrix in the checkpoint's file, as AdamW has it: not of norms and biases.
       max_grad_norm: longer gradients are cut to this length.
       average: of the parameters over the steps, which is judged and exported in place of the last ones.
       average_decay: of ema, which spans about 1 / (1 - average_decay) steps.
@@ -102,7 +104,6 @@ def optimizer_of(training: Training, steps: int) -> optax.GradientTransformation
         "constant": optax.constant_schedule(peak),
     }[training.schedule]
     rate = optax.join_schedules([optax.linear_schedule(0.0, peak, training.warmup_steps), falls], [training.warmup_steps])
-    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
     return optax.chain(
         optax.clip_by_global_norm(training.max_grad_norm),
         optax.adamw(rate, weight_decay=training.weight_decay, mask=matrices),
@@ -146,8 +147,9 @@ def fit(
 
     Returns: the last state, with the averaged parameters where there are, and the last value of every figure.
 
-    Raises: KeyboardInterrupt where the process is told to stop before the last step: after its step, which is saved; where it
-      is told twice, at once, and nothing is.
+    Raises: ValueError where no step was taken, since every gradient was infinite or NaN: after the first steps already, and
+      nothing is exported.  KeyboardInterrupt where the process is told to stop before the last step: after its step, which is
+      saved; where it is told twice, at once, and nothing is.
     """
     optimizer, context, judged = optimizer_of(training, total * updates), dict(context or {}), lambda state: state
     if training.average != "none":
@@ -170,12 +172,16 @@ def fit(
             run.log(phase, number, figures)
             track(number, figures)
 
+        skipped: list[Any] = []  # of every step here, the share of its updates that were skipped
+
         def after(number: int, state: TrainState) -> bool:
             nonlocal over
             over = number == total
             if evaluate is not None and (over or (training.eval_every and number % training.eval_every == 0)):
                 log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
                 over = over or _is_stuck(run, shown, training.patience)
+            if over or len(skipped) == HOPELESS:
+                _check_taken(run, skipped, done)
             saves = over or told() or (training.save_every > 0 and number % training.save_every == 0)
             if saves:
                 checkpoints.save(saved(state))
@@ -188,6 +194,7 @@ def fit(
 
         def step(state: TrainState, number: int, batch: Any) -> tuple[TrainState, dict]:
             state, metrics = made(state, batch)
+            skipped.append(metrics.get("skipped", 0.0))
             for hook in hooks:
                 state = hook(number, state)
             return state, metrics
@@ -198,7 +205,7 @@ def fit(
         else:
             state = run_steps(
                 "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
-                shown=shown, every=training.log_every, size=_size(params),
+                shown=shown, every=training.log_every, size=_size(params), devices=_devices(params),
             )  # fmt: skip
     figures = run.figures()
     if figures:
@@ -206,6 +213,20 @@ def fit(
     if not over:
         raise KeyboardInterrupt(f"{run.path}: stopped after step {int(state.step) // updates} of {total}; go on with --resume")
     return judged(state), {name: value for name, (value, _) in figures.items()}
+
+
+def _check_taken(run: RunFolder, skipped: Sequence[Any], before: int) -> None:
+    """Raises where no step was taken, in this process or in the steps before it; says how many were skipped."""
+    shares = np.array(jax.device_get(list(skipped)), float)
+    number = int((shares == 1).sum())
+    known = [row.get("skipped", 0.0) for row in run.read("metrics.jsonl") if row["phase"] == "train"] if before else []
+    if number == len(shares) and all(share == 1 for share in known):
+        raise ValueError(
+            f"{run.path}: all {before + number} steps were skipped, since their gradients were infinite or NaN: the model is "
+            "as it was; look at the losses in metrics.jsonl, and try --dtype float32, a lower --learning_rate, or other rows"
+        )
+    if number:
+        run.say(f"{number} of {len(shares)} steps were skipped, since their gradients were infinite or NaN")
 
 
 def _is_stuck(run: RunFolder, shown: Sequence[str], patience: int) -> bool:
@@ -239,6 +260,7 @@ def run_steps(
     start: int = 0,
     after: Callable[[int, Any], bool | None] | None = None,
     size: int = 0,
+    devices: int = 1,
 ) -> Any:
     """Takes steps `start + 1` to `total`, `state, metrics = step(state, *next(inputs))`, under a progress bar.
 
@@ -246,7 +268,8 @@ def run_steps(
       log: called with the phase, the step's number from 1, and its metrics as floats, every `every` steps and at the end.
       shown: metrics that stand beside the bar.
       after: called with every step's number and the state; where it returns True, that step was the last.
-      size: trained parameters; with a metric `tokens`, the share of the device's peak is logged where it is known.
+      size: trained parameters; with a metric `tokens`, the share of the devices' peak is logged where it is known.
+      devices: how many the run uses.
 
     Returns: the last state.
     """
@@ -263,7 +286,7 @@ def run_steps(
             if number % every == 0 or number == total:
                 figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 seconds, begin = time.perf_counter() - begin, time.perf_counter()
-                figures |= _speed(float(np.sum(jax.device_get(tokens))) / seconds, size)
+                figures |= _speed(float(np.sum(jax.device_get(tokens))) / seconds, size, devices)
                 tokens.clear()
                 log(phase, number, figures)
                 progress.update(task, figures="  ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures))
@@ -275,14 +298,20 @@ def run_steps(
     return state
 
 
-def _speed(tokens: float, size: int) -> dict[str, float]:
-    """Tokens a second, and the share of the peak that 6 operations a parameter and token are, where it is known."""
+def _speed(tokens: float, size: int, devices: int) -> dict[str, float]:
+    """Tokens a second, and the share of these devices' peak that 6 operations a parameter and token are, where it is known."""
     if np.isnan(tokens):
         return {}
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
-    mfu = {"mfu": 6 * size * tokens / (peak * jax.device_count())} if peak else {}
+    mfu = {"mfu": 6 * size * tokens / (peak * devices)} if peak else {}
     return {"tokens_per_second": tokens, **mfu}
+
+
+def _devices(tree: Any) -> int:
+    """How many devices hold a part of these arrays."""
+    held = (x.sharding.device_set for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return len(set().union(*held)) or 1
 
 
 def _size(params: Any) -> int:

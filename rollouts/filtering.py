@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf.losses import groups as _groups
-from rlhf.rollouts.types import Array, Prompts, Rollout
+from rlhf.rollouts.types import Array, Prompts, Rollout, is_here
 
 
 class Report(NamedTuple):
@@ -140,7 +140,7 @@ def take_groups(tree: Any, which, num_samples: int) -> Any:
     if which.ndim != 1:
         raise ValueError(f"which {list(which.shape)} but it must be [N], one index a group")
     _check_range(which, groups)
-    return _take(tree, which[:, None] * num_samples + np.arange(num_samples)[None, :])
+    return _take(tree, _or_none(which, groups, groups)[:, None] * num_samples + np.arange(num_samples)[None, :])
 
 
 def take_samples(tree: Any, which, num_samples: int) -> Any:
@@ -160,6 +160,7 @@ def take_samples(tree: Any, which, num_samples: int) -> Any:
     if which.ndim != 2 or which.shape[0] != groups:
         raise ValueError(f"which {list(which.shape)} but there are {groups} groups of {num_samples} samples")
     _check_range(which, num_samples)
+    which = _or_none(which, num_samples, groups * num_samples)
     return _take(tree, which + np.arange(groups)[:, None] * num_samples)
 
 
@@ -319,7 +320,14 @@ def _index(which) -> Array:
 
 
 def _take(tree: Any, rows) -> Any:
-    return jax.tree.map(lambda x: x[rows.reshape(-1)] if np.ndim(x) else x, tree)
+    """These rows of every leaf; of one that is not there NaN, or the least integer."""
+    at = lambda x, i: x[i] if isinstance(i, np.ndarray) else jnp.take(x, i, axis=0, mode="fill")
+    return jax.tree.map(lambda x: at(x, rows.reshape(-1)) if np.ndim(x) else x, tree)
+
+
+def _or_none(which, size: int, none: int):
+    """Indices; `none` in place of traced ones that are out of range, which no check has seen."""
+    return which if isinstance(which, np.ndarray) else jnp.where((which >= 0) & (which < size), which, none)
 
 
 def _num_groups(tree: Any, num_samples: int) -> int:
@@ -330,7 +338,9 @@ def _num_groups(tree: Any, num_samples: int) -> int:
 
 
 def _check_range(which, size: int) -> None:
-    if isinstance(which, np.ndarray) and which.size and not 0 <= which.min() <= which.max() < size:
+    if isinstance(which, jax.Array) and not is_here(which):
+        return
+    if which.size and not 0 <= which.min() <= which.max() < size:
         raise ValueError(f"which has indices {which.min()} … {which.max()} but they must be in 0 … {size - 1}")
 
 

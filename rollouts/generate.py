@@ -25,7 +25,7 @@ from rlhf.rollouts.decoding import (
     repeat,
     row_keys,
 )
-from rlhf.rollouts.types import Array, Prompts, Rollout
+from rlhf.rollouts.types import Array, Prompts, Rollout, check_ids
 
 MAX_STAGES, MIN_TOKENS = 4, 16  # loops that a long completion is decoded in; new tokens of each
 
@@ -66,8 +66,9 @@ def generate(
     Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row `p * num_samples + g` is
     sample g of prompt p.  No gradient flows.
 
-    Raises: ValueError on wrong shapes or counts, a prompt without tokens, an end token beyond the vocabulary, or a prefix for
-      prompts with inputs of their own; TypeError on a mask that is not bool.
+    Raises: ValueError on wrong shapes or counts, a prompt without tokens, a token or an end token beyond the vocabulary, more
+      tokens than a model has learned positions, or a prefix for prompts with inputs of their own; TypeError on a mask that is
+      not bool.
 
     >>> from rlhf.models import TransformerConfig, transformer
     >>> lm = transformer(TransformerConfig(vocab_size=9, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
@@ -78,6 +79,7 @@ def generate(
     """
     settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     _check_prefix(prefix, prompts)
+    _check_ids(lm, prompts, prefix, settings)
     return _generate(lm, settings, early_end, params, prompts, key, sampler, stop, prefix)
 
 
@@ -121,6 +123,7 @@ def generate_many(
     """
     settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     _check_prefix(prefix, prompts)
+    _check_ids(lm, prompts, prefix, settings)
     refill = max(1, slots // (8 * num_samples)) if refill is None else refill
     if refill < 1 or slots < refill * num_samples:
         raise ValueError(
@@ -227,3 +230,10 @@ def _check_prefix(prefix, prompts: Prompts) -> None:
         raise ValueError(f"prefix {list(prefix.shape)} but it must be [S], the same tokens for every prompt")
     if prefix is not None and prompts.inputs is not None:
         raise ValueError("a prefix is read once for all, but these prompts have inputs of their own; write it before each")
+
+
+def _check_ids(lm: LM, prompts: Prompts, prefix, settings: Settings) -> None:
+    ahead = 0 if prefix is None else prefix.shape[0]
+    check_ids(lm, prompts.tokens, prompts.mask, more=ahead + settings.max_new_tokens)
+    if prefix is not None:
+        check_ids(lm, prefix[None], jnp.ones((1, ahead), bool))

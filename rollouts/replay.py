@@ -84,6 +84,9 @@ def curriculum(number: int, *, rate: float = 0.1, weight: Callable = learnabilit
         passed = jnp.asarray(passed, jnp.float32)
         if passed.ndim != 2 or np.shape(index) != passed.shape[:1]:
             raise ValueError(f"index {list(np.shape(index))} but passed {list(passed.shape)}; they must be [n] and [n, G]")
+        if not isinstance(index, jax.core.Tracer) and not ((np.asarray(index) >= 0) & (np.asarray(index) < number)).all():
+            raise ValueError(f"index {np.asarray(index).tolist()} but there are {number} prompts, 0 to {number - 1}")
+        index = jnp.where(jnp.asarray(index) < 0, number, index)  # traced: of a prompt that is not there nothing is kept
         scored = ~jnp.isnan(passed)
         of_prompt = lambda x: jnp.zeros(number, jnp.float32).at[index].add(x.sum(-1).astype(jnp.float32))
         samples = of_prompt(scored)

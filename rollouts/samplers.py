@@ -211,10 +211,11 @@ def banned(words: Sequence[Sequence[int]]) -> Partial:
 
     Returns: a transform of logits `[B, V]`.
 
-    Raises: ValueError where a word is empty, or there is none.
+    Raises: ValueError where a word is empty or has a token below 0, or there is none.  One beyond the vocabulary makes NaN.
     """
     if not words or not all(len(word) for word in words):
         raise ValueError(f"banned words have at least one token, for example [[7], [3, 4]], but got {list(map(list, words))}")
+    _check_tokens("banned words", [token for word in words for token in word])
     longest = max(map(len, words))
     padded = np.full((len(words), longest), -1, np.int32)  # on the left: anything may stand there
     for row, word in zip(padded, words, strict=True):
@@ -228,8 +229,11 @@ def allowed(tokens) -> Partial:
     Args:
       tokens: `[N]` int32 ids, or a mask `[V]` or `[B, V]` bool.
 
-    Returns: a transform of logits `[B, V]`.
+    Returns: a transform of logits `[B, V]`; NaN where one of them is beyond the vocabulary.
+
+    Raises: ValueError where a token is below 0.
     """
+    _check_tokens("allowed tokens", tokens)
     return Partial(_allowed, tokens=jnp.asarray(tokens))
 
 
@@ -239,8 +243,11 @@ def min_new_tokens(n, eos_ids: Sequence[int]) -> Partial:
     Args:
       n: tokens, a number or a `[]` int32 array.  eos_ids: as `generate` has them.
 
-    Returns: a transform of logits `[B, V]`.
+    Returns: a transform of logits `[B, V]`; NaN where an end token is beyond the vocabulary.
+
+    Raises: ValueError where an end token is below 0.
     """
+    _check_tokens("eos_ids", eos_ids)
     return Partial(_min_new_tokens, n=n, eos_ids=jnp.asarray(eos_ids, jnp.int32))
 
 
@@ -289,20 +296,34 @@ def _banned(logits, step, *, words):
     here = jnp.take_along_axis(step.here, at, axis=1) & (before >= 0)
     same = here[:, None] & (last[:, None] == words[None, :, :-1])
     completes = (same | (words[None, :, :-1] < 0)).all(-1)  # [B, W]
-    rows = jnp.arange(logits.shape[0])[:, None]
+    rows, logits = jnp.arange(logits.shape[0])[:, None], _if_known(logits, words)
     return logits.at[rows, words[None, :, -1]].min(jnp.where(completes, -jnp.inf, jnp.inf).astype(logits.dtype))
 
 
 def _allowed(logits, step=None, *, tokens):
     if tokens.dtype == jnp.bool_:
         return _keep(logits, jnp.broadcast_to(tokens, logits.shape))
-    return _keep(logits, jnp.zeros(logits.shape, bool).at[:, tokens].set(True))
+    return _keep(_if_known(logits, tokens), jnp.zeros(logits.shape, bool).at[:, tokens].set(True))
 
 
 def _min_new_tokens(logits, step, *, n, eos_ids):
+    logits = _if_known(logits, eos_ids)
     early = logits.at[:, eos_ids].set(-jnp.inf)
     return jnp.where((step.new < n)[:, None], early, logits)
 
 
 def _keep(logits, where):
     return jnp.where(where, logits, -jnp.inf)
+
+
+def _if_known(logits, tokens):
+    """Logits, NaN where a token is beyond their vocabulary."""
+    return jnp.where((tokens < logits.shape[-1]).all(), logits, jnp.nan)
+
+
+def _check_tokens(name: str, tokens) -> None:
+    """Raises where one is below 0; traced ones are not looked at."""
+    if isinstance(tokens, jax.core.Tracer) or np.asarray(tokens).dtype == bool:
+        return
+    if below := [int(token) for token in np.asarray(tokens).reshape(-1) if token < 0]:
+        raise ValueError(f"{name} have token {below[0]}, but tokens count from 0")

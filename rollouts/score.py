@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf import losses
 from rlhf.lm import LM, Head, Params, SharedPrefix
-from rlhf.rollouts.types import Array, Batch, Rollout
+from rlhf.rollouts.types import Array, Batch, Rollout, check_ids
 
 
 class Scored(NamedTuple):
@@ -56,11 +57,14 @@ def score(
 
     Returns: `Scored`.
 
-    Raises: ValueError on unequal shapes, rows that are no groups of `shared.rows`, or a `shared.own` that leaves no prefix.
+    Raises: ValueError on unequal shapes, tokens or positions of NumPy that the model has not (on a device they give NaN), rows
+      that are no groups of `shared.rows`, or a `shared.own` that leaves no prefix.
     """
     heads = heads or {}
     _check(tokens, positions=positions, segment_ids=segment_ids, **({} if mask is None else {"mask": mask}))
     _check_shared(shared, tokens)
+    if isinstance(tokens, np.ndarray):
+        check_ids(lm, tokens, segment_ids, positions)
     names = tuple(heads)
     applies = tuple(heads[name][0].apply for name in names)
     return _score(
@@ -124,6 +128,8 @@ def classify(
     Raises: ValueError on unequal shapes.
     """
     _check(tokens, positions=positions, segment_ids=segment_ids)
+    if isinstance(tokens, np.ndarray):
+        check_ids(lm, tokens, segment_ids, positions)
     hidden, _, _ = lm.hidden(params["lm"], tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
     if head.reads == "every":
         return head.apply(params["head"], hidden)

@@ -2,8 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rlhf.lm import LM
 
 Array = Any  # of JAX, or of NumPy on its way to the device
 
@@ -35,6 +38,53 @@ def check_prompts(prompts: Prompts) -> None:
     if isinstance(mask, np.ndarray) and not mask.any(axis=1).all():
         empty = np.flatnonzero(~mask.any(axis=1)).tolist()
         raise ValueError(f"prompts {empty} have no tokens; a model needs at least one to start from")
+
+
+def check_ids(lm: LM, tokens: Array, real: Array, positions: Array | None = None, *, more: int = 0) -> None:
+    """Raises where a model has no embedding for a token or a position; arrays that are traced are not looked at.
+
+    What cannot be looked at, within `jit`, gives NaN in its row.
+
+    Args:
+      lm: of a module with a `config`; of others nothing is known.
+      tokens: `[B, T]`.  real: `[B, T]`, where no padding is.
+      positions: `[B, T]`; None: the tokens of a row are counted.
+      more: tokens that follow a row's last.
+
+    Raises: ValueError naming the row.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> check_ids(lm, np.array([[5, 8]]), np.array([[True, True]]))
+    Traceback (most recent call last):
+    ValueError: row 0 has token 8, but the model's vocabulary has 8 tokens, 0 to 7; grow it with rlhf.resized(lm, params, 9)
+    """
+    if any(isinstance(x, jax.Array) and not is_here(x) for x in (tokens, real, positions)):
+        return
+    config = getattr(next(iter(getattr(lm.init, "args", ())), None), "config", None)
+    config = getattr(config, "decoder", config)
+    tokens, real = np.asarray(tokens), np.asarray(real).astype(bool)
+    number = getattr(config, "vocab_size", None)
+    if number is not None and (wrong := real & ((tokens < 0) | (tokens >= number))).any():
+        row, column = np.argwhere(wrong)[0]
+        token = int(tokens[row, column])
+        cure = f"; grow it with rlhf.resized(lm, params, {token + 1})" if token > 0 else ""
+        raise ValueError(
+            f"row {row} has token {token}, but the model's vocabulary has {number} tokens, 0 to {number - 1}{cure}"
+        )
+    most = getattr(config, "max_positions", None)
+    places = real.cumsum(1) - 1 if positions is None else np.where(real, np.asarray(positions), 0)
+    if most is not None and places.size and (places.min() < -1 or places.max() + more >= most):
+        row = int(np.argmax(places.max(1)))
+        after = f" and {more} after it" if more else ""
+        raise ValueError(
+            f"row {row} goes to position {places[row].max()}{after}, but the model has {most} learned positions; shorten it"
+        )
+
+
+def is_here(x: Array) -> bool:
+    """Whether an array's numbers can be looked at: it is not traced, and all of it is on this machine."""
+    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
 class Rollout(NamedTuple):

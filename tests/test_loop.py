@@ -6,15 +6,18 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from rlhf import averages, runs
+from rlhf import averages, loop, runs
 from rlhf.checkpoint import Checkpoints
 from rlhf.interrupts import told_to_stop
 from rlhf.loop import Training, fit
+from rlhf.sharding import make_mesh
 
 STEPS = 6
 CONSTANT = Training(steps=STEPS, batch_size=1, learning_rate=0.5, schedule="constant", max_grad_norm=1e9)
@@ -202,3 +205,62 @@ def test_refusals():
         averages.ema(decay=1.5)
     with pytest.raises(ValueError, match="lag must be at least 1"):
         averages.bema(lag=0.5)
+
+
+# --- steps that are not taken --------------------------------------------------------------------------------------------
+
+
+def skipping(share):
+    """`quarter`, where `share(number)` of the updates of a step from 1 were skipped."""
+
+    def step(state, batch):
+        new, metrics = quarter(state, batch)
+        of = share(int(state.step) + 1)
+        return new._replace(params=state.params if of == 1 else new.params), {**metrics, "skipped": of}
+
+    return step
+
+
+def fit_skipping(folder, share, *, resume=False, total=STEPS, **options):
+    exported = []
+    training = dataclasses.replace(CONSTANT, steps=total, **options)
+    export = lambda state, over: exported.append(int(state.step))
+    begun = runs.RunFolder(folder, {"resume": resume})
+    fit(begun, training, lambda _: skipping(share), {"w": jnp.zeros(1)}, lambda number, size: jnp.ones(size), total,
+        fixed={"shift": jnp.zeros(())}, console=QUIET, export=export)  # fmt: skip
+    return exported
+
+
+@pytest.mark.parametrize("options", [{}, dict(log_every=5), dict(average="ema")], ids=str)
+def test_a_run_in_which_no_step_was_taken_is_an_error(tmp_path, options):
+    with pytest.raises(ValueError, match="all 6 steps were skipped"):
+        fit_skipping(tmp_path / "run", lambda number: 1.0, **options)
+    assert not (tmp_path / "run" / "card.md").exists()
+
+
+def test_it_ends_early(tmp_path):
+    with pytest.raises(ValueError, match="all 20 steps were skipped"):
+        fit_skipping(tmp_path / "run", lambda number: 1.0, total=100)
+
+
+@pytest.mark.parametrize("share", [lambda n: float(n != 3), lambda n: 0.5, lambda n: float(n < 6)], ids=["one", "half", "last"])
+def test_a_run_with_some_steps_taken_goes_on(tmp_path, share, capsys):
+    assert fit_skipping(tmp_path / "run", share) == [STEPS]
+
+
+def test_a_resumed_run_counts_the_steps_before(tmp_path):
+    assert fit_skipping(tmp_path / "a", lambda number: 0.0, total=3) == [3]
+    assert fit_skipping(tmp_path / "a", lambda number: 1.0, resume=True) == [STEPS]
+    with pytest.raises(ValueError, match="all 6 steps were skipped"):
+        fit_skipping(tmp_path / "b", lambda number: 1.0, save_every=2)
+    with pytest.raises(ValueError, match="all 6 steps were skipped"):
+        fit_skipping(tmp_path / "b", lambda number: 1.0, resume=True, save_every=2)
+
+
+def test_mfu_is_of_the_devices_that_the_run_uses(monkeypatch):
+    monkeypatch.setitem(loop.PEAKS, jax.devices()[0].device_kind, 6e3)
+    one, mesh = jax.device_put(jnp.ones(8), jax.devices()[3]), make_mesh(4, devices=jax.devices()[:4])
+    four = jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("data")))
+    used = [loop._devices(tree) for tree in ({"a": one}, {"a": four}, {"a": one, "b": four}, {"a": np.ones(1)})]
+    assert used == [1, 4, 4, 1]
+    assert [loop._speed(1000.0, 1, devices)["mfu"] for devices in (1, 4)] == [1.0, 0.25]

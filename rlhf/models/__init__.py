@@ -8,5 +8,6 @@ from rlhf.models.heads import classifier_head as classifier_head
 from rlhf.models.heads import q_head as q_head
 from rlhf.models.heads import scalar_head as scalar_head
 from rlhf.models.rotary import Rope as Rope
+from rlhf.models.stacks import matrices as matrices
 from rlhf.models.transformer import Transformer as Transformer
 from rlhf.models.transformer import transformer as transformer

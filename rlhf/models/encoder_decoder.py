@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rlhf.lm import LM, from_linen
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import EncoderDecoderConfig
+from rlhf.models.linear import or_zero
 from rlhf.models.transformer import Stack, embed, empty_cache, ends, logits, unstacked
 
 Array = jax.Array
@@ -36,7 +37,7 @@ class EncoderDecoder(Weights):
         if missing := [name for name in INPUTS if name not in (inputs or {})]:
             raise ValueError(f"the encoder reads inputs {list(INPUTS)}, but {missing} are missing; got {sorted(inputs or {})}")
         c = self.config.encoder
-        x = embed(c, self.embedding, inputs["tokens"])
+        x = embed(c, self.embedding, or_zero(inputs["tokens"], c.vocab_size, inputs["segment_ids"]))
         x, _, _ = self.encoder.run(x, inputs["positions"], inputs["segment_ids"])
         of_layer: Any = lambda layer: Block(self.config.decoder, parent=None).apply({"params": layer}, x, method="cross_kv")
         weights = {name: leaf for name, leaf in self.decoder.layers.items() if name.startswith("cross_")}
@@ -49,7 +50,9 @@ class EncoderDecoder(Weights):
             one = jnp.ones((1, 1), jnp.int32)
             inputs = dict(tokens=one, positions=one - 1, segment_ids=one)
         encoded = inputs if "k" in (inputs or {}) else self.encode(inputs)
-        return self.decoder.run(embed(self.config.decoder, self.embedding, tokens), positions, segment_ids, cache, encoded)
+        c = self.config.decoder
+        x = embed(c, self.embedding, or_zero(tokens, c.vocab_size, segment_ids))
+        return self.decoder.run(x, positions, segment_ids, cache, encoded)
 
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""

@@ -72,6 +72,14 @@ def decoder_of(config: Config) -> TransformerConfig:
     return config if isinstance(config, TransformerConfig) else config.decoder
 
 
+def with_vocabulary(config: Config, size: int) -> Config:
+    """A config with so many tokens; of an encoder-decoder, in both halves."""
+    if isinstance(config, EncoderDecoderConfig):
+        of = lambda half: dataclasses.replace(half, vocab_size=size)
+        return EncoderDecoderConfig(of(config.encoder), of(config.decoder))
+    return dataclasses.replace(config, vocab_size=size)
+
+
 def described(config: Config, family: str | None, fields: Mapping[str, Any]):
     """transformers' config for ours, written by a family; None: the first that can express it.
 
@@ -103,6 +111,9 @@ def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
     theirs = ours(hf)
     if decoder_of(theirs).tied and not decoder_of(config).tied:
         theirs, hf.tie_word_embeddings = replaced(theirs, tied=False), False  # stored twice, and different
+    if decoder_of(config).vocab_size > decoder_of(theirs).vocab_size:  # tokens were added
+        hf.vocab_size = decoder_of(config).vocab_size
+        theirs = with_vocabulary(theirs, hf.vocab_size)
     if not decoder_of(config).unembeds:
         theirs = replaced(theirs, unembeds=False)
     if lost := differences(config, theirs):

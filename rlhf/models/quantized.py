@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.lm import Params
+from rlhf.models.stacks import rank
 
 Array = jax.Array
 BLOCKS = r"(.*\.)?layers\.((cross_)?[qkvo]|gate|up|down)"
@@ -51,8 +52,8 @@ def quantize(params: Params, qtype: str = "nf4", *, targets: str = BLOCKS, block
 
     Returns: like `params`, with a `QuantizedWeight` for each target.  No gradient flows through those.
 
-    Raises: ImportError where qwix is not installed; ValueError where a type is not known, no leaf matches, or the
-      block does not divide a target's inputs.
+    Raises: ImportError where qwix is not installed; ValueError where a type is not known, no leaf matches, a
+      target is no matrix, or the block does not divide its inputs.
 
     >>> params = {"layers": {"q": jax.random.normal(jax.random.key(0), (1, 64, 8))}}
     >>> held = quantize(params, "int8")["layers"]["q"]
@@ -71,11 +72,18 @@ def quantize(params: Params, qtype: str = "nf4", *, targets: str = BLOCKS, block
     chosen = [key for key in leaves if re.fullmatch(targets, key)]
     if not chosen:
         raise ValueError(f"targets {targets!r} match no leaf of {', '.join(leaves)}")
-    if bad := [f"{key} {list(leaves[key].shape)}" for key in chosen if leaves[key].ndim < 2 or leaves[key].shape[-2] % block]:
+    shape = lambda key: f"{key} {list(leaves[key].shape)}"
+    if bad := [shape(key) for key in chosen if rank(key.split("."), leaves[key]) < 2]:
+        raise ValueError(f"targets match {'; '.join(bad)}, which are no matrices; give patterns that match matrices alone")
+    if bad := [shape(key) for key in chosen if leaves[key].shape[-2] % block]:
         raise ValueError(f"a block of {block} inputs does not divide those of {'; '.join(bad)}; give another block")
 
     one = lambda w: qwix.quantize(w, getattr(jnp, qtype, qtype), channelwise_axes=(1,), tiled_axes={0: block})
-    held = jax.jit(lambda w: jax.lax.map(one, w) if w.ndim > 2 else one(w))  # a layer at a time
+
+    @jax.jit
+    def held(w):
+        return jax.lax.map(held, w) if w.ndim > 2 else one(w)  # a layer, an expert at a time
+
     replace = lambda path, leaf: QuantizedWeight(held(leaf)) if name(path) in chosen else leaf
     return jax.tree_util.tree_map_with_path(replace, params)
 

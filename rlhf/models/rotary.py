@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from rlhf.models.linear import are_ids, look_up, or_zero
+
 Array = jax.Array
 
 
@@ -156,7 +158,10 @@ def turns(
         factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
         cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
         # one query a row: XLA would take sines anew for every layer's q and k, but reads a table of all positions once
-        look = lambda x: jnp.take(x[0, 0], positions, axis=0, mode="fill", fill_value=jnp.nan)[:, None]
+        look = lambda x: look_up(x[0, 0], or_zero(positions, kv_positions.shape[1], segment_ids))[:, None]
+        if by_length:  # a segment id beyond the columns has no length
+            known = are_ids(segment_ids, here.shape[1])[:, None, :, None]
+            cos, sin = jnp.where(known, cos, jnp.nan), jnp.where(known, sin, jnp.nan)
         return (look(cos), look(sin)) if table else (cos, sin)
 
     def turn(rope):

@@ -11,7 +11,7 @@ from rlhf.lm import ALONE, LM, SharedPrefix, from_linen
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import REMAT, LayerKind, TransformerConfig
 from rlhf.models.experts import Routing
-from rlhf.models.linear import linear, rows
+from rlhf.models.linear import linear, look_up, or_zero, rows
 from rlhf.models.position_bias import alibi, relative
 from rlhf.models.rotary import turns
 from rlhf.sharding import constrain, row_ways
@@ -96,8 +96,8 @@ class Stack(Weights):
         """
         c = self.config
         if c.max_positions:
-            places = shared.once(positions) + c.position_offset
-            x = x + jnp.take(self.position_embedding, places, axis=0).astype(x.dtype)
+            places = shared.once(or_zero(positions, c.max_positions, segment_ids))
+            x = x + look_up(self.position_embedding, places, c.max_positions, c.position_offset).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
         x = constrain(x, "batch", "sequence", None)
         layers, cross = self.layers, None
@@ -151,6 +151,9 @@ class Stack(Weights):
     def _unroll(self, x, layers, positions, segment_ids, cache, cross):
         """Prefill and decoding: each layer by itself over the same stacked parameters, with a cache of its own."""
         c, routing = self.config, self._no_routing(x)
+        room = cache.positions.shape[1]
+        if x.shape[1] > room:
+            raise ValueError(f"{x.shape[1]} columns but a cache of {room}; make it with init_cache(batch, length) of them all")
         update = lambda axis: jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis))
         write = lambda old, new: update(1)(old, new, cache.written)
         cache_positions = update(0)(cache.positions, positions, cache.written)
@@ -161,6 +164,8 @@ class Stack(Weights):
             x, kv, more = _block(c, layer, x, c.kind(i), rotary, (*cache.layers[i], write), seen, cross)
             kept.append(kv)
             routing = _add(routing, more)
+        written_over = cache.written + x.shape[1] > room  # a device cannot raise
+        x = jnp.where(written_over[:, None, None], jnp.nan, x)
         return x, Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(kept)), routing
 
     def _where(self, positions, segment_ids, cached):
@@ -216,10 +221,10 @@ class Transformer(Stack):
         if unknown := sorted(inputs.keys() - ({"token_types"} if c.token_types else set())):
             raise ValueError(f"this model is conditioned on its tokens alone, but got inputs {unknown}")
         shared = shared.fitting(len(tokens), row_ways())  # every device has as many groups as the others
-        x = embed(c, self.embedding, shared.once(tokens))
+        x = embed(c, self.embedding, shared.once(or_zero(tokens, c.vocab_size, segment_ids)))
         if c.token_types:
-            types = inputs.get("token_types", jnp.zeros_like(tokens))
-            x = x + jnp.take(self.type_embedding, shared.once(types), axis=0).astype(c.dtype)
+            types = or_zero(inputs.get("token_types", jnp.zeros_like(tokens)), c.token_types, segment_ids)
+            x = x + look_up(self.type_embedding, shared.once(types)).astype(c.dtype)
         x = linear(x, self.project_in) if c.embed_size else x
         x, cache, aux = self.run(x, positions, segment_ids, cache, shared=shared)
         return shared.whole(linear(x, self.project_out) if c.embed_size else x), cache, aux
@@ -257,7 +262,8 @@ def ends(module: Weights, c: TransformerConfig) -> tuple[Any, Any, Any]:
 
 
 def embed(c: TransformerConfig, embedding, tokens) -> Array:
-    return jnp.take(embedding, tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+    """Embedded tokens; NaN for those that the vocabulary has not."""
+    return look_up(embedding, tokens).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
 
 
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:

@@ -57,6 +57,7 @@ def main(
     tokenizer = load_tokenizer(model.model)
     train, test = source.laid_out(tasks.unpaired, lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say))
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     policy = setup.policy(model, training.seed)
     with_reference = lambda answers: unpaired.with_reference(policy, answers, training.batch_size)
     train, test = with_reference(train), test and with_reference(test)

@@ -46,8 +46,8 @@ def ppo_step(
       discount, lam: of generalised advantages.
       knobs: of `ppo.objective`: clip, value_clip, value_coef.
 
-    Raises: from `step`, ValueError for unequal numbers of queries, responses and scores, for one without tokens, and for more
-      tokens than `length`.
+    Raises: from `step`, ValueError for unequal numbers of queries, responses and scores, for one without tokens, for a token
+      that the model has not, and for more tokens than `length`.
     """
     train = train_step(ppo.objective(lm, head, **knobs), optimizer, micro_batches=micro_batches)
 
@@ -68,6 +68,7 @@ def ppo_step(
 
     def step(state, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores) -> tuple[TrainState, dict]:
         rows = rows_of(queries, responses, length)
+        rollouts.check_ids(lm, rows.tokens, rows.segment_ids)
         scores = jnp.asarray(scores, jnp.float32)
         if scores.shape != (len(queries),):
             raise ValueError(f"{len(queries)} queries but scores {list(scores.shape)}; give one number each")

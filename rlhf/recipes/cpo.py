@@ -145,6 +145,7 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, columns)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     policy = setup.policy(model, training.seed)
     amount = nll_coef if nll_coef is not None else 0.0 if loss in ALONE else 1.0

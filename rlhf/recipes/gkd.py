@@ -119,6 +119,8 @@ def main(
     laid_out = lambda rows: lay_out(tokenizer, rows, max_length, run.say)
     train, test = laid_out(rows), laid_out(held_out)[0] if held_out else None
     total = training.total_steps(len(train[0].tokens), judged=test is not None)
+    model.check(tokenizer, train[0], test)
+    model.check(tokenizer, train[1], more=sampling.max_new_tokens)
     policy = setup.policy(model, training.seed)
     taught_by, taught, _ = huggingface.load(teacher, dtype=jnp.dtype(model.dtype))
     distil = objective(policy.lm, taught_by, vocab_size=size, beta=beta, temperature=loss_temperature)

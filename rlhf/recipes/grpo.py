@@ -135,7 +135,7 @@ def main(
     if groups < 2:
         raise ValueError(f"num_samples {groups}: advantages compare the samples of a prompt with each other; give at least 2")
     begin = online_steps.start(
-        run, model, source, training, scoring,
+        run, model, source, training, scoring, sampling,
         rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy = setup.policy(model, training.seed)

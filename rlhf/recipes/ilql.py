@@ -52,7 +52,7 @@ def objective(
     """
 
     def per_position(params, target, hidden, token):
-        chosen = lambda q: jnp.take_along_axis(q, token[..., None, None], axis=-1)[..., 0]
+        chosen = lambda q: jnp.take_along_axis(q, token[..., None, None], axis=-1, mode="fill")[..., 0]
         q, slow = heads.both(params["q"], hidden), heads.both(target, hidden)
         cql = offline.cql(q, jnp.broadcast_to(token[..., None], q.shape[:-1])).sum(-1)
         logprobs = losses.logits.token_logprob(lm.unembed(params["lm"], hidden), token)
@@ -143,6 +143,9 @@ def main(
     rows, held_out = source.rows(tasks.trajectories)
     train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train)
+    if test:
+        model.check(tokenizer, test.prompts, more=sampling.max_new_tokens)
     judge = scoring.judge(source, tokenizer) if held_out else None
     policy = setup.policy(model, training.seed)
     size = setup.hidden_size(policy.lm, policy.whole(policy.params, policy.context()))

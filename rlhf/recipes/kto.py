@@ -71,6 +71,7 @@ def main(
         tasks.unpaired, lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say, mismatched=loss == "kto")
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     if warning := advice(train.desirable, desirable_weight, undesirable_weight):
         run.say(warning)
     policy = setup.policy(model, training.seed)

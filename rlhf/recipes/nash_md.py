@@ -88,7 +88,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
+    begin = online_steps.start(run, model, source, training, scoring, drawing, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     params_of = online.params_of(policy)
     both = lambda state: (params_of(state), policy.reference(state.context))

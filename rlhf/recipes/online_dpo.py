@@ -75,7 +75,7 @@ def main(
     run = RunFolder(output, options=locals())
     pairs_of.check(LOSSES[loss], beta=beta)
     begin = online_steps.start(
-        run, model, source, training, scoring, rows=training.batch_size, mini_batches=mini_batches
+        run, model, source, training, scoring, drawing, rows=training.batch_size, mini_batches=mini_batches
     )  # fmt: skip
     policy = setup.policy(model, training.seed)
     sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)

@@ -38,7 +38,8 @@ class Start(NamedTuple):
 
 
 def start(
-    run: RunFolder, model: setup.Model, source: setup.Data, training: Training, scoring: online.Scoring, *,
+    run: RunFolder, model: setup.Model, source: setup.Data, training: Training, scoring: online.Scoring,
+    drawing: online.Drawing, *,
     rows: int, mini_batches: int = 1, epochs: int = 1,
 ) -> Start:  # fmt: skip
     """The questions and what judges the answers, all of it checked.
@@ -58,6 +59,7 @@ def start(
     asked, held_out = source.rows(tasks.prompts)
     train, test = online.Questions.of(tokenizer, asked), online.Questions.of(tokenizer, held_out) if held_out else None
     total = training.total_steps(len(asked), judged=test is not None)
+    model.check(tokenizer, train.prompts, test and test.prompts, more=drawing.max_new_tokens)
     judge = scoring.judge(source, tokenizer)
     return Start(run, training, tokenizer, eos_ids, train, test, total, judge, mini_batches, epochs)
 

@@ -38,6 +38,7 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     prepare = partial(cpo.prepare, whole=True, max_segments=most)
     policy = setup.policy(model, training.seed)

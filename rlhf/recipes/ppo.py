@@ -148,7 +148,7 @@ def main(
     if kl_target is not None:
         controller = losses.controllers.adaptive_kl(target=kl_target, horizon=kl_horizon, init_coef=kl_coef)
     begin = online_steps.start(
-        run, model, source, training, scoring,
+        run, model, source, training, scoring, drawing,
         rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy, head = setup.with_head(model, training.seed, scalar_head)

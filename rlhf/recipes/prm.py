@@ -84,6 +84,7 @@ def main(
         tasks.stepwise, lambda rows: lay_out(tokenizer, rows, step_separator, packing, max_length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     head_of = lambda size: classifier_head(size, 2, bias=True, reads="every")
     judge, head = setup.with_head(model, training.seed, head_of)
     loss_fn, prepared = judge.of_whole(objective(judge.lm, head)), partial(prepare, last_step_only=last_step_only)

@@ -68,6 +68,7 @@ def main(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
     judge, head = setup.reward_model(model, training.seed)
     loss_fn = judge.of_whole(objective(judge.lm, head, center_coef=center_coef, max_segments=most, shared=shared))

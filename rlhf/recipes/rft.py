@@ -74,7 +74,7 @@ def main(
     if sampling.num_samples < 2:
         raise ValueError(f"num_samples {sampling.num_samples}: an answer is chosen among others; give at least 2")
     percentiles, updates = np.linspace(start_percentile, end_percentile, improve_steps), improve_steps * mini_batches
-    begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
+    begin = online_steps.start(run, model, source, training, scoring, sampling, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     sample = online.sampler(policy, sampling, begin.eos_ids)
     make_update = setup.offline_step(policy.of_whole(sft.objective(policy.lm)), sft.prepare, training)

@@ -84,7 +84,7 @@ def main(
     run = RunFolder(output, options=locals())
     online.check(presets.rloo(clip_low=clip_low, clip_high=clip_high).loss)
     begin = online_steps.start(
-        run, model, source, training, scoring,
+        run, model, source, training, scoring, drawing,
         rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
     )  # fmt: skip
     policy = setup.policy(model, training.seed)

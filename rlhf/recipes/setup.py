@@ -18,7 +18,10 @@ from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import classifier_head, huggingface
+from rlhf.models.huggingface_config import decoder_of
+from rlhf.models.vocabulary import resized
 from rlhf.ranges import INT32, Share, at_least, between, check_fields
+from rlhf.rollouts import Prompts
 from rlhf.runs import renewed
 from rlhf.train import TrainState, reference, train_step
 
@@ -34,6 +37,8 @@ class Model:
       lora_rank: train adapters of this rank instead of the whole model; 0: the whole.
       lora_alpha: an adapter counts lora_alpha / lora_rank.
       dora: adapters with a magnitude.
+      resize_embeddings: grow the embedding to the tokenizer's length; new tokens begin as the mean of the others.  Adapters do
+        not train it, and theirs fit a base that is grown likewise.
     """
 
     model: str
@@ -42,12 +47,46 @@ class Model:
     lora_rank: Annotated[int, between(0, 65_536)] = 0
     lora_alpha: Annotated[float, between(0, 1_000_000, above=True)] = 32.0
     dora: bool = False
+    resize_embeddings: bool = False
 
     def precision(self) -> dict[str, Any]:
         """Keyword arguments of `rlhf.load` and its kin."""
         dtype = jnp.dtype(self.dtype)
         fields = {} if self.remat == "none" else {"remat": self.remat}
         return {"dtype": dtype, "param_dtype": dtype if self.lora_rank else jnp.float32, **fields}
+
+    def load(self) -> tuple[LM, Any]:
+        """The model, with embeddings for all tokens where they are asked for.  Raises: as `rlhf.load`."""
+        lm, params, tokenizer = huggingface.load(self.model, **self.precision())
+        return resized(lm, params, len(tokenizer)) if self.resize_embeddings else (lm, params)
+
+    def check(self, tokenizer: Any, *rows: Any, more: int = 0) -> None:
+        """Raises where the model has no embedding for a token of the rows, or for their positions, before it is loaded.
+
+        Args:
+          rows: arrays such as `Batch`, `Pairs` or `Prompts`, however nested.
+          more: tokens that follow a row's last: answers to prompts.
+        """
+        config = decoder_of(huggingface.read_config(self.model))
+        number = max(config.vocab_size, len(tokenizer) if self.resize_embeddings else 0)
+        for part in (x for x in jax.tree.leaves(rows, is_leaf=_has_tokens) if _has_tokens(x)):
+            tokens = np.asarray(part.tokens)
+            real = np.asarray(part.mask if isinstance(part, Prompts) else part.segment_ids) != 0
+            if (strange := real & (tokens >= number)).any():
+                token = int(tokens[strange][0])
+                raise ValueError(
+                    f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, is in the rows, but {self.model} has "
+                    f"embeddings for {number} tokens alone, 0 to {number - 1}; give --resize_embeddings, or another tokenizer"
+                )
+            places = real.cumsum(-1) - 1 if isinstance(part, Prompts) else np.where(real, np.asarray(part.positions), 0)
+            length = int(places.max()) + 1
+            if config.max_positions and length + more > config.max_positions:
+                of_both = f" and {more} more of an answer" if more else ""
+                cure = "--max_new_tokens, or shorter prompts" if more else "--max_length"
+                raise ValueError(
+                    f"a row has {length} tokens{of_both}, but {self.model} has {config.max_positions} learned positions; "
+                    f"give a smaller {cure}"
+                )
 
     def trained(self, params: Any, seed: int) -> tuple[Any, Any]:
         """`(what is trained, what adapters sit on)`; the latter is None without adapters."""
@@ -199,9 +238,13 @@ class Policy(NamedTuple):
             huggingface.save(new, self.lm, lm, head=head, like=self.source, tokenizer=tokenizer)
 
 
+def _has_tokens(x: Any) -> bool:
+    return isinstance(x, Prompts) or (hasattr(x, "tokens") and hasattr(x, "segment_ids"))
+
+
 def policy(options: Model, seed: int) -> Policy:
     """Loads the model, with fresh adapters if they are asked for.  Raises: as `rlhf.load`."""
-    lm, params, _ = huggingface.load(options.model, **options.precision())
+    lm, params = options.load()
     return Policy(lm, *options.trained(params, seed), options.model)
 
 
@@ -215,7 +258,7 @@ def reward_model(options: Model, seed: int) -> tuple[Policy, Head]:
 
 def with_head(options: Model, seed: int, make: Callable[[int], Head]) -> tuple[Policy, Head]:
     """Loads the model as a trunk with a new head, `make(size of a hidden state)`.  Raises: as `rlhf.load`."""
-    lm, params, _ = huggingface.load(options.model, **options.precision())
+    lm, params = options.load()
     head = make(hidden_size(lm, params))
     trained, frozen = options.trained(params, seed)
     return Policy(lm, {"lm": trained, "head": head.init(jax.random.key(seed))}, frozen, options.model, head), head

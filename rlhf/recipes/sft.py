@@ -74,6 +74,7 @@ def main(
         lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say),
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
+    model.check(tokenizer, train, test)
     policy = setup.policy(model, training.seed)
     loss_fn = policy.of_whole(objective(policy.lm))
 

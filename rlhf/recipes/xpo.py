@@ -66,7 +66,7 @@ def main(
     """
     run = RunFolder(output, options=locals())
     pairs_of.check(online_dpo.LOSSES[loss], beta=beta)
-    begin = online_steps.start(run, model, source, training, scoring, rows=training.batch_size)
+    begin = online_steps.start(run, model, source, training, scoring, drawing, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     player = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids)
     opponent = online.player(policy.lm, lambda state: policy.reference(state.context), drawing, begin.eos_ids)

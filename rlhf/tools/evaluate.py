@@ -50,6 +50,8 @@ def main(
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
     score = scoring.judge(source, tokenizer)
     questions = online.Questions.of(tokenizer, source.questions())
+    for name in filter(None, (model, against)):
+        setup.Model(model_of(name)).check(tokenizer, questions.prompts, more=sampling.max_new_tokens)
     own, rival = saved.load(model), saved.load(against) if against else None
 
     likeliest, drawn, won, lines = [], [], [], []

@@ -5,6 +5,7 @@ import numpy as np
 from contracts.case import ROWS, Case, also, masked, normal, packed_ids, some_weights, vector
 from rlhf import losses
 
+one_a_row = lambda rng: {"segment_ids": np.minimum(packed_ids(rng)["segment_ids"], 1)}  # an id beyond is NaN: test_ids.py
 CASES = {
     "segments.or_whole_rows": Case(
         masked(), empty=1.0, untrained=True, fn=lambda mask: losses.segments.or_whole_rows(mask, None)
@@ -12,7 +13,7 @@ CASES = {
     "segments.segment_sum": Case(masked("values"), flow=("values",), static={"max_segments": 1}, per="row"),
     "segments.spread": Case(also(masked(), per_sequence=vector), flow=("per_sequence",), per_sequence=("per_sequence",)),
     "segments.per_token": Case(
-        also(packed_ids, per_sequence=vector), flow=("per_sequence",), apart=("per_sequence", "segment_ids"), moves=True
+        also(one_a_row, per_sequence=vector), flow=("per_sequence",), apart=("per_sequence", "segment_ids"), moves=True
     ),
     "segments.total": Case(masked("values"), flow=("values",)),
     "segments.mean": Case(masked("values"), flow=("values",)),
