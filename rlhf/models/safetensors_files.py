@@ -53,7 +53,7 @@ def find(folder: Path) -> dict[str, Stored]:
       index names files elsewhere, or a file is cut off, not a safetensors file, or has a header that
       cannot be.
     """
-    return {name: tensor for file in _files(folder) for name, tensor in _header(folder / file)}
+    return {name: tensor for file in _files(folder) for name, tensor in header(folder / file)}
 
 
 def _files(folder: Path) -> list[str]:
@@ -83,7 +83,8 @@ def _indexed(index: Path) -> list[str]:
     return files
 
 
-def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+def header(file: Path) -> Iterator[tuple[str, Stored]]:
+    """The tensors of a file, by its header.  Raises: as `find`."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -99,9 +100,9 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
         raise ValueError(f"{file} is a pickle that torch wrote, not a safetensors file; write it again with save_pretrained")
     if not text:
         raise ValueError(f"{file} is not a safetensors file, or is cut off: {size} bytes, of which the header claims {length}")
-    header = parse_object(text, f"{file} is not a safetensors file: its header")
-    header.pop("__metadata__", None)
-    tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in header.items()}
+    entries = parse_object(text, f"{file} is not a safetensors file: its header")
+    entries.pop("__metadata__", None)
+    tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in entries.items()}
     end = 8 + length
     for name, (tensor, stop) in sorted(tensors.items(), key=lambda entry: (entry[1][0].start, entry[1][1])):
         if tensor.start != end:
