@@ -128,8 +128,9 @@ def check(raw: Mapping[str, Any], model_type: str) -> None:
     _check_labels(raw)
     if (types := raw.get("attention_types")) is not None:
         _check_attention_types(types, raw.get("num_layers"))
-    if (layers := raw.get(LAYERS)) is not None:
-        _check_lengths(raw, layers, LAYERS)
+    for named in (LAYERS, "num_layers"):
+        if raw.get(named) is not None:
+            _check_lengths(raw, raw[named], named)
 
 
 def check_ids(raw: Mapping[str, Any], vocab_size: int) -> None:
