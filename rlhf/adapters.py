@@ -250,8 +250,8 @@ def dotted(path) -> str:
 def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
     leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_matrix)}
     matched = {pattern: [name for name in leaves if re.fullmatch(pattern, name)] for pattern in patterns}
-    wrong = {name: _no_target(name, leaves[name]) for names in matched.values() for name in names}
-    there = ", ".join(name for name, leaf in leaves.items() if not _no_target(name, leaf)) or "nothing"
+    wrong = {name: no_target(name, leaves[name]) for names in matched.values() for name in names}
+    there = ", ".join(name for name, leaf in leaves.items() if not no_target(name, leaf)) or "nothing"
     if empty := [pattern for pattern, names in matched.items() if not names]:
         raise ValueError(f"targets {', '.join(map(repr, empty))} match no leaf; an adapter can stand at: {there}")
     if refused := [f"{name} {list(leaves[name].shape)}, {why}" for name, why in wrong.items() if why]:
@@ -259,7 +259,7 @@ def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
     return {name: leaves[name] for name in leaves if name in wrong}
 
 
-def _no_target(name: str, leaf: Array) -> str:
+def no_target(name: str, leaf: Array) -> str:
     """Why a leaf cannot have an adapter, or nothing."""
     if rank_in_file(name.split("."), leaf) < 2:
         return "which is no matrix"

@@ -5,20 +5,25 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf.adapters import LoRAWeight, dotted, is_adapter, split
+from rlhf.adapters import LoRAWeight, dotted, is_adapter, no_target, split
 from rlhf.lm import LM
 from rlhf.models.families import Tensor
 from rlhf.models.huggingface_config import config_of, decoder_of, family_of
-from rlhf.models.mapping import joined, parts_of, places
+from rlhf.models.json_files import read_object
+from rlhf.models.mapping import joined, listed, parts_of, places
+from rlhf.models.patterns import matches
+from rlhf.models.safetensors_files import FLOATS, Stored, header
+from rlhf.ranges import above, at_least, between, check
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before every name of transformers
+LIMIT = 16_000_000  # bytes of adapter_config.json
 ONLY: Mapping[str, tuple] = {  # fields that change what is computed without a tensor that would show it -> what they may be
     "peft_type": ("LORA",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others alter the base
@@ -26,14 +31,31 @@ ONLY: Mapping[str, tuple] = {  # fields that change what is computed without a t
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
     "layer_replication": (None,),
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "target_parameters": (None, []),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices"), (None, [], {})),
+    **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config"), (None, {})),
 }
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+Rank = Annotated[int, between(1, 100_000)]
+Names = str | list[str] | None
+FIELDS: Mapping[str, Any] = {
+    "r": Rank,
+    "lora_alpha": Annotated[float, above(0)],
+    **dict.fromkeys(("use_dora", "use_rslora"), bool | None),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), Names),
+    "layers_to_transform": Annotated[int, at_least(0)] | list[Annotated[int, at_least(0)]] | None,
+}
+PATTERNS = {"rank_pattern": Rank, "alpha_pattern": Annotated[float, above(0)]}
 
 
 def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -> None:
     """Writes a folder that `load`, PEFT and vLLM read; adapter_config.json comes last, so that a folder with it is whole.
 
     Adapters of matrices that a family keeps as one (GPT-2's queries, keys and values) go there side by side: PEFT's A is ours
-    in a row, its B ours along a diagonal, and its rank the sum of ours.
+    in a row, its B ours along a diagonal, and its rank the sum of ours.  What is 0 in A and in B computes nothing and is never
+    trained, as in an adapter that `load` found in some layers only or of several ranks: it is left out.
 
     Args:
       folder: a new folder, or one without an adapter_config.json.
@@ -71,18 +93,24 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
         )
 
     tensors: dict[str, np.ndarray] = {}
-    modules, transposed = {}, True
+    modules, left_out, transposed = {}, [], True
     for row, names, of_row in rows:
         if not adapted.intersection(names):
             continue
         transposed &= row.transpose
         for i, module in enumerate(of_row):
-            w = _side_by_side([_layer(leaves[name], i if "{}" in row.name else None) for name in names], row, heads)
+            parts = [_layer(leaves[name], i if "{}" in row.name else None) for name in names]
+            w = _alive(_side_by_side(parts, row, heads))
+            if w is None:
+                left_out.append(module)
+                continue
             ends = {"lora_A.weight": w.a.T, "lora_B.weight": w.b.T, "lora_magnitude_vector": w.magnitude}
             tensors |= {f"{PREFIX}{module}.{end}": np.ascontiguousarray(x) for end, x in ends.items() if x is not None}
             rank = w.a.shape[-1]
             whole, exact = round(float(w.scale) * rank), float(w.scale) * rank
             modules[module] = rank, whole if np.float32(whole / rank) == w.scale else exact
+    if not modules:
+        raise ValueError("the adapters are 0 everywhere, A and B alike; there is nothing to save")
     rank, alpha = Counter(modules.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
@@ -92,7 +120,7 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
         "lora_alpha": alpha,
         "rank_pattern": {module: own for module, (own, _) in modules.items() if own != rank},
         "alpha_pattern": {module: own for module, (_, own) in modules.items() if own != alpha},
-        "target_modules": sorted({re.sub(r"^.*\.\d+\.", "", module) for module in modules}),
+        "target_modules": sorted({module if left_out else re.sub(r"^.*\.\d+\.", "", module) for module in modules}),
         "use_dora": any(name.endswith("lora_magnitude_vector") for name in tensors),
         "use_rslora": False,  # whatever gave the scale, it is lora_alpha / r
         "fan_in_fan_out": not transposed,
@@ -109,7 +137,8 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
     """An adapter that PEFT or `save` wrote, on the parameters of its base model.
 
     Where a family keeps several matrices as one, each of ours gets B's columns for it and an A of its own: the same function,
-    with more to train.
+    with more to train.  Layers are stacked: those of a smaller rank are filled up with zeros, those without an adapter are
+    zero, and stay so while they are trained.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
@@ -119,45 +148,148 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
     Returns: `(trainable, frozen)`, as `adapters.add` does; what is trained is in at least float32.
 
     Raises: FileNotFoundError where a file is missing; ValueError where the adapter is of a kind that we lack, or its tensors do
-      not fit `params`: missing, left over or of another shape, all of them are named.
+      not fit `params`: missing, left over or of another shape, all of them are named; where a field of adapter_config.json
+      cannot be, or a pattern of it takes too long to match.
     """
-    from safetensors.numpy import load_file
-
     folder = Path(folder)
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
-    config = json.loads((folder / CONFIG).read_text())
-    for field, allowed in ONLY.items():
-        if config.get(field, allowed[0]) not in allowed:
-            raise ValueError(f"{folder}: {field} = {config[field]!r} is not supported; known: {allowed}")
-    tensors, leaves, heads = load_file(folder / WEIGHTS), _leaves(params), decoder_of(config_of(lm)).kv_heads
+    config = _config(folder)
+    tensors, leaves, heads = dict(header(folder / WEIGHTS)), _leaves(params), decoder_of(config_of(lm)).kv_heads
+    known = [part for part in _matrices(lm, family, leaves) if not any(no_target(name, leaves[name]) for name in part[1])]
+    of = _Chosen(config, [module for _, _, modules in known for module in modules], _outputs(family, lm), folder)
     wanted: dict[str, tuple] = {}
     rows = []
-    for row, names, modules in _matrices(lm, family, leaves):
-        if not any(f"{PREFIX}{module}.lora_A.weight" in tensors for module in modules):
+    for row, names, modules in known:
+        adapted = [module for module in modules if module in of.targets]
+        if not adapted:
             continue
-        ranks = [_of(config, "rank_pattern", "r", module) for module in modules]
-        alphas = [_of(config, "alpha_pattern", "lora_alpha", module) for module in modules]
-        sizes = [leaves[name].shape[-1] for name in names]
-        shapes: dict[str, tuple] = {"lora_A.weight": (ranks[0], leaves[names[0]].shape[-2])}
-        shapes["lora_B.weight"] = (sum(sizes), ranks[0])
-        if config.get("use_dora"):
-            shapes["lora_magnitude_vector"] = (sum(sizes),)
-        wanted |= {f"{PREFIX}{module}.{end}": shape for module in modules for end, shape in shapes.items()}
-        scale = [alpha / (r**0.5 if config.get("use_rslora") else r) for alpha, r in zip(alphas, ranks, strict=True)]
-        rows.append((row, names, sizes, modules, list(shapes), np.array(scale, np.float32)))
+        inputs, sizes = leaves[names[0]].shape[-2], [leaves[name].shape[-1] for name in names]
+        for module in adapted:
+            rank = of.rank(module)
+            wanted[f"{PREFIX}{module}.lora_A.weight"] = rank, inputs
+            wanted[f"{PREFIX}{module}.lora_B.weight"] = sum(sizes), rank
+            if config.get("use_dora"):
+                wanted[f"{PREFIX}{module}.lora_magnitude_vector"] = (sum(sizes),)
+        if config.get("use_dora") and len(adapted) < len(modules):
+            raise ValueError(f"{folder}: use_dora in some layers alone is not supported: {adapted[0]} has it, others not")
+        rows.append((row, names, sizes, modules))
     _check(wanted, tensors, folder)
 
     found = {}
-    for row, names, sizes, modules, ends, scales in rows:
-        read = lambda end, modules=modules: np.stack([tensors[f"{PREFIX}{module}.{end}"].T for module in modules])
-        arrays = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (*map(read, ends), scales)]
-        first, *rest, share = arrays if "{}" in row.name else [x[0] for x in arrays]
+    for row, names, sizes, modules in rows:
+        parts = [_read_layer(tensors, module, of, leaves[names[0]].shape[-2], sum(sizes), modules) for module in modules]
+        first, *rest = (np.stack(arrays) if "{}" in row.name else arrays[0] for arrays in zip(*parts, strict=True))
+        share, *rest = rest
         split_up = [parts_of(x, row._replace(transpose=False), sizes, heads) for x in rest]
         for name, *columns in zip(names, *split_up, strict=True):
             b, *magnitude = map(jnp.array, columns)
             found[name] = LoRAWeight(leaves[name], jnp.array(first), b, jnp.array(share), *magnitude)
     return split(jax.tree_util.tree_map_with_path(lambda path, w: found.get(dotted(path), w), params))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, its fields held against their kinds and ranges, PEFT's defaults filled in."""
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]:
+        pickled = "; adapter_model.bin is a pickle: load it with PEFT and save_pretrained it again"
+        hint = pickled if (folder / "adapter_model.bin").exists() else ""
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}{hint}")
+    config = DEFAULTS | read_object(folder / CONFIG, LIMIT)
+    for field, allowed in ONLY.items():
+        if config.get(field, allowed[0]) not in allowed:
+            cure = "; merge it with PEFT (merge_and_unload) and load the model" if field in ("bias", "modules_to_save") else ""
+            raise ValueError(f"{folder}: {field} = {config[field]!r:.80} is not supported; known: {allowed}{cure}")
+    try:
+        check(FIELDS, config)
+        for field, kind in PATTERNS.items():
+            entries = config.get(field) or {}
+            if not isinstance(entries, dict):
+                raise ValueError(f"{field} must be an object of patterns and numbers, but is {entries!r:.80}")
+            check({f"{field}.{name}": kind for name in entries}, {f"{field}.{name}": x for name, x in entries.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    return config
+
+
+class _Chosen:
+    """Which modules have an adapter, of what rank and share, by PEFT's rules."""
+
+    def __init__(self, config: Mapping[str, Any], modules: list[str], outputs: set[str], folder: Path):
+        self.config = config
+        targets = config.get("target_modules")
+        ends = [rf"(.*\.)?({pattern})" for field in PATTERNS for pattern in config.get(field) or {}]
+        listed = [field for field in ("target_modules", "exclude_modules") if isinstance(config.get(field), str)]
+        every = isinstance(targets, str) and targets.lower() == "all-linear"
+        whole: list[str] = [config[field] for field in listed if not (every and field == "target_modules")]
+        layers = config.get("layers_to_transform")
+        stacks = config.get("layers_pattern") or r"[^.]*"
+        of_layers = [rf"(?:.*?\.)?{stack}\.\d+\..*" for stack in ([stacks] if isinstance(stacks, str) else stacks)]
+        using = layers not in (None, []) and not isinstance(targets, str)
+        patterns: list[str] = [*ends, *whole, *(of_layers if using else [])]
+        try:
+            self.matched = matches(patterns, modules)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        named = lambda given, module: (
+            module in self.matched[given]
+            if isinstance(given, str)
+            else any(module == name or module.endswith(f".{name}") for name in given or ())
+        )
+        chosen = [module for module in modules if (module not in outputs if every else named(targets, module))]
+        if using:
+            numbers = layers if isinstance(layers, list) else [layers]
+            inside = {module for pattern in of_layers for module in self.matched[pattern]}
+            chosen = [module for module in chosen if module in inside and _number(module) in numbers]
+        self.targets = {module for module in chosen if not named(config.get("exclude_modules"), module)}
+
+    def rank(self, module: str) -> int:
+        return self._of("rank_pattern", "r", module)
+
+    def share(self, module: str) -> float:
+        rank = self.rank(module)
+        return self._of("alpha_pattern", "lora_alpha", module) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def _of(self, patterns: str, default: str, module: str):
+        """A module's rank or alpha, by the first pattern that its name ends with."""
+        entries = (self.config.get(patterns) or {}).items()
+        own = (x for pattern, x in entries if module in self.matched[rf"(.*\.)?({pattern})"])
+        return next(own, self.config[default])
+
+
+def _number(module: str) -> int | None:
+    """The layer of a module: the first number in its name."""
+    found = re.search(r"\.(\d+)\.", module)
+    return int(found[1]) if found else None
+
+
+def _outputs(family: str, lm: LM) -> set[str]:
+    rows = family_of(family).rows(config_of(lm))
+    return {row.name.removesuffix(".weight") for row in rows if row.leaves == "unembedding"}
+
+
+def _read_layer(
+    tensors: Mapping[str, Stored], module: str, of: _Chosen, inputs: int, outputs: int, modules: list[str]
+) -> tuple:
+    """A module's A, share, B and, for DoRA, magnitude, with zeros up to the largest rank; zeros alone without an adapter.
+
+    What is 0 in A and in B stays so: neither has a gradient.
+    """
+    largest = max(of.rank(other) for other in modules if other in of.targets)
+    if module not in of.targets:
+        return np.zeros((inputs, largest), np.float32), np.float32(1), np.zeros((largest, outputs), np.float32)
+    end = lambda name: tensors[f"{PREFIX}{module}.{name}"].read().T
+    rank = of.rank(module)
+    a = np.pad(end("lora_A.weight"), ((0, 0), (0, largest - rank)))
+    b = np.pad(end("lora_B.weight"), ((0, largest - rank), (0, 0)))
+    magnitude = [end("lora_magnitude_vector")] if of.config.get("use_dora") else []
+    a, b, *magnitude = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b, *magnitude))
+    return a, np.float32(of.share(module)), b, *magnitude
+
+
+def _alive(w: LoRAWeight) -> LoRAWeight | None:
+    """An adapter without what is 0 in A and in B; None where that is all of it."""
+    kept = np.any(np.asarray(w.a) != 0, axis=0) | np.any(np.asarray(w.b) != 0, axis=1)
+    if w.magnitude is not None:
+        kept[0] = True  # the magnitude is there without it
+    return w._replace(a=w.a[:, kept], b=w.b[kept]) if kept.any() else None
 
 
 def _leaves(params: Any) -> dict[str, Any]:
@@ -201,19 +333,14 @@ def _side_by_side(parts: list, row: Tensor, heads: int) -> LoRAWeight:
     return whole._replace(magnitude=together(norms))
 
 
-def _of(config: Mapping[str, Any], patterns: str, default: str, module: str):
-    """A module's rank or alpha, by the first pattern that its name ends with  (PEFT's rule)."""
-    own = (x for pattern, x in (config.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    return next(own, config[default])
-
-
-def _check(wanted: Mapping[str, tuple], tensors: Mapping[str, np.ndarray], folder: Path) -> None:
+def _check(wanted: Mapping[str, tuple], tensors: Mapping[str, Stored], folder: Path) -> None:
     other = [name for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name]]
     problems = {
         "missing": sorted(wanted.keys() - tensors.keys()),
         "left over": sorted(tensors.keys() - wanted.keys()),
+        "not of floats": sorted(name for name in tensors if tensors[name].dtype not in FLOATS),
         "of another shape": [f"{name} {list(tensors[name].shape)} but {list(wanted[name])}" for name in sorted(other)],
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
         raise ValueError(f"the adapter in {folder} does not fit the model: {found}")

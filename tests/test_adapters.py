@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import rlhf
 from rlhf import adapters, peft_files, sharding
 from rlhf.adapters import LoRAWeight
-from rlhf.models import TransformerConfig, huggingface, quantized, transformer
+from rlhf.models import TransformerConfig, huggingface, patterns, quantized, transformer
 from rlhf.models.linear import linear
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -525,3 +525,122 @@ def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
     expected = peft_logits(model)
     assert np.abs(expected - logits(params, TOKENS, lm)).max() > 0.1
     assert_close(logits(loaded, TOKENS, lm), expected, atol=2e-4)
+
+
+PATTERNS = {  # what an adapter may say of layers and modules; two modules of three layers
+    "ranks by layer": dict(
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 1, r"^model.layers.2.*down_proj": 5},
+        alpha_pattern={"down_proj": 3, "layers.0.self_attn.q_proj": 11},
+    ),
+    "some layers": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2], layers_pattern="layers"),
+    "one layer": dict(target_modules=["v_proj"], layers_to_transform=1, use_rslora=True),
+    "by name": dict(target_modules=["model.layers.1.mlp.up_proj", "o_proj"], exclude_modules=["layers.0.self_attn.o_proj"]),
+    "an expression": dict(target_modules=r".*layers\.[02]\..*(gate|v)_proj", exclude_modules=r".*2.*gate.*"),
+    "all": dict(target_modules="all-linear", rank_pattern={"mlp.*": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_ranks_by_layer_and_some_layers_alone_are_peft_s(kind, tmp_path):
+    """PEFT's logits from PEFT's files, from ours after a step, and no layer has an adapter that had none."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    plain = lambda: AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "llama", dtype=torch.float32)
+    lm, params = checkpoint("llama")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(plain(), peft.LoraConfig(r=4, lora_alpha=6, **PATTERNS[kind]))
+    with torch.no_grad():
+        for own in (p for p in model.parameters() if p.requires_grad):
+            own += 0.3 * torch.randn_like(own)
+    model.save_pretrained(tmp_path / "theirs")
+    trainable, frozen = peft_files.load(tmp_path / "theirs", lm, params, "llama")
+    loaded = adapters.join(trainable, frozen)
+    assert np.abs(peft_logits(model) - logits(params, TOKENS, lm)).max() > 0.1
+    assert_close(logits(loaded, TOKENS, lm), peft_logits(model), atol=2e-4)
+
+    loss = lambda own, frozen, batch, key: ((logits(adapters.join(own, frozen), batch, lm) ** 2).mean(), {})
+    optimizer = optax.adamw(0.01)
+    state = rlhf.init_state(trainable, optimizer, jax.random.key(0), frozen)
+    state, _ = jax.jit(rlhf.train_step(loss, optimizer))(state, TOKENS)
+    peft_files.save(tmp_path / "ours", lm, adapters.join(state.params, frozen), "llama")
+    shapes = lambda name: {k: x.shape for k, x in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+    assert shapes("ours") == shapes("theirs")
+    again = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
+    trained = logits(adapters.join(state.params, frozen), TOKENS, lm)
+    assert np.abs(trained - logits(loaded, TOKENS, lm)).max() > 1e-3
+    assert_close(peft_logits(again), trained, atol=2e-4)
+
+
+def test_layers_without_an_adapter_and_of_a_smaller_rank_come_back(tmp_path):
+    """Without PEFT: what is zero in A and in B is no part of the file, and is zero again."""
+    lm, params = checkpoint("llama")
+    trainable, frozen = adapters.add(params, jax.random.key(0), rank=3, targets=r"layers\.(q|up)")
+    trainable = randomised(trainable)
+    q = trainable["layers"]["q"]
+    q["a"] = q["a"].at[1].set(0).at[2, :, 1:].set(0)
+    q["b"] = q["b"].at[1].set(0).at[2, 1:].set(0)
+    peft_files.save(tmp_path, lm, adapters.join(trainable, frozen), "llama")
+    again = adapters.merge(adapters.join(*peft_files.load(tmp_path, lm, params, "llama")))
+    jax.tree.map(lambda x, y: assert_close(x, y, atol=2e-6), again, adapters.merge(adapters.join(trainable, frozen)))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"model.layers.2.self_attn.q_proj": 1}
+    assert "model.layers.0.self_attn.q_proj" in config["target_modules"]
+    assert "model.layers.1.self_attn.q_proj" not in config["target_modules"]
+    zero = jax.tree.map(jnp.zeros_like, trainable)
+    with pytest.raises(ValueError, match="the adapters are 0 everywhere"):
+        peft_files.save(tmp_path / "b", lm, adapters.join(zero, frozen), "llama")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(r=0), r"adapter_config\.json: r must be a whole number, at least 1 .*, but is 0"),
+        (dict(r=-3), "r must be a whole number"),
+        (dict(r=10**12), "r must be a whole number"),
+        (dict(r="8"), "r must be a whole number"),
+        (dict(r=True), "r must be a whole number"),
+        (dict(lora_alpha=float("nan")), r"adapter_config\.json: lora_alpha must be finite, but is nan"),
+        (dict(lora_alpha=0), "lora_alpha must be a number, above 0"),
+        (dict(lora_alpha=None), "lora_alpha must be a number, above 0"),
+        (dict(use_dora="yes"), "use_dora must be true or false"),
+        (dict(rank_pattern=[1]), r"rank_pattern must be an object of patterns and numbers, but is \[1\]"),
+        (dict(rank_pattern={"q_proj": -1}), r"rank_pattern\.q_proj must be a whole number"),
+        (dict(alpha_pattern={"q_proj": "x"}), r"alpha_pattern\.q_proj must be a number, above 0"),
+        (dict(target_modules=5), "target_modules must be text or a list"),
+        (dict(target_modules=[5]), "target_modules must be text or a list"),
+        (dict(target_modules="(q"), r"adapter_config\.json: the pattern '\(q' is no regular expression"),
+        (dict(target_modules=r"(\w+\.?)+X"), r"the pattern '\(.* takes more than 0\.3 s or 1 GB"),
+        (dict(rank_pattern={r"([\w.]+)+X": 1}), "takes more than 0.3 s"),
+        (dict(exclude_modules=r"([\w.]+)+X"), "takes more than 0.3 s"),
+        (dict(layers_to_transform=[0], layers_pattern=r"([\w.]+)+X"), "takes more than 0.3 s"),
+        (dict(layers_to_transform=-1), "layers_to_transform must be a whole number"),
+        (dict(layers_to_transform=[0]), "left over: .*layers.1.self_attn"),
+        (dict(target_modules=["q_proj"]), "left over: .*up_proj"),
+        (dict(target_modules=["q_proj", "up_proj", "v_proj"]), "missing: .*v_proj"),
+        (dict(modules_to_save=["lm_head"]), r"modules_to_save = \['lm_head'\] is not supported; .*merge_and_unload"),
+        (dict(bias="all"), "bias = 'all' is not supported"),
+        (dict(peft_type={}), "peft_type = {} is not supported"),
+    ],
+)
+def test_adapter_configs_that_cannot_be(fields, message, tmp_path, monkeypatch):
+    """In one line that names the field, and in bounded time."""
+    monkeypatch.setattr(peft_files, "matches", functools.partial(patterns.matches, seconds=0.3))
+    lm, params = checkpoint("llama")
+    joined = adapters.join(*adapters.add(params, jax.random.key(0), rank=2, targets=r"layers\.(q|up)"))
+    peft_files.save(tmp_path, lm, joined, "llama")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(ValueError, match=message):
+        peft_files.load(tmp_path, lm, params, "llama")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"r": 1, "r": 2}', "[" * 100_000, '{"a":' * 100_000])
+def test_adapter_configs_that_are_no_json(text, tmp_path):
+    lm, params = checkpoint("llama")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        peft_files.load(tmp_path, lm, params, "llama")

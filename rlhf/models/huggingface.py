@@ -1,6 +1,7 @@
 """Folders as Hugging Face writes them: config.json, safetensors, tokenizer.  Read and written without torch."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,14 +19,16 @@ from rlhf.models import mapping
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Family, Tensor
 from rlhf.models.heads import classifier_head, scalar_head
-from rlhf.models.safetensors_files import INDEX, WEIGHTS, find
+from rlhf.models.safetensors_files import FLOATS, INDEX, WEIGHTS, find
+from rlhf.models.tokenizer_files import BESIDE, FAST, OLDER
+from rlhf.models.tokenizer_files import read as _tokenizer
 from rlhf.sharding import shardings
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER = (FAST, *BESIDE, *OLDER)
 VALUE_HEAD = (Tensor("v_head.summary.weight", "weight", lead=True), Tensor("v_head.summary.bias", "bias", lead=True))  # TRL's
 SHARD = 5_000_000_000  # bytes of a file when a model is written
-READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]  # what a name of the Hub is downloaded for
+READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # what a name of the Hub is downloaded for
 
 
 def load(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields) -> tuple[LM, Params, Any]:
@@ -41,11 +44,13 @@ def load(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **
       fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`; `param_dtype=jnp.float32` keeps float32
         master copies beside a computation in bfloat16.
 
-    Returns: `(lm, params, tokenizer)`.  Layers are stacked, `[num_layers, ...]`; the tokenizer follows tokenizer.json, and is
+    Returns: `(lm, params, tokenizer)`.  Layers are stacked, `[num_layers, ...]`; the tokenizer is that of `load_tokenizer`, and
     None where the folder has none.
 
-    Raises: ValueError where the family is not known, the config asks for what `TransformerConfig` does not span, or tensors are
-      missing, left over, of another shape or cut off: all of them are named.  FileNotFoundError where a file is missing.
+    Raises: ValueError where a file is broken, a field of the config cannot be, the family is not
+      known, the config asks for what `TransformerConfig` does not span, or tensors are missing, left
+      over, of another shape or cut off: the file and the field or the tensors are named, before any
+      array is made.  FileNotFoundError where a file is missing.
 
     >>> import tempfile
     >>> from rlhf.models import TransformerConfig, transformer
@@ -118,15 +123,20 @@ def read_config(path_or_name, **fields) -> Config:
     ...     read_config(folder, dtype=jnp.bfloat16).dtype.__name__
     'bfloat16'
     """
-    return configs.replaced(configs.ours(configs.transformers_config(_folder(path_or_name))), **fields)
+    return configs.replaced(configs.read(_folder(path_or_name))[1], **fields)
 
 
 def load_tokenizer(path_or_name) -> Any:
-    """The tokenizer of a folder or a name, by tokenizer.json.
+    """The tokenizer of a folder or a name: tokenizer.json as it stands, or what transformers
+    makes of vocab.json and merges.txt, vocab.txt or a sentencepiece model.
 
-    Raises: ValueError where there is none; FileNotFoundError where the folder is missing.
+    Raises: ValueError where there is none, or a file of it or the config.json beside it cannot be;
+      FileNotFoundError where the folder is missing.
     """
-    tokenizer = _tokenizer(_folder(path_or_name))
+    folder = _folder(path_or_name)
+    if (folder / configs.CONFIG).exists():  # it is of a model that is loaded next: told before a data set is read
+        configs.read(folder)
+    tokenizer = _tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model")
     return tokenizer
@@ -134,9 +144,12 @@ def load_tokenizer(path_or_name) -> Any:
 
 def end_ids(path_or_name, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's end token, and those that generation_config.json names (some models have
-    several)."""
-    file = _folder(path_or_name) / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    several).
+
+    Raises: ValueError where generation_config.json or config.json cannot be, or an id is beyond the vocabulary.
+    """
+    folder = _folder(path_or_name)
+    named = configs.generation(folder, configs.read(folder)[0].vocab_size).get("eos_token_id")
     return tuple(sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}))
 
 
@@ -219,25 +232,33 @@ def save(
 def _folder(path_or_name) -> Path:
     """The folder itself, or a name's in the Hub's cache, downloaded if it is not there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    folder = Path(path_or_name)
-    if folder.is_dir():
-        return folder
+    if os.path.isdir(path_or_name):  # False too for paths that no system call takes
+        return Path(path_or_name)
+    if os.path.lexists(path_or_name):
+        loop = os.path.islink(path_or_name) and not os.path.exists(path_or_name)
+        what = "a link to nothing" if loop else "a file"
+        raise FileNotFoundError(f"{path_or_name} is {what}, but a model is a folder with config.json and model.safetensors")
+    nowhere = (
+        f"{str(path_or_name)[:200]} is no folder, and no name that the Hub or its cache on this machine has; to download it by "
+        "hand: hf download NAME --local-dir FOLDER"
+    )
     try:
         return Path(snapshot_download(str(path_or_name), allow_patterns=READ))
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{path_or_name} is no folder, and no name that the Hub or its cache on this machine has; to download it by hand: "
-            "hf download NAME --local-dir FOLDER"
-        ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(nowhere) from error
+    except Exception as error:  # of the Hub, the network and the disk, as many kinds as there are versions
+        why = " ".join(str(error).split())
+        raise FileNotFoundError(f"{nowhere} ({type(error).__name__}: {why[:200]})") from error
 
 
 def _found(path_or_name, fields: Mapping[str, Any]):
     """`(folder, transformers' config, family, our config, tensors)`; tensors by their full names, and nothing of them read."""
     folder = _folder(path_or_name)
-    hf = configs.transformers_config(folder)
-    family, config = configs.family_of(hf.model_type), configs.replaced(configs.ours(hf), **fields)
+    hf, config = configs.read(folder)
+    configs.generation(folder, hf.vocab_size)
+    family, config = configs.family_of(hf.model_type), configs.replaced(config, **fields)
     tensors = {_full_name(name, family, config): stored for name, stored in find(folder).items()}
     if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
         config = configs.replaced(config, tied=False)  # as transformers has it
@@ -273,6 +294,11 @@ def _read(
 ) -> dict[str, Params]:
     """The parameters of each part, `(LM or Head, rows)`, once all tensors are known to fit."""
     last = configs.decoder_of(config)
+    if (least := mapping.least(config)) > len(tensors):
+        raise ValueError(
+            f"{folder / configs.CONFIG} describes {last.num_layers} layers (num_hidden_layers) with {last.experts} experts, so "
+            f"at least {least:,} tensors, but the files have {len(tensors)}"
+        )
     leaves = {name: _leaves(part) for name, (part, _) in parts.items()}
     shapes = {name: {path: leaf.shape for path, leaf in leaves[name].items()} for name in parts}
     places = {name: mapping.places(rows, shapes[name], config) for name, (_, rows) in parts.items()}
@@ -328,7 +354,11 @@ def _differ(tensors, rows) -> bool:
     """Whether a tied output matrix is stored too, and is another."""
     embedding = next(row.name for row in rows if row.leaves == "embedding")
     stored = [tensors[name] for name in _outputs(rows) if name in tensors]
-    return bool(stored) and embedding in tensors and not np.array_equal(stored[0].read(), tensors[embedding].read())
+    if not stored or embedding not in tensors:
+        return False
+    one, other = stored[0], tensors[embedding]
+    comparable = one.shape == other.shape and {one.dtype, other.dtype} <= set(FLOATS)  # else it is told of what does not fit
+    return comparable and not np.array_equal(one.read(), other.read())
 
 
 def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
@@ -370,10 +400,3 @@ def _write_companions(folder: Path, hf, tokenizer, original: Path | None) -> Non
     for name in ("generation_config.json", *(TOKENIZER if tokenizer is None else ())):
         if (original / name).exists():
             shutil.copy(original / name, folder)
-
-
-def _tokenizer(folder: Path):
-    """tokenizer.json as it stands.  AutoTokenizer puts some families' own pre-tokenizer in its place: other ids."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None

@@ -1,7 +1,6 @@
 """Hugging Face's configs and ours: read, described, compared."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,13 @@ from typing import Any
 from rlhf.lm import LM
 from rlhf.models.config import Config, EncoderDecoderConfig, LayerKind, TransformerConfig
 from rlhf.models.encoder_decoder import encoder_decoder
-from rlhf.models.families import FAMILIES, Family
+from rlhf.models.families import FAMILIES, Family, schema
 from rlhf.models.families.table import pattern
+from rlhf.models.json_files import read_object
 from rlhf.models.transformer import transformer
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
+LIMIT = 16_000_000  # bytes of either
 COMPUTATION = ("dtype", "param_dtype", "kernel", "remat")  # fields that no file holds
 
 
@@ -32,22 +34,72 @@ def config_of(lm: LM) -> Config:
     return config
 
 
-def transformers_config(folder: Path):
-    """config.json as an object of transformers' class: defaults filled in, older keys turned into today's."""
+def read(folder: Path) -> tuple[Any, Config]:
+    """config.json as transformers' object, defaults filled in and older keys turned into today's; and as our config.
+
+    Every field that counts is held against its kind and range first, so that no array, list or loop is made of one that cannot
+    be.
+
+    Raises: FileNotFoundError where there is no config.json; ValueError naming the file and the field.
+    """
     from transformers import AutoConfig
 
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json")
-    raw = json.loads((folder / "config.json").read_text())
-    if "quantization_config" in raw:
-        raise ValueError(f"{folder} holds quantised weights ({raw['quantization_config'].get('quant_method')}), not supported")
-    family_of(raw.get("model_type"))
-    return AutoConfig.for_model(**raw)
+    file = folder / CONFIG
+    if not file.exists():
+        adapter = "; it holds an adapter alone, and adapter_config.json names its base model"
+        raise FileNotFoundError(f"{folder} has no {CONFIG}{adapter if (folder / 'adapter_config.json').exists() else ''}")
+    raw = read_object(file, LIMIT)
+    if (quantised := raw.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"{folder} holds quantised weights ({method}), not supported")
+    try:
+        family_of(raw.get("model_type"))
+        schema.check(raw, raw["model_type"])
+        _check_names(raw)
+        hf = AutoConfig.for_model(**raw)
+        schema.check_ids(raw, hf.vocab_size)
+        schema.check_heads(raw, hf)
+        config = ours(hf)
+        schema.check_together(hf, config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever transformers' classes raise of fields that we do not read
+        raise ValueError(f"{file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    return hf, config
+
+
+def transformers_config(folder: Path):
+    """config.json as an object of transformers' class.  Raises: as `read`."""
+    return read(folder)[0]
+
+
+def generation(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """What generation_config.json says; {} where there is none.
+
+    Raises: ValueError where it is not JSON, or an id of its tokens is no id of a vocabulary of `vocab_size`.
+    """
+    file = folder / GENERATION
+    if not file.exists():
+        return {}
+    raw = read_object(file, LIMIT)
+    try:
+        schema.check_ids(raw, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return raw
+
+
+def _check_names(raw: Mapping[str, Any]) -> None:
+    """transformers sets every field that it does not know as an attribute: none may stand in a method's place."""
+    from transformers import PreTrainedConfig
+
+    if wrong := [name for name in raw if callable(getattr(PreTrainedConfig, name, None)) or name == "per_layer_config"]:
+        raise ValueError(f"{wrong[0]!r} is no field of a config that is supported; leave it out")
 
 
 def family_of(model_type) -> Family:
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known; known: {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r:.80} is not known; known: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -107,8 +159,7 @@ def _written(config: Config, family: str, fields: Mapping[str, Any]):
 
 def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
     """The config of the original, with other fields, if the model is of that form."""
-    hf = transformers_config(original)
-    theirs = ours(hf)
+    hf, theirs = read(original)
     if decoder_of(theirs).tied and not decoder_of(config).tied:
         theirs, hf.tie_word_embeddings = replaced(theirs, tied=False), False  # stored twice, and different
     if decoder_of(config).vocab_size > decoder_of(theirs).vocab_size:  # tokens were added

@@ -15,6 +15,7 @@ from rlhf.models.safetensors_files import FLOATS, Stored
 from rlhf.models.transformer import DENSE, SPARSE
 
 Path = tuple[str, ...]
+TOLD = 20  # names of a kind in an error
 
 
 class Place(NamedTuple):
@@ -51,6 +52,12 @@ def _numbers(row: Tensor, shape: Sequence[int], config: TransformerConfig, leaf:
             yield from (((layer, expert), (place, expert)) for expert in range(shape[1]))
 
 
+def least(config: Config) -> int:
+    """Tensors that a model has at least: one a layer, and one for each expert of a sparse one."""
+    stacks = (config,) if isinstance(config, TransformerConfig) else (config.encoder, config.decoder)
+    return sum(stack.experts if stack.kind(i).sparse else 1 for stack in stacks for i in range(stack.num_layers))
+
+
 def _stack_of(config: Config, leaf: Path) -> TransformerConfig:
     if isinstance(config, TransformerConfig):
         return config
@@ -83,7 +90,17 @@ def problems(parts: Sequence[tuple[Mapping[str, Place], Mapping]], tensors: Mapp
         ],
         "not of floats": [f"{name} {tensors[name].dtype}" for name in both if tensors[name].dtype not in FLOATS],
     }
-    return "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
+    return "; ".join(f"{what}: {listed(names)}" for what, names in found.items() if names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line; of many the first.
+
+    >>> listed(["a", "b"]), listed(["a"] * 100)[-12:]
+    ('a, b', ' and 80 more')
+    """
+    more = f", … and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
+    return ", ".join(names[:TOLD]) + more
 
 
 def read(

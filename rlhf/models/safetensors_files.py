@@ -3,15 +3,17 @@
 Read with plain file reads: a memory-mapped file would count as memory of the process until it is closed.
 """
 
-import json
 import math
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import ml_dtypes
 import numpy as np
+
+from rlhf.models.json_files import parse_object, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -26,6 +28,8 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+HEADER = 100_000_000  # bytes of a header; the format allows no more
+AXES = 8  # of a tensor
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -45,17 +49,18 @@ class Stored(NamedTuple):
 def find(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder by name; headers are read and checked, values are not.
 
-    Raises: FileNotFoundError where files are missing, ValueError where there are pickles alone, or a file is cut off or not
-      a safetensors file.
+    Raises: FileNotFoundError where files are missing; ValueError where there are pickles alone, the
+      index names files elsewhere, or a file is cut off, not a safetensors file, or has a header that
+      cannot be.
     """
-    return {name: tensor for file in _files(folder) for name, tensor in _header(folder / file)}
+    return {name: tensor for file in _files(folder) for name, tensor in header(folder / file)}
 
 
 def _files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        files = _indexed(folder / INDEX)
         if missing := [file for file in files if not (folder / file).exists()]:
             raise FileNotFoundError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
         return files
@@ -67,25 +72,61 @@ def _files(folder: Path) -> list[str]:
     raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {INDEX}")
 
 
-def _header(file: Path) -> Iterator[tuple[str, Stored]]:
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
-        if not 0 < length <= size - 8:
-            raise ValueError(
-                f"{file} is not a safetensors file, or is cut off: {size} bytes, of which the header claims {length}"
-            )
-        try:
-            header = json.loads(f.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} is not a safetensors file: its header is not JSON ({error})") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names; all lie beside it."""
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index}: weight_map must be an object of tensors' names and files' names, but is {places!r:.80}")
+    files = sorted(set(places.values()))
+    if elsewhere := [file for file in files if re.search(r"[/\\\0]", file) or file in ("", ".", "..")]:
+        raise ValueError(f"{index}: weight_map names {elsewhere[0]!r:.80}, which is not a file of this folder")
+    return files
+
+
+def header(file: Path) -> Iterator[tuple[str, Stored]]:
+    """The tensors of a file, by its header.  Raises: as `find`."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            start = f.read(64)
+            f.seek(8)
+            (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
+            text = f.read(length) if 0 < length <= min(size - 8, HEADER) else b""
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a pointer of Git LFS, not the weights; run git lfs pull in its folder")
+    if start.startswith((b"PK\3\4", b"\x80\2", b"\x80\4", b"\x80\5")):
+        raise ValueError(f"{file} is a pickle that torch wrote, not a safetensors file; write it again with save_pretrained")
+    if not text:
+        raise ValueError(f"{file} is not a safetensors file, or is cut off: {size} bytes, of which the header claims {length}")
+    entries = parse_object(text, f"{file} is not a safetensors file: its header")
+    entries.pop("__metadata__", None)
+    tensors = {name: _stored(file, 8 + length, name, entry) for name, entry in entries.items()}
+    end = 8 + length
+    for name, (tensor, stop) in sorted(tensors.items(), key=lambda entry: (entry[1][0].start, entry[1][1])):
+        if tensor.start != end:
+            raise ValueError(f"{file} is corrupt: {name} begins at byte {tensor.start}, but the tensor before it ends at {end}")
+        end = stop
     if end != size:
         raise ValueError(f"{file} is corrupt: its header describes {end} bytes, but it has {size}; download it again")
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        stored = Stored(file, 8 + length + start, entry["dtype"], tuple(entry["shape"]))
-        if stored.dtype in DTYPES and stop - start != math.prod(stored.shape) * np.dtype(DTYPES[stored.dtype]).itemsize:
-            raise ValueError(f"{file} is corrupt: {name} {stored.dtype} {list(stored.shape)} in {stop - start} bytes")
-        yield name, stored
+    yield from ((name, tensor) for name, (tensor, _) in tensors.items())
+
+
+def _stored(file: Path, first: int, name: str, entry: Any) -> tuple[Stored, int]:
+    """A tensor as the header has it, and where it ends; `first` is the byte that offsets count from."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
+        wanted = "needs a dtype, a shape and two offsets"
+        raise ValueError(f"{file} is corrupt: {name!r:.80} {wanted}, but is {entry!r:.120}")
+    start, stop = offsets
+    if start > stop or (dtype in DTYPES and stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize):
+        raise ValueError(f"{file} is corrupt: {name} {dtype} {shape} in {stop - start} bytes")
+    return Stored(file, first + start, dtype, tuple(shape)), first + stop
+
+
+def _whole(numbers: Any) -> TypeGuard[list[int]]:
+    """Whether something is a short list of sizes."""
+    short = isinstance(numbers, list) and len(numbers) <= AXES
+    return short and all(type(number) is int and 0 <= number < 2**60 for number in numbers)

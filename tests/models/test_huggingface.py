@@ -262,10 +262,14 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path):
     ("name", "fields", "message"),
     [
         ("llama", dict(model_type="mamba"), "model_type 'mamba' is not known; known: llama, mistral, "),
-        ("llama", dict(hidden_act="mish"), "activation 'mish' is not supported; known: silu, "),
+        ("llama", dict(hidden_act="mish"), "config.json: hidden_act must be one of silu, "),
         ("llama", dict(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}), "rotary scaling 'proportional'"),
         ("llama", dict(quantization_config={"quant_method": "fp8"}), "quantised weights (fp8)"),
-        ("qwen2", dict(layer_types=["full_attention", "chunked_attention"]), "layer type 'chunked_attention'"),
+        (
+            "qwen2",
+            dict(layer_types=["full_attention", "chunked_attention"]),
+            "config.json: layer_types must be a list of which each is one of full_attention",
+        ),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
         ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention = True is not supported"),
     ],

@@ -112,7 +112,7 @@ def _scaling(hf, p: Mapping[str, Any]) -> Scaling | None:
         ends = dict(fast=float(p.get("beta_fast") or 32), slow=float(p.get("beta_slow") or 1))
         return Yarn(factor, original, _yarn_attention(p, factor), **ends, truncate=bool(p.get("truncate", True)))
     known = "default, linear, dynamic, yarn, longrope, llama3"
-    raise ValueError(f"rotary scaling {kind!r} is not supported; known: {known}")
+    raise ValueError(f"rotary scaling {kind!r} (rope_type) is not supported; known: {known}")
 
 
 def _yarn_attention(p: Mapping[str, Any], factor: float) -> float:
