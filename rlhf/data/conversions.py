@@ -45,9 +45,7 @@ def as_messages(row: Row) -> Row:
     >>> as_messages({"prompt": "1 + 1?", "solution": "2"})
     {'prompt': [{'role': 'user', 'content': '1 + 1?'}], 'solution': '2'}
     """
-    if repeats_prompt(row):
-        row = extract_prompt(row)
-    kind = _kind(row)
+    row, kind = _typed(row)
     if kind in (types.LANGUAGE_MODELLING, types.IMPLICIT_PREFERENCE, types.STEPWISE):
         raise _refused(kind, "messages", "who speaks where is not known")
     role = lambda name: "user" if name == "prompt" else "assistant"
@@ -117,9 +115,7 @@ def implicit_prompt(row: Row) -> Row:
     >>> implicit_prompt({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."})
     {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}
     """
-    if repeats_prompt(row):
-        return _without(row, "prompt")
-    kind = _kind(row)
+    row, kind = _typed(row)
     if kind != types.PREFERENCE:
         raise _refused(kind, "an implicit prompt", "it needs prompt, chosen and rejected, and no others of its type")
     return _without(row, "prompt") | {side: joined(row["prompt"], row[side]) for side in ("chosen", "rejected")}
@@ -137,9 +133,7 @@ def unpaired(row: Row, *, separator: str = "\n") -> list[Row]:
     >>> [new["label"] for new in unpaired({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"})]
     [True, False]
     """
-    if repeats_prompt(row):
-        row = extract_prompt(row)
-    kind = _kind(row)
+    row, kind = _typed(row)
     if kind == types.STEPWISE:
         return [prompt_completion(row, separator=separator) | {"label": all(row["labels"])}]
     if kind not in (types.PREFERENCE, types.IMPLICIT_PREFERENCE):
@@ -164,9 +158,7 @@ def prompt_completion(row: Row, *, separator: str = "\n") -> Row:
     >>> prompt_completion({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"})
     {'prompt': '1 + 1 =', 'completion': ' 2'}
     """
-    if repeats_prompt(row):
-        row = extract_prompt(row)
-    kind = _kind(row)
+    row, kind = _typed(row)
     if kind == types.IMPLICIT_PREFERENCE:
         return prompt_completion(extract_prompt(row))
     if kind in (types.PREFERENCE, types.TRIPLE):
@@ -188,7 +180,8 @@ def prompt_only(row: Row) -> Row:
     >>> prompt_only({"prompt": "1 + 1 =", "completion": " 2", "id": 7})
     {'prompt': '1 + 1 =', 'id': 7}
     """
-    return row if _kind(row) == types.PROMPT_ONLY else _without(prompt_completion(row), "completion")
+    row, kind = _typed(row)
+    return row if kind == types.PROMPT_ONLY else _without(prompt_completion(row), "completion")
 
 
 def language_modelling(row: Row, *, separator: str = "\n") -> Row:
@@ -240,12 +233,14 @@ def _text_of(message: Row) -> str:
     return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
 
 
-def _kind(row: Row) -> Type:
-    """The type of a row whose columns hold what they should.  Raises: ValueError for others."""
+def _typed(row: Row) -> tuple[Row, Type]:
+    """A row and its type, its prompt in one place.  Raises: ValueError where its columns do not hold what they should."""
+    if repeats_prompt(row):
+        row = extract_prompt(row)
     kind = type_of(row)
     if problem := problem_of(kind, row):
         raise ValueError(problem)
-    return kind
+    return row, kind
 
 
 def _without(row: Row, *names: str) -> Row:
