@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO
 
 from rlhf.data import arrow_files
 from rlhf.data.types import Row, is_messages
-from rlhf.data.values import MAX_BYTES, TOO_LARGE, of_json, plain_row
+from rlhf.data.values import MAX_BYTES, TOO_LARGE, of_json, plain, plain_row
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")  # their cells in CSV are JSON, or empty
@@ -154,9 +154,10 @@ def _blank_to_the_end(rest: bytes, file: BinaryIO, path: Path, line: int) -> Non
 
 
 def _parsed(content: bytes, path: Path, line: int, column: int = 0) -> Any:
-    """What JSON says that begins in a line, and a column, of a file."""
+    """What JSON says that begins in a line, and a column, of a file; of an object plain values."""
     try:
-        return of_json(content.decode())
+        value = of_json(content.decode())
+        return plain_row(value) if isinstance(value, dict) else value
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise ValueError(f"{path}, line {line}: {UTF8}") from None
@@ -170,10 +171,7 @@ def _parsed(content: bytes, path: Path, line: int, column: int = 0) -> Any:
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: a row must be an object of columns, but is {value!r:.40}")
-    try:
-        return plain_row(value)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    return value
 
 
 class _Lines:
@@ -226,8 +224,7 @@ def _csv_rows(path: Path, lines: _Lines) -> Iterator[Row]:
                 continue
             if len(cells) != len(names):
                 raise ValueError(f"{where}: {len(cells)} cells but {len(names)} columns; quote cells that hold commas")
-            row = {name: _cell(name, cell, where) for name, cell in zip(names, cells, strict=True)}
-            yield _row(row, where)
+            yield {name: _cell(name, cell, where) for name, cell in zip(names, cells, strict=True)}
     except UnicodeDecodeError:
         raise ValueError(f"{path}, line {reader.line_num + 1} or after: {UTF8}") from None
     except csv.Error as error:
@@ -258,7 +255,7 @@ def _is_sharegpt(value: Any) -> bool:
 
 def _json_cell(name: str, text: str, where: str) -> Any:
     try:
-        return of_json(text)
+        return plain(of_json(text), 1)
     except json.JSONDecodeError as error:
         problem = f"not JSON ({error.msg} at character {error.colno})"
     except ValueError as error:
