@@ -13,6 +13,7 @@ from rlhf.data.conversions import language_modelling as language_modelling
 from rlhf.data.conversions import prompt_completion as prompt_completion
 from rlhf.data.conversions import prompt_only as prompt_only
 from rlhf.data.conversions import renamed as renamed
+from rlhf.data.conversions import repeats_prompt as repeats_prompt
 from rlhf.data.conversions import unpaired as unpaired
 from rlhf.data.mixtures import Mixture as Mixture
 from rlhf.data.mixtures import hold_out as hold_out
@@ -52,4 +53,6 @@ from rlhf.data.types import UNPAIRED_PREFERENCE as UNPAIRED_PREFERENCE
 from rlhf.data.types import Row as Row
 from rlhf.data.types import Type as Type
 from rlhf.data.types import checked as checked
+from rlhf.data.types import each as each
 from rlhf.data.types import type_of as type_of
+from rlhf.data.values import filled as filled

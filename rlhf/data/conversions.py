@@ -1,14 +1,14 @@
 """From one type of data set to another: functions of a row, which keep the columns that have no part in it.
 
-Map them over rows: `[convert(row) for row in rows]`, `(convert(row) for row in stream)`.  Where a row becomes several:
-`[new for row in rows for new in unpaired(row)]`.
+Map them over rows: `[convert(row) for row in rows]`, `(convert(row) for row in stream)`, or `each(rows, convert)`, which names
+the row where one is refused.  Where a row becomes several: `[new for row in rows for new in unpaired(row)]`.
 """
 
 from itertools import takewhile
 from typing import Any
 
 from rlhf.data import types
-from rlhf.data.types import Row, Type, columns, is_messages, type_of
+from rlhf.data.types import Row, Type, columns, is_messages, problem_of, type_of
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's, where they are not called the same
 
@@ -25,6 +25,8 @@ def renamed(row: Row, **names: str) -> Row:
     >>> renamed({"question": "1 + 1?", "answer": "2"}, question="prompt", answer="completion")
     {'prompt': '1 + 1?', 'completion': '2'}
     """
+    free = {new for new in names.values() if new not in names and row.get(new) is None}
+    row = _without(row, *free)
     for old, new in names.items():
         if old not in row or (new in row and new not in names):
             problem = "has no such column" if old not in row else f"has a {new} already"
@@ -43,7 +45,7 @@ def as_messages(row: Row) -> Row:
     >>> as_messages({"prompt": "1 + 1?", "solution": "2"})
     {'prompt': [{'role': 'user', 'content': '1 + 1?'}], 'solution': '2'}
     """
-    kind = type_of(row)
+    row, kind = _typed(row)
     if kind in (types.LANGUAGE_MODELLING, types.IMPLICIT_PREFERENCE, types.STEPWISE):
         raise _refused(kind, "messages", "who speaks where is not known")
     role = lambda name: "user" if name == "prompt" else "assistant"
@@ -62,7 +64,7 @@ def from_sharegpt(row: Row) -> Row:
     {'messages': [{'role': 'user', 'content': 'Hello'}]}
     """
     row = {name: [_turn(turn) for turn in value] if _is_sharegpt(value) else value for name, value in row.items()}
-    return renamed(row, conversations="messages") if "conversations" in row else row
+    return renamed(row, conversations="messages") if row.get("conversations") is not None else row
 
 
 def extract_prompt(row: Row) -> Row:
@@ -71,17 +73,21 @@ def extract_prompt(row: Row) -> Row:
     Messages are compared whole.  Strings are cut where a word begins, its space with the completions, and each keeps a word.
 
     Args:
-      row: with `chosen` and `rejected`; a `prompt` beside messages that is a string (as in some sets) is replaced.
+      row: with `chosen` and `rejected`; a `prompt` that is a string beside messages that repeat it, as in UltraFeedback, is
+        replaced.
 
-    Raises: ValueError where they share no beginning or are equal, one has nothing after it, or the row has an explicit prompt.
+    Raises: ValueError where they share no beginning or are equal, one has nothing after it, or the row has an explicit prompt,
+      or one that the messages do not repeat.
 
     >>> extract_prompt({"chosen": "The sky is blue.", "rejected": "The sky is black."})
     {'chosen': ' blue.', 'rejected': ' black.', 'prompt': 'The sky is'}
     """
-    if not row.keys() >= {"chosen", "rejected"}:
+    if row.get("chosen") is None or row.get("rejected") is None:
         raise _refused(type_of(row), "preference with a prompt of its own", "it has no chosen and rejected")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row and not (is_messages(chosen) and isinstance(row["prompt"], str)):
+    if problem := problem_of(types.IMPLICIT_PREFERENCE, row):
+        raise ValueError(problem)
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if prompt is not None and not (is_messages(chosen) and isinstance(prompt, str)):
         raise ValueError("a row has a prompt already; leave it out if chosen and rejected begin with it, or extract none")
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     cut = _word_border(chosen, shared) if isinstance(chosen, str) else shared
@@ -89,6 +95,11 @@ def extract_prompt(row: Row) -> Row:
         raise ValueError(
             "chosen and rejected must share a beginning, their prompt, and each go on in its own way, but are "
             f"{chosen!r:.80} and {rejected!r:.80}; remove the row, or give it a prompt"
+        )
+    if prompt is not None and not any(prompt.strip() in _text_of(message) for message in chosen[:cut]):
+        raise ValueError(
+            f"the prompt {prompt!r:.80} is in none of the messages that chosen and rejected begin with, {chosen[:cut]!r:.80}; "
+            "make it a list of messages, or leave it out"
         )
     return row | {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
@@ -104,7 +115,7 @@ def implicit_prompt(row: Row) -> Row:
     >>> implicit_prompt({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."})
     {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}
     """
-    kind = type_of(row)
+    row, kind = _typed(row)
     if kind != types.PREFERENCE:
         raise _refused(kind, "an implicit prompt", "it needs prompt, chosen and rejected, and no others of its type")
     return _without(row, "prompt") | {side: joined(row["prompt"], row[side]) for side in ("chosen", "rejected")}
@@ -122,7 +133,7 @@ def unpaired(row: Row, *, separator: str = "\n") -> list[Row]:
     >>> [new["label"] for new in unpaired({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"})]
     [True, False]
     """
-    kind = type_of(row)
+    row, kind = _typed(row)
     if kind == types.STEPWISE:
         return [prompt_completion(row, separator=separator) | {"label": all(row["labels"])}]
     if kind not in (types.PREFERENCE, types.IMPLICIT_PREFERENCE):
@@ -147,7 +158,7 @@ def prompt_completion(row: Row, *, separator: str = "\n") -> Row:
     >>> prompt_completion({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"})
     {'prompt': '1 + 1 =', 'completion': ' 2'}
     """
-    kind = type_of(row)
+    row, kind = _typed(row)
     if kind == types.IMPLICIT_PREFERENCE:
         return prompt_completion(extract_prompt(row))
     if kind in (types.PREFERENCE, types.TRIPLE):
@@ -169,7 +180,8 @@ def prompt_only(row: Row) -> Row:
     >>> prompt_only({"prompt": "1 + 1 =", "completion": " 2", "id": 7})
     {'prompt': '1 + 1 =', 'id': 7}
     """
-    return row if type_of(row) == types.PROMPT_ONLY else _without(prompt_completion(row), "completion")
+    row, kind = _typed(row)
+    return row if kind == types.PROMPT_ONLY else _without(prompt_completion(row), "completion")
 
 
 def language_modelling(row: Row, *, separator: str = "\n") -> Row:
@@ -200,6 +212,35 @@ def joined(prompt: Any, completion: Any) -> Any:
     if first["role"] != "assistant" or not (isinstance(last.get("content"), str) and isinstance(first.get("content"), str)):
         return prompt + completion
     return [*prompt[:-1], last | first | {"content": last["content"] + first["content"]}, *completion[1:]]
+
+
+def repeats_prompt(row: Row) -> bool:
+    """Whether a row has UltraFeedback's form: the prompt a string, and chosen and rejected messages that begin with it.
+
+    >>> turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    >>> repeats_prompt({"prompt": "1 + 1?", "chosen": turns, "rejected": turns[:1]})
+    True
+    """
+    sides = [row.get("chosen"), row.get("rejected")]
+    begins = lambda side: is_messages(side) and side[0]["role"] != "assistant"
+    return isinstance(row.get("prompt"), str) and all(map(begins, sides))
+
+
+def _text_of(message: Row) -> str:
+    """A message's text, also where its content is a list of parts."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _typed(row: Row) -> tuple[Row, Type]:
+    """A row and its type, its prompt in one place.  Raises: ValueError where its columns do not hold what they should."""
+    if repeats_prompt(row):
+        row = extract_prompt(row)
+    kind = type_of(row)
+    if problem := problem_of(kind, row):
+        raise ValueError(problem)
+    return row, kind
 
 
 def _without(row: Row, *names: str) -> Row:

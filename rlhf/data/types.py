@@ -2,11 +2,13 @@
 
 Rows are dictionaries.  A text column is standard (a string) or conversational (messages `{"role": …, "content": …}`), all of a
 row's alike.  Any further columns may stand beside: `tools` and `chat_template_kwargs` for the chat template, others for reward
-functions.
+functions.  A column that is None is one that a row does not have.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+
+from rlhf.data.values import plain_row
 
 Row = dict[str, Any]
 
@@ -38,7 +40,7 @@ def columns(type: Type, row: Row) -> tuple[str, ...]:
     >>> columns(LANGUAGE_MODELLING, {"messages": []}), columns(UNPAIRED_PREFERENCE, {})
     (('messages',), ('prompt', 'completion', 'label'))
     """
-    return ("messages",) if type == LANGUAGE_MODELLING and "messages" in row else type.texts + type.labels
+    return ("messages",) if type == LANGUAGE_MODELLING and row.get("messages") is not None else type.texts + type.labels
 
 
 def type_of(row: Row) -> Type:
@@ -53,7 +55,7 @@ def type_of(row: Row) -> Type:
     'prompt-completion'
     """
     for type in TYPES:
-        if row.keys() >= set(columns(type, row)):
+        if not _missing(type, row):
             return type
     known = "; ".join(f"{type.name}: {', '.join(columns(type, row))}" for type in TYPES)
     raise ValueError(f"a row has the columns {_names(row)}, which fit no type; rename them to those of one ({known})")
@@ -71,32 +73,77 @@ def is_messages(value: Any) -> bool:
 def checked(rows: Iterable[Row], type: Type) -> Iterator[Row]:
     """The same rows one by one, each held against a type when it comes by.
 
+    Columns, and fields of objects, that are None are left out, as the readers of files do; labels 1 and 0 become bools.
+
     Args:
-      rows: a list or a stream.
+      rows: a list, a stream, or a `datasets.Dataset`.
       type: what they must be; rows of a type with more columns pass.
 
     Raises: ValueError, on the row in question, where a column is missing, text is neither a string nor messages or both kinds
-      mix, or a label is no bool.
+      mix, or a label is neither True, False, 1 nor 0.
 
     >>> len(list(checked([{"prompt": "1 + 1 ="}], PROMPT_ONLY)))
     1
     """
-    for number, row in enumerate(rows):
-        needed = columns(type, row)
-        missing = [name for name in needed if name not in row]
+    for number, given in enumerate(rows):
+        missing = _missing(type, given)
         if missing:
             raise ValueError(
-                f"{type.name} rows need the columns {', '.join(needed)}, but row {number} has {_names(row)}: "
+                f"{type.name} rows need the columns {', '.join(columns(type, given))}, but row {number} has {_names(given)}: "
                 f"{', '.join(missing)} missing; rename or convert them"
             )
-        problem = _text_problem(type, row) or _label_problem(type, row)
-        if problem:
+        try:
+            row = plain_row({name: value for name, value in given.items() if value is not None})
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+        for name in {"label", "labels"}.intersection(type.labels):
+            row[name] = _as_bools(row[name])
+        if problem := problem_of(type, row):
             raise ValueError(f"row {number}: {problem}")
         yield row
 
 
+def each(rows: Iterable[Row], convert: Callable[[Row], Any]) -> Iterator[Any]:
+    """What a function makes of every row, its errors with the row's number.
+
+    Args:
+      rows: a list or a stream.
+      convert: of one row, such as `extract_prompt`.
+
+    Raises: ValueError where `convert` does, naming the row.
+
+    >>> list(each([{"prompt": "a"}], type_of)) == [PROMPT_ONLY]
+    True
+    """
+    for number, row in enumerate(rows):
+        try:
+            yield convert(row)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+
+
 def _names(row: Row) -> str:
-    return ", ".join(row) or "none"
+    return ", ".join(name for name, value in row.items() if value is not None) or "none"
+
+
+def _missing(type: Type, row: Row) -> list[str]:
+    return [name for name in columns(type, row) if row.get(name) is None]
+
+
+def _as_bools(value: Any) -> Any:
+    """True and False of 1 and 0, which files without bools hold; anything else as it is."""
+    if isinstance(value, list):
+        return [_as_bools(item) for item in value]
+    return bool(value) if isinstance(value, int) and value in (0, 1) else value
+
+
+def problem_of(type: Type, row: Row) -> str | None:
+    """What is wrong with the values of a row that has the columns of a type; None where nothing is.
+
+    >>> problem_of(PROMPT_ONLY, {"prompt": 7})
+    'prompt must be a string or messages with role and content, but is int'
+    """
+    return _text_problem(type, row) or _label_problem(type, row)
 
 
 def _text_problem(type: Type, row: Row) -> str | None:
@@ -116,14 +163,14 @@ def _text_problem(type: Type, row: Row) -> str | None:
 
 def _label_problem(type: Type, row: Row) -> str | None:
     if "label" in type.labels and not isinstance(row["label"], bool):
-        return f"label must be True or False, but is {row['label']!r}"
+        return f"label must be True or False, or 1 or 0, but is {row['label']!r:.80}"
     if "labels" not in type.labels:
         return None
     steps, labels = row["completions"], row["labels"]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         return f"completions must be a list of strings, one a step, but is {steps!r:.80}"
     if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
-        return f"labels must be a list of True and False, one a step, but is {labels!r:.80}"
+        return f"labels must be a list of True and False, or of 1 and 0, one a step, but is {labels!r:.80}"
     if not steps or len(steps) != len(labels):
         return f"{len(steps)} completions but {len(labels)} labels; one label a step, and at least one step"
     return None

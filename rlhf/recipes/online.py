@@ -76,12 +76,12 @@ class Questions(NamedTuple):
     """Rows of prompts, tokenised."""
 
     prompts: Prompts  # [N, L]
-    rows: Sequence[Row]
+    rows: Sequence[Row]  # all with the same columns
 
     @classmethod
     def of(cls, tokenizer, rows: list[Row]) -> "Questions":
         """Checks and tokenises rows with a `prompt`."""
-        return cls(data.prompts(data.tokenize_prompts(tokenizer, rows)), rows)
+        return cls(data.prompts(data.tokenize_prompts(tokenizer, rows)), data.filled(rows))
 
     def take(self, seed: int, number: int, size: int) -> Asked:
         """The questions of a step: a pure function of seed and number."""

@@ -23,7 +23,8 @@ LENGTHS = ("chosen_length", "rejected_length")
 def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS) -> Pairs:
     """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed."""
     kind = data.TRIPLE if "reference" in columns else data.IMPLICIT_PREFERENCE
-    rows = [data.extract_prompt(row) if "prompt" not in row else row for row in data.checked(rows, kind)]
+    apart = lambda row: data.extract_prompt(row) if "prompt" not in row or data.repeats_prompt(row) else row
+    rows = list(data.each(data.checked(rows, kind), apart))
     sides = (data.tokenize_completions(tokenizer, rows, column=column) for column in columns)
     kept = setup.truncated(*sides, length=length, say=say)
     if packing == "bfd":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf import adapters, averages, data, peft_files, tasks
-from rlhf.data import batch_indices, mix, read_rows, renamed, stream_rows
+from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
@@ -106,7 +106,7 @@ class Source:
     """Where rows come from.
 
     Args:
-      dataset: a .jsonl, .json, .csv or .parquet file, a folder of those, a name on the Hub, or a generated task such as
+      dataset: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of those, a name on the Hub, or a generated task such as
         task:reverse or task:sums:2.
       split: of the dataset.
       dataset_config: of a dataset on the Hub that has several.
@@ -139,10 +139,10 @@ class Source:
         if source.startswith(tasks.PREFIX):
             return tasks.load(source, kind, number, seed=seed, **knobs)
         read = read_rows if self.max_rows is None else stream_rows
-        rows = list(islice(read(source, split=split, config=self.dataset_config), self.max_rows))
+        rows = filled(list(islice(read(source, split=split, config=self.dataset_config), self.max_rows)))
         if missing := [name for name in self.columns if name not in rows[0]]:
             raise ValueError(f"columns renames {', '.join(missing)}, but {source} has {', '.join(rows[0])}")
-        return [renamed(row, **self.columns) for row in rows]
+        return list(data.each(rows, lambda row: renamed(row, **self.columns)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Data(Source):
                 raise ValueError(f"dataset_accuracy {self.dataset_accuracy} is of answers, but prompts have none; leave it out")
             knobs = {**knobs, "accuracy": self.dataset_accuracy}
         sources = [self.read(name, self.split, kind, self.dataset_size, 0, **knobs) for name in names]
-        train = mix(sources, self.fractions).rows if self.fractions else [row for rows in sources for row in rows]
+        train = filled(mix(sources, self.fractions).rows if self.fractions else [row for rows in sources for row in rows])
         if self.eval_dataset is None and self.eval_split is None:
             return train, []
         return train, self.read(self.eval_dataset or self.dataset, self.eval_split or "train", kind, 256, 1, **knobs)

@@ -30,8 +30,8 @@ class Answers(NamedTuple):
 
 def lay_out(tokenizer, rows: list[Row], length: int, say: Callable, *, mismatched: bool = False) -> Answers:
     """Rows with a label as arrays, those of preferences and steps taken apart; what is cut or left out is said."""
-    rows = [new for row in rows for new in ([row] if data.type_of(row) == data.UNPAIRED_PREFERENCE else data.unpaired(row))]
-    rows = list(data.checked(rows, data.UNPAIRED_PREFERENCE))
+    apart = lambda row: [row] if data.type_of(row) == data.UNPAIRED_PREFERENCE else data.unpaired(row)
+    rows = list(data.checked((new for several in data.each(rows, apart) for new in several), data.UNPAIRED_PREFERENCE))
     kept = setup.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
     order = prompts_in_turn(kept.sides[0])
     own = [kept.sides[0][i] for i in order]
