@@ -213,6 +213,10 @@ def _stop(body: dict, tokenizer) -> tuple[str, ...]:
         raise ValueError(f"stop must be a text that is not empty, or a list of them, but is {stop!r}")
     if strings and tokenizer is None:
         raise ValueError("this server has no tokenizer to match stop strings by: give stop_token_ids")
+    special = stopping.special_tokens(tokenizer).items() if strings else ()
+    if named := [(token, piece) for token, piece in special if any(piece in string for string in strings)]:
+        token, piece = named[0]
+        raise ValueError(f"stop has the special token {piece!r}, which texts leave out: give stop_token_ids = [{token}] for it")
     if strings and body.get("min_tokens"):
         raise ValueError(f"min_tokens = {body['min_tokens']!r} holds back end tokens, but not stop strings: leave one out")
     return strings

@@ -20,11 +20,13 @@ def stop_strings(tokenizer, strings: Sequence[str]) -> Array:
     of a string: one look-up a token.
 
     Args:
-      tokenizer: a `transformers` tokenizer.  strings: texts that end a row; the row keeps the token that completes one.
+      tokenizer: a `transformers` tokenizer.
+      strings: texts that end a row; the row keeps the token that completes one.  Texts leave special tokens out, and so does
+        the automaton, but for those that a string itself has, such as `<|im_end|>`.
 
     Returns: `[V, S]` int32: the state after a token in a state; S - 1 is "seen", 0 the start.  For `generate`'s `stop`.
 
-    Raises: ValueError where there is no string, or an empty one.
+    Raises: ValueError where there is no string, or an empty one, and where what a token adds to a text depends on those beside it.
 
     >>> from rlhf.tasks import reverse
     >>> tokenizer = reverse.task().tokenizer()
@@ -37,7 +39,8 @@ def stop_strings(tokenizer, strings: Sequence[str]) -> Array:
         raise ValueError(f"stop strings must be a list of texts that are not empty, but are {strings!r}")
     bytewise = _automaton([string.encode() for string in strings])  # [S, 256]
     states, seen = np.arange(len(bytewise)), len(bytewise) - 1
-    texts = token_bytes(tokenizer)
+    texts = token_bytes(tokenizer, shown=strings)
+    _check(tokenizer, texts)
     table = np.empty((len(texts), len(states)), np.int32)
     for token, text in enumerate(texts):
         state = states
@@ -46,6 +49,30 @@ def stop_strings(tokenizer, strings: Sequence[str]) -> Array:
         table[token] = state
     assert (table[:, seen] == seen).all()
     return jnp.asarray(table)
+
+
+def _check(tokenizer, texts: list[bytes], samples: int = 200) -> None:
+    """Holds the bytes of tokens against what the tokenizer makes of some of them in a row."""
+    special = special_tokens(tokenizer)
+    known = tokenizer.convert_ids_to_tokens(range(len(texts)))
+    ids = [i for i, piece in enumerate(known) if i not in special and piece is not None]
+    anchor, start = _anchor(tokenizer, known, special)
+    rng = np.random.default_rng(0)
+    for sequence in rng.choice(ids, (samples, 4)).tolist():
+        said = tokenizer.convert_tokens_to_string([*anchor, *(known[i] for i in sequence)])[start:]
+        read = b"".join(texts[i] for i in sequence).decode(errors="replace")
+        if said != read and "\ufffd" not in said:
+            raise ValueError(
+                f"stop strings need a tokenizer whose tokens add to a text what they always add, but this one makes {said!r:.40} of "
+                f"tokens that say {read!r:.40}; end rows by tokens, eos_ids"
+            )
+
+
+def _anchor(tokenizer, pieces: Sequence[str | None], special) -> tuple[list[str], int]:
+    """A token to stand before others, since a first one loses its space, and the length of its own text."""
+    plain = (piece for i, piece in enumerate(pieces) if i not in special and piece is not None)
+    anchor = [next(piece for piece in plain if not re.fullmatch("<0x[0-9A-F]{2}>", piece))]
+    return anchor, len(tokenizer.convert_tokens_to_string(anchor))
 
 
 def _automaton(words: list[bytes]) -> np.ndarray:
@@ -62,19 +89,45 @@ def _automaton(words: list[bytes]) -> np.ndarray:
     return table
 
 
-def token_bytes(tokenizer) -> list[bytes]:
-    """What each token of the vocabulary adds to a text, in bytes; b"" for special tokens, which texts leave out."""
-    special = set(tokenizer.all_special_ids)
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    anchor = next(piece for i, piece in enumerate(pieces) if i not in special)  # a first token loses its space
-    bytewise = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+def special_tokens(tokenizer) -> dict[int, str]:
+    """The tokens that texts leave out.
+
+    >>> from rlhf.tasks import reverse
+    >>> special_tokens(reverse.task().tokenizer())
+    {0: '<pad>', 1: '<bos>', 2: '<eos>'}
+    """
+    added = {token: piece.content for token, piece in tokenizer.added_tokens_decoder.items() if piece.special}
+    pieces = tokenizer.convert_ids_to_tokens(sorted(tokenizer.all_special_ids))
+    named = dict(zip(sorted(tokenizer.all_special_ids), pieces, strict=True))
+    return dict(sorted((named | added).items()))
+
+
+def token_bytes(tokenizer, *, shown: Sequence[str] = ()) -> list[bytes]:
+    """What each token of the vocabulary adds to a text, in bytes; b"" for special tokens, which texts leave out.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      shown: texts; a special token that one of them has counts as what it is written as.
+    """
+    backend = tokenizer.backend_tokenizer
+    special = special_tokens(tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(range(1 + max(tokenizer.get_vocab().values())))  # ids may have gaps: None
+    decoder = str(backend.decoder)
+    fallback, bytewise = "ByteFallback" in decoder, "ByteLevel" in decoder
+    anchor, start = _anchor(tokenizer, pieces, special)
 
     def text(piece: str) -> bytes:
-        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        if fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         if bytewise:
             return bytes(BYTES[c] for c in piece) if all(c in BYTES for c in piece) else piece.encode()
-        start = len(tokenizer.convert_tokens_to_string([anchor]))
-        return tokenizer.convert_tokens_to_string([anchor, piece])[start:].encode()
+        return tokenizer.convert_tokens_to_string([*anchor, piece])[start:].encode()
 
-    return [b"" if i in special else text(piece) for i, piece in enumerate(pieces)]
+    def added(token: int, piece: str | None) -> bytes:
+        if piece is None:
+            return b""
+        if token in special:
+            return special[token].encode() if any(special[token] in string for string in shown) else b""
+        return text(piece)
+
+    return [added(token, piece) for token, piece in enumerate(pieces)]

@@ -1,10 +1,13 @@
 """Text in, text out: the glue to a `transformers` tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rlhf.rollouts.stopping import BYTES
 from rlhf.rollouts.types import Prompts, Rollout
+
+CHARACTERS = 16_000_000  # of one text; more than any model reads, and tokenizers take 40 bytes for each
 
 
 def encode(tokenizer, texts: Sequence[str], *, length: int | None = None, add_special_tokens: bool = True) -> Prompts:
@@ -14,11 +17,12 @@ def encode(tokenizer, texts: Sequence[str], *, length: int | None = None, add_sp
       tokenizer: a `transformers` tokenizer.
       texts: one prompt each.
       length: columns; None: the longest prompt's.  One length for all batches means one compilation.
-      add_special_tokens: whether the tokenizer adds its own, such as a start token.
+      add_special_tokens: whether the tokenizer adds its own, such as a start token; a text that begins with it has it once.
 
-    Raises: ValueError where a prompt has no token, or more than `length`; it names the row.
+    Raises: ValueError where a prompt has no token, more than `length`, or a letter that the tokenizer lacks; it names the row.
     """
-    rows = [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    read = framed(tokenizer) if add_special_tokens else encoder(tokenizer)
+    rows = [in_row("prompt", i, read, text) for i, text in enumerate(texts)]
     empty = [i for i, row in enumerate(rows) if not row]
     if not rows or empty:
         raise ValueError(f"prompt {empty[0] if rows else 0} has no tokens; a model needs at least one to start from")
@@ -43,3 +47,136 @@ def prompts(tokenizer, rollout: Rollout) -> list[str]:
     """The text of each row's prompt in a rollout `[B, T]`, without special tokens: B strings."""
     tokens, keep = np.asarray(rollout.tokens), np.asarray((rollout.segment_ids != 0) & ~rollout.mask)
     return [tokenizer.decode(row[k], skip_special_tokens=True) for row, k in zip(tokens, keep, strict=True)]
+
+
+def in_row(what: str, number: int, fn: Callable, *args):
+    """What a function returns; a ValueError of its own says of which row."""
+    try:
+        return fn(*args)
+    except ValueError as error:
+        raise ValueError(f"{what} {number}: {error}") from None
+
+
+def encoder(tokenizer) -> Callable[[str], list[int]]:
+    """`(text) -> tokens`, without special tokens of the tokenizer's own.
+
+    Tokenizers without an unknown token leave a letter out that they lack, or fail: here it is refused.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+
+    Returns: a function, which raises ValueError for a text with a letter that no token has, and one of absurd length.
+
+    >>> from rlhf.tasks import reviews
+    >>> encoder(reviews.tokenizer())("the film")
+    [83, 35]
+    """
+    read = _reader(tokenizer)
+    return lambda text: read(text, False)["input_ids"]
+
+
+def framed(tokenizer) -> Callable[[str], list[int]]:
+    """`(text) -> tokens` with those that the tokenizer puts around a text.  A text that begins or ends with them by itself has
+    them once.
+
+    Args, Returns: as `encoder`.
+
+    >>> from rlhf.tasks import characters
+    >>> read = framed(characters.tokenizer())
+    >>> read("1+1"), read("<bos>1+1")
+    ([1, 4, 39, 4], [1, 4, 39, 4])
+    """
+    return _framed(tokenizer, ())
+
+
+def starting(tokenizer) -> Callable[[str], list[int]]:
+    """As `framed`, without the end token that some tokenizers add: more may follow.
+
+    Args, Returns: as `encoder`.
+
+    >>> from rlhf.tasks import reviews
+    >>> starting(reviews.tokenizer())("the film")
+    [1, 83, 35]
+    """
+    return _framed(tokenizer, (tokenizer.eos_token_id,))
+
+
+def _framed(tokenizer, without: tuple) -> Callable[[str], list[int]]:
+    read = _reader(tokenizer)
+
+    def once(text: str) -> list[int]:
+        encoding = read(text, True)
+        tokens, own = encoding["input_ids"], [i for i, of in enumerate(encoding.sequence_ids(0)) if of is not None]
+        start, stop = (own[0], own[-1] + 1) if own else (len(tokens), len(tokens))
+        before, after = ([t for t in side if t not in without] for side in (tokens[:start], tokens[stop:]))
+        tokens = tokens[start:stop]
+        tokens = tokens if before and tokens[: len(before)] == before else [*before, *tokens]
+        return tokens if after and tokens[-len(after) :] == after else [*tokens, *after]
+
+    return once
+
+
+def _reader(tokenizer) -> Callable:
+    """`(text, add_special_tokens) -> encoding`; it raises what `encoder` says."""
+    lost = _lost_letters(tokenizer)
+
+    def read(text: str, special: bool):
+        if len(text) > CHARACTERS:
+            raise ValueError(f"a text has {len(text):,} characters, but {CHARACTERS:,} are the most; cut it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!r} at character {error.start}"
+            raise ValueError(f"a text has half a letter, {half} (a surrogate without its other half); remove it") from None
+        try:
+            encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=lost is not None)
+        except Exception as error:  # the backend has no kind of its own for it
+            letter = next((letter for letter in dict.fromkeys(text) if _fails(tokenizer, letter)), None)
+            raise ValueError(_lacking(text, letter) if letter else f"{error}, in {text!r:.60}") from None
+        if lost and (letter := lost(text, encoding)):
+            raise ValueError(_lacking(text, letter))
+        return encoding
+
+    return read
+
+
+def _fails(tokenizer, text: str) -> bool:
+    try:
+        tokenizer(text, add_special_tokens=False)
+    except Exception:
+        return True
+    return False
+
+
+def _lacking(text: str, letter: str) -> str:
+    at = max(text.find(letter) - 20, 0)
+    return (
+        f"the tokenizer has no token for {letter!r} (U+{ord(letter):04X}), in {text[at : at + 40]!r}, and none for what is unknown; "
+        "remove the letter, or take a tokenizer whose model has an unk_token"
+    )
+
+
+def _lost_letters(tokenizer) -> Callable | None:
+    """`(text, encoding) -> the first letter that byte-pair encoding leaves out`; None where it leaves out none."""
+    backend = tokenizer.backend_tokenizer
+    model, normalizer = backend.model, backend.normalizer
+    if type(model).__name__ != "BPE" or model.unk_token is not None or model.byte_fallback:
+        return None
+    vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_decoder)
+    bytewise = "ByteLevel" in str(backend.pre_tokenizer)
+    absent = {byte for letter, byte in BYTES.items() if bytewise and letter not in vocabulary}
+    if bytewise and not absent:
+        return None
+
+    def lost(text: str, encoding) -> str | None:
+        covered = np.zeros(len(text) + 1, bool)
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            covered[start:end] |= not bytewise or token in added
+        for at in np.flatnonzero(~covered[:-1]).tolist():
+            letter = text[at]
+            gone = absent & set(letter.encode()) if bytewise else not letter.isspace()
+            if gone and (normalizer is None or normalizer.normalize_str(letter).strip()):
+                return letter
+        return None
+
+    return lost

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rlhf.data.tokenized import Tokenized, batch, pairs
 from rlhf.rollouts import Batch, Pairs
+from rlhf.rollouts.text import encoder, in_row, starting
 
 
 def encode_rows(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int) -> Batch:
@@ -40,12 +41,13 @@ def _tokenized(tokenizer, prompts: Sequence[str], completions: Sequence[str]) ->
         raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-    rows = []
+    rows, begin, read = [], starting(tokenizer), encoder(tokenizer)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start = tokenizer.encode(prompt)
-        rest = tokenizer.encode(completion, add_special_tokens=False)
+        start = in_row("row", i, begin, prompt)
+        rest = in_row("row", i, read, completion)
         if not rest:
             raise ValueError(f"row {i} has no text to train on; remove it")
-        rest.append(tokenizer.eos_token_id)
+        if rest[-1] != tokenizer.eos_token_id:
+            rest = [*rest, tokenizer.eos_token_id]
         rows.append(Tokenized(start + rest, [False] * len(start) + [True] * len(rest)))
     return rows

@@ -4,21 +4,22 @@ The ids of a prompt are exactly those from which a policy samples: prompt and co
 tokenizer would merge across their border, the completion is tokenised by itself (a warning says in how many rows).  Strings
 get an end token; after messages, the template writes what ends a turn.
 
-A row's `tools` (a list of JSON schemas, or one as a JSON string) and `chat_template_kwargs` go to the template.
+A row's `tools` (or `tool_defs`; a list of JSON schemas, or one as a JSON string) and `chat_template_kwargs` go to the template,
+within bounds of time and size.  What messages say must stand in the text that the template writes, or the row is refused.
 """
 
-import json
-import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
+from rlhf.data import conversations
+from rlhf.data.conversations import Rendered
 from rlhf.data.conversions import joined
+from rlhf.data.messages import normalised
 from rlhf.data.tokenized import Steps, Tokenized
 from rlhf.data.types import LANGUAGE_MODELLING, PROMPT_ONLY, STEPWISE, Row, Type, checked
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from rlhf.rollouts.text import encoder, in_row, starting
 
 
 def tokenize_texts(tokenizer, rows: Iterable[Row], *, assistant_only: bool = False) -> list[Tokenized]:
@@ -31,22 +32,24 @@ def tokenize_texts(tokenizer, rows: Iterable[Row], *, assistant_only: bool = Fal
 
     Returns: one `Tokenized` a row.  Rows without a trained token are for `truncate` to remove.
 
-    Raises: ValueError for other rows, text where the tokenizer has no end token, messages where it has no template, and
-      `assistant_only` where the rows are text or the template marks no generation.
-    Warns: RuntimeWarning where no row of messages trains the tokenizer's end token.
+    Raises: ValueError for other rows, text where the tokenizer has no end token, messages where it has no template or which the
+      template refuses or leaves out, and `assistant_only` where the rows are text or the template marks no generation.
+    Warns: RuntimeWarning where no row of messages trains the tokenizer's end token, where messages hold special tokens, and
+      where the template leaves out their tools or thinking.
 
     >>> from rlhf.tasks import reviews
     >>> tokenize_texts(reviews.tokenizer(), [{"text": "the film"}])[0].mask
     [True, True, True, True]
     """
-    rows = list(checked(rows, LANGUAGE_MODELLING))
+    rows = _checked(rows, LANGUAGE_MODELLING, ("messages",))
     whole = [row.get("messages", row.get("text")) for row in rows]
     return _tokenized(tokenizer, rows, [None] * len(rows), whole, assistant_only, False)
 
 
 def tokenize_completions(
-    tokenizer, rows: Iterable[Row], *, column: str = "completion", assistant_only: bool = False, completion_only: bool = True
-) -> list[Tokenized]:
+    tokenizer, rows: Iterable[Row], *, column: str = "completion", assistant_only: bool = False, completion_only: bool = True,
+    imitated: bool = True,
+) -> list[Tokenized]:  # fmt: skip
     """A prompt and what follows: the completion is trained, or what assistants say in it.
 
     Args:
@@ -55,6 +58,7 @@ def tokenize_completions(
       column: `completion`; `chosen`, `rejected`, `reference` for the sides of preferences.
       assistant_only: as in `tokenize_texts`.
       completion_only: False: the prompt is trained too.
+      imitated: False: completions are judged and no model learns to write them, so that nobody misses their end token.
 
     Returns: one `Tokenized` a row.
 
@@ -66,9 +70,10 @@ def tokenize_completions(
     >>> tokenize_completions(reviews.tokenizer(), [{"prompt": "the film", "completion": " is great ."}])[0].mask
     [False, False, False, True, True, True, True]
     """
-    rows = list(checked(rows, Type(f"prompt and {column}", ("prompt", column))))
+    names = ("prompt", column)
+    rows = _checked(rows, Type(f"prompt and {column}", names), names)
     starts, whole = [row["prompt"] for row in rows], [joined(row["prompt"], row[column]) for row in rows]
-    return _tokenized(tokenizer, rows, starts, whole, assistant_only, completion_only)
+    return _tokenized(tokenizer, rows, starts, whole, assistant_only, completion_only, imitated)
 
 
 def tokenize_prompts(tokenizer, rows: Iterable[Row]) -> list[list[int]]:
@@ -86,7 +91,10 @@ def tokenize_prompts(tokenizer, rows: Iterable[Row]) -> list[list[int]]:
     >>> len(tokenize_prompts(reviews.tokenizer(), [{"prompt": "the film"}])[0])
     3
     """
-    return [_prompt(tokenizer, row, row["prompt"])[1] for row in checked(rows, PROMPT_ONLY)]
+    rows = _checked(rows, PROMPT_ONLY, ("prompt",))
+    found = _prompts(tokenizer, rows, [row["prompt"] for row in rows])
+    conversations.warn(tokenizer, [row["prompt"] for row in rows], found)
+    return [prompt.ids for prompt in found]
 
 
 def tokenize_steps(tokenizer, rows: Iterable[Row], *, separator: str = "\n") -> list[Steps]:
@@ -105,119 +113,136 @@ def tokenize_steps(tokenizer, rows: Iterable[Row], *, separator: str = "\n") -> 
     >>> tokenize_steps(reviews.tokenizer(), [{"prompt": "the", "completions": ["film is", "great ."], "labels": [True, False]}])
     [Steps(tokens=[1, 83, 35, 47, 40, 4], mask=[False, False, False, True, False, True], labels=[0, 0, 0, 1, 0, 0])]
     """
-    return [_steps(tokenizer, number, row, separator) for number, row in enumerate(checked(rows, STEPWISE))]
+    begin, read = starting(tokenizer), encoder(tokenizer)
+    return [in_row("row", number, _steps, begin, read, row, separator) for number, row in enumerate(checked(rows, STEPWISE))]
 
 
-def _steps(tokenizer, number: int, row: Row, separator: str) -> Steps:
-    tokens = _text_ids(tokenizer, row["prompt"])
+def _steps(begin: Callable, read: Callable, row: Row, separator: str) -> Steps:
+    tokens = begin(row["prompt"])
     ends = {}
     for step, label in zip(row["completions"], row["labels"], strict=True):
-        ids = _ids(tokenizer, step) + _ids(tokenizer, separator)
+        ids = read(step) + read(separator)
         if not ids:
-            raise ValueError(f"row {number} has a step without tokens, {step!r}; give it text, or a separator that has some")
+            raise ValueError(f"a step without tokens, {step!r}; give it text, or a separator that has some")
         tokens = tokens + ids
         ends[len(tokens) - 1] = int(label)
     return Steps(tokens, [i in ends for i in range(len(tokens))], [ends.get(i, 0) for i in range(len(tokens))])
 
 
+def _checked(rows: Iterable[Row], type: Type, names: tuple[str, ...]) -> list[Row]:
+    """Rows of a type, their messages as templates take them."""
+    return [in_row("row", number, normalised, row, names) for number, row in enumerate(checked(rows, type))]
+
+
+class _Read(NamedTuple):
+    """A text and its tokens."""
+
+    text: str
+    ids: list[int]
+    mask: list[bool]  # which of them are trained
+    missed: tuple[str, ...] = ()  # what the template has left out that may be
+
+
 def _tokenized(
-    tokenizer, rows: Sequence[Row], starts: Sequence[Any], whole: Sequence[Any], assistant_only: bool, completion_only: bool
-) -> list[Tokenized]:
+    tokenizer, rows: Sequence[Row], starts: Sequence[Any], whole: Sequence[Any], assistant_only: bool, completion_only: bool,
+    imitated: bool = True,
+) -> list[Tokenized]:  # fmt: skip
     """Each row's `whole`, which begins with its start."""
-    out, merged = [], 0
-    for number, (row, start, value) in enumerate(zip(rows, starts, whole, strict=True)):
-        text, ids, mask = (_text if isinstance(value, str) else _chat)(tokenizer, row, value, assistant_only)
-        before, start_ids = ("", []) if start is None else _prompt(tokenizer, row, start)
-        if not text.startswith(before):
-            raise ValueError(_rewritten(number, before, text))
-        if ids[: len(start_ids)] != start_ids:
+    out: list[Tokenized] = []
+    merged, read = 0, encoder(tokenizer)
+    wholes = _wholes(tokenizer, rows, whole, assistant_only)
+    nothing = _Read("", [], [])
+    befores = [nothing] * len(rows) if starts and starts[0] is None else _prompts(tokenizer, rows, starts)
+    for number, (value, (text, ids, mask, _), start) in enumerate(zip(whole, wholes, befores, strict=True)):
+        if not text.startswith(start.text):
+            raise ValueError(_rewritten(number, start.text, text))
+        if ids[: len(start.ids)] != start.ids:
             merged += 1
-            apart = start_ids + _ids(tokenizer, text[len(before) :])
+            apart = start.ids + in_row("row", number, read, text[len(start.text) :])
             ids, mask = apart, _carried(mask, ids, apart)
         if completion_only:
-            mask = [False] * len(start_ids) + mask[len(start_ids) :]
-        ended = [tokenizer.eos_token_id] if isinstance(value, str) and not text.endswith(tokenizer.eos_token) else []
+            mask = [False] * len(start.ids) + mask[len(start.ids) :]
+        ends_itself = ids[len(start.ids) :][-1:] == [tokenizer.eos_token_id]
+        ended = [tokenizer.eos_token_id] if isinstance(value, str) and not ends_itself else []
         out.append(Tokenized(ids + ended, mask + [True] * len(ended)))
-    _warn(tokenizer, out, merged, any(not isinstance(value, str) for value in whole))
+    _warn_of_borders(merged, len(rows))
+    conversations.warn(tokenizer, whole, wholes)
+    if imitated and any(not isinstance(value, str) for value in whole):
+        _warn_of_ends(tokenizer, out)
     return out
 
 
-def _warn(tokenizer, rows: Sequence[Tokenized], merged: int, conversational: bool) -> None:
+def _warn_of_borders(merged: int, rows: int) -> None:
     if merged:
         warnings.warn(
-            f"{merged} of {len(rows)} rows: the tokenizer merges across the border of prompt and completion; there the "
+            f"{merged} of {rows} rows: the tokenizer merges across the border of prompt and completion; there the "
             "completion is tokenised by itself; let completions begin where a token does, for example with their space",
             RuntimeWarning,
             stacklevel=4,
         )
-    ends = lambda row: any(m and token == tokenizer.eos_token_id for token, m in zip(row.tokens, row.mask, strict=True))
-    if conversational and not any(map(ends, rows)):
+
+
+def _warn_of_ends(tokenizer, rows: Sequence[Tokenized]) -> None:
+    end = tokenizer.eos_token_id
+    if not any(m and token == end for row in rows for token, m in zip(row.tokens, row.mask, strict=True)):
         warnings.warn(
             f"no row trains the end token {tokenizer.eos_token}, so that a model cannot learn to stop by it; set "
-            "tokenizer.eos_token to what ends a turn in the template, and put that inside its generation markers",
+            "tokenizer.eos_token (--eos_token) to what ends a turn in the template, and put that inside its generation markers",
             RuntimeWarning,
             stacklevel=4,
         )
 
 
-def _text(tokenizer, row: Row, text: str, assistant_only: bool) -> tuple[str, list[int], list[bool]]:
-    if assistant_only:
-        raise ValueError("assistant_only needs messages, which say who speaks, but a row holds text; leave it off")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
-    ids = _text_ids(tokenizer, text)
-    return text, ids, [True] * len(ids)
+def _wholes(tokenizer, rows: Sequence[Row], values: Sequence[Any], assistant_only: bool) -> list[_Read]:
+    """Texts and conversations, and which of their tokens are trained."""
+    chats = [number for number, value in enumerate(values) if not isinstance(value, str)]
+    wanted = [(number, rows[number], values[number], {}) for number in chats]
+    rendered = dict(zip(chats, conversations.rendered(tokenizer, wanted, marked=assistant_only), strict=True))
+    begin, read = starting(tokenizer), encoder(tokenizer)
+    out = []
+    for number, value in enumerate(values):
+        if number in rendered:
+            out.append(_chat(tokenizer, number, read, rendered[number], assistant_only))
+            continue
+        if assistant_only:
+            raise ValueError("assistant_only needs messages, which say who speaks, but a row holds text; leave it off")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token (--eos_token)")
+        ids = in_row("row", number, begin, value)
+        out.append(_Read(value, ids, [True] * len(ids)))
+    return out
 
 
-def _chat(tokenizer, row: Row, messages: list, assistant_only: bool) -> tuple[str, list[int], list[bool]]:
-    """Text, tokens, and which of them are trained."""
-    options = _options(tokenizer, row)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+def _chat(tokenizer, number: int, read: Callable, chat: Rendered, assistant_only: bool) -> _Read:
+    ids = in_row("row", number, read, chat.text)
     if not assistant_only:
-        ids = _ids(tokenizer, text)
-        return text, ids, [True] * len(ids)
-    if not GENERATION.search(tokenizer.get_chat_template(options.get("chat_template"), options["tools"])):
-        raise ValueError(
-            "assistant_only needs a chat template that marks what assistants say by {% generation %} and {% endgeneration %}, "
-            "but the tokenizer's does not; set tokenizer.chat_template to one that does, or train completions of a prompt"
-        )
-    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
-    return text, marked["input_ids"], [bool(m) for m in marked["assistant_masks"]]
+        return _Read(chat.text, ids, [True] * len(ids), chat.missed)
+    offsets = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    mask, spans = [], iter([*chat.generations, (len(chat.text) + 1,) * 2])
+    begin, end = next(spans)
+    for start, stop in offsets:  # both in order
+        while start >= end:
+            begin, end = next(spans)
+        mask.append(stop > begin)
+    return _Read(chat.text, ids, mask, chat.missed)
 
 
-def _prompt(tokenizer, row: Row, prompt: Any) -> tuple[str, list[int]]:
-    """Text and tokens of a prompt, as a policy gets them."""
-    if isinstance(prompt, str):
-        return prompt, _text_ids(tokenizer, prompt)
-    role = prompt[-1]["role"]
-    if role not in ("user", "tool", "assistant"):
-        raise ValueError(f"a prompt ends with the role {role!r}, but must with user, tool, or assistant to be continued")
-    goes_on = role == "assistant"
-    options = _options(tokenizer, row) | {"continue_final_message": goes_on, "add_generation_prompt": not goes_on}
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, **options)
-    return text, _ids(tokenizer, text)
-
-
-def _options(tokenizer, row: Row) -> dict[str, Any]:
-    """What a row wants of the template."""
-    options = dict(row.get("chat_template_kwargs") or {})
-    if tokenizer.chat_template is None and "chat_template" not in options:
-        raise ValueError("the tokenizer has no chat template for rows of messages; set tokenizer.chat_template, or give text")
-    tools = row.get("tools") or None
-    return options | {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-
-
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _text_ids(tokenizer, text: str) -> list[int]:
-    """With the tokenizer's own start token, but not with its end token: more may follow."""
-    ids = tokenizer(text)["input_ids"]
-    added = (
-        tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
-    )
-    return ids[:-1] if added else ids
+def _prompts(tokenizer, rows: Sequence[Row], prompts: Sequence[Any]) -> list[_Read]:
+    """Text and tokens of prompts, as a policy gets them."""
+    wanted: list[tuple[int, Row, list, dict]] = []
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        if not isinstance(prompt, str):
+            goes_on = in_row("row", number, conversations.goes_on, prompt)
+            options = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+            wanted.append((number, row, prompt, options))
+    rendered = dict(zip((number for number, *_ in wanted), conversations.rendered(tokenizer, wanted), strict=True))
+    begin, read = starting(tokenizer), encoder(tokenizer)
+    out = []
+    for number, prompt in enumerate(prompts):
+        chat = rendered.get(number, Rendered(prompt))
+        ids = in_row("row", number, read if number in rendered else begin, chat.text)
+        out.append(_Read(chat.text, ids, [], chat.missed))
+    return out
 
 
 def _carried(mask: list[bool], old: list[int], new: list[int]) -> list[bool]:
