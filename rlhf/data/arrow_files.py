@@ -142,7 +142,7 @@ def _dense(batch: Any) -> Any:
 
 def _check_names(path: Path, names: list[str]) -> None:
     if len(set(names)) < len(names):
-        raise _Refused(f"{path}: two columns have one name among {', '.join(names)}; rename one")
+        raise _Refused(f"{path}: two columns have one name among {', '.join(names):.200}; rename one")
 
 
 def _check_unpacked(path: Path, unpacked: int) -> None:

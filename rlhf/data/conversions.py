@@ -30,7 +30,7 @@ def renamed(row: Row, **names: str) -> Row:
     for old, new in names.items():
         if old not in row or (new in row and new not in names):
             problem = "has no such column" if old not in row else f"has a {new} already"
-            raise ValueError(f"{old} cannot become {new}: a row {problem}; its columns are {', '.join(row)}")
+            raise ValueError(f"{old} cannot become {new}: a row {problem}; its columns are {', '.join(row):.200}")
     return {names.get(name, name): value for name, value in row.items()}
 
 

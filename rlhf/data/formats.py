@@ -157,7 +157,7 @@ def _parsed(content: bytes, path: Path, line: int, column: int = 0) -> Any:
     """What JSON says that begins in a line, and a column, of a file; of an object plain values."""
     try:
         value = of_json(content.decode())
-        return plain_row(value) if isinstance(value, dict) else value
+        return plain_row(value) if isinstance(value, dict) else plain(value)
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise ValueError(f"{path}, line {line}: {UTF8}") from None
@@ -215,7 +215,7 @@ def _csv_rows(path: Path, lines: _Lines) -> Iterator[Row]:
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}, line 1: two columns have one name among {', '.join(names)}; rename one")
+            raise ValueError(f"{path}, line 1: two columns have one name among {', '.join(names):.200}; rename one")
         lines.next_row()
         for cells in reader:
             where = f"{path}, line {reader.line_num}"

@@ -123,7 +123,9 @@ def each(rows: Iterable[Row], convert: Callable[[Row], Any]) -> Iterator[Any]:
 
 
 def _names(row: Row) -> str:
-    return ", ".join(name for name, value in row.items() if value is not None) or "none"
+    names = [name for name, value in row.items() if value is not None]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more or "none"
 
 
 def _missing(type: Type, row: Row) -> list[str]:

@@ -141,7 +141,7 @@ class Source:
         read = read_rows if self.max_rows is None else stream_rows
         rows = filled(list(islice(read(source, split=split, config=self.dataset_config), self.max_rows)))
         if missing := [name for name in self.columns if name not in rows[0]]:
-            raise ValueError(f"columns renames {', '.join(missing)}, but {source} has {', '.join(rows[0])}")
+            raise ValueError(f"columns renames {', '.join(missing)}, but {source} has {', '.join(rows[0]):.200}")
         return list(data.each(rows, lambda row: renamed(row, **self.columns)))
 
 

@@ -248,6 +248,8 @@ MALFORMED = [
     ("x.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "x.jsonl, line 1: lists and objects .* more than 100 deep"),
     ("x.json", '[{"a": 1},\n{"a": ' + '{"b": ' * 2000 + "1" + "}" * 2001 + "]", "x.json, line 2: lists and objects .* more"),
     ("x.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}", "x.jsonl, line 2: an integer of 5000 digits; write it as text"),
+    ("x.jsonl", "[" * 900 + "]" * 900, "x.jsonl, line 1: lists and objects inside each other more"),
+    ("x.csv", ",".join(["a"] * 100_000), "x.csv, line 1: two columns have one name among a, a"),
     ("x.jsonl", '{"a": 1e999}', "x.jsonl, line 1: 1e999 is beyond what a number holds; write it as text"),
     ("x.jsonl", '{"a": 1}\n{"a": NaN}', "x.jsonl, line 2: NaN is no number of JSON; write null"),
     ("x.json", '[{"a": -Infinity}]', "x.json, line 1: -Infinity is no number of JSON"),
