@@ -44,8 +44,11 @@ def completions(tokenizer, rollout: Rollout) -> list[str]:
 
 
 def prompts(tokenizer, rollout: Rollout) -> list[str]:
-    """The text of each row's prompt in a rollout `[B, T]`, without special tokens: B strings."""
-    tokens, keep = np.asarray(rollout.tokens), np.asarray((rollout.segment_ids != 0) & ~rollout.mask)
+    """The text of each row's prompt in a rollout `[B, T]`, or in what its encoder reads, without special tokens: B strings."""
+    if rollout.inputs is not None and "tokens" in rollout.inputs:
+        tokens, keep = np.asarray(rollout.inputs["tokens"]), np.asarray(rollout.inputs["segment_ids"] != 0)
+    else:
+        tokens, keep = np.asarray(rollout.tokens), np.asarray((rollout.segment_ids != 0) & ~rollout.mask)
     return [tokenizer.decode(row[k], skip_special_tokens=True) for row, k in zip(tokens, keep, strict=True)]
 
 

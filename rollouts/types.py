@@ -132,12 +132,14 @@ class Pairs(NamedTuple):
     segment_ids: Array  # [R, K, T] int32, 0 = padding
     ref_logprobs: Array | None = None  # [R, N, 2] float32, sequence log-probs under the reference; N pairs a row
     weights: Array | None = None  # [R, N] float32, of the whole optimizer mini-batch
+    inputs: dict | None = None  # arrays [R, K, ...] that the tokens are conditioned on
 
 
 def pair_rows(pairs: Pairs) -> Batch:
     """The token rows of pairs, `[R * K, T]`."""
     flat = lambda x: x.reshape(-1, x.shape[-1])
-    return Batch(flat(pairs.tokens), flat(pairs.mask), flat(pairs.positions), flat(pairs.segment_ids))
+    inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs.inputs)
+    return Batch(flat(pairs.tokens), flat(pairs.mask), flat(pairs.positions), flat(pairs.segment_ids), inputs=inputs)
 
 
 def batch_of(rollout: Rollout, **fields) -> Batch:

@@ -28,6 +28,7 @@ from rlhf.data.read import read_rows as read_rows
 from rlhf.data.read import stream_rows as stream_rows
 from rlhf.data.rows import encode_rows as encode_rows
 from rlhf.data.rows import preference_pairs as preference_pairs
+from rlhf.data.seq2seq import Seq2Seq as Seq2Seq
 from rlhf.data.template import tokenize_completions as tokenize_completions
 from rlhf.data.template import tokenize_prompts as tokenize_prompts
 from rlhf.data.template import tokenize_steps as tokenize_steps

@@ -153,6 +153,11 @@ def end_ids(path_or_name, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}))
 
 
+def decoder_start(path_or_name) -> int | None:
+    """The token from which an encoder-decoder's decoder starts, `decoder_start_token_id` of config.json."""
+    return getattr(configs.transformers_config(_folder(path_or_name)), "decoder_start_token_id", None)
+
+
 def model_type(path_or_name) -> str:
     """The family that config.json names, a key of `FAMILIES`."""
     return configs.transformers_config(_folder(path_or_name)).model_type

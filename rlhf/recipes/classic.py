@@ -27,7 +27,7 @@ def start(params: Any, optimizer, key, *, controller: Controller = ADAPTIVE) -> 
 def ppo_step(
     lm: LM, head: Head, optimizer, *, length: int, controller: Controller = ADAPTIVE, scale_scores: bool = False,
     score_clip: float | None = None, target_kl: float | None = None, epochs: int = 4, mini_batches: int = 1,
-    micro_batches: int = 1, discount: float = 1.0, lam: float = 0.95, **knobs,
+    micro_batches: int = 1, discount: float = 1.0, lam: float = 0.95, seq2seq: data.Seq2Seq | None = None, **knobs,
 ) -> Callable:  # fmt: skip
     """`step(state, queries, responses, scores) -> (state, figures)`: PPO on answers that you have drawn from `state.params`.
 
@@ -44,18 +44,32 @@ def ppo_step(
       target_kl: nats a token by which the policy may move on one batch; beyond it the other optimizer steps are left out.
       epochs, mini_batches, micro_batches: passes over the answers, the optimizer steps of each, and the parts of a step.
       discount, lam: of generalised advantages.
+      seq2seq: of an encoder-decoder, whose encoder reads queries: `data.Seq2Seq((0,), (1,))` for T5.
       knobs: of `ppo.objective`: clip, value_clip, value_coef.
 
     Raises: from `step`, ValueError for unequal numbers of queries, responses and scores, for one without tokens, for a token
       that the model has not, and for more tokens than `length`.
     """
+    if (lm.encode is not None) != (seq2seq is not None):
+        has = "an encoder" if lm.encode else "no encoder"
+        raise ValueError(f"the model has {has}, but seq2seq is {seq2seq}; give both or neither, as `data.Seq2Seq.of` makes it")
     train = train_step(ppo.objective(lm, head, **knobs), optimizer, micro_batches=micro_batches)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state, rows, scores, key):
         logprobs = rollouts.score_batch(lm, state.params["lm"], rows).logprobs
         ended = jnp.ones(len(scores), bool)
-        rollout = Rollout(*rows[:4], logprobs, logprobs, ended, jnp.float32(1.0))
+        rollout = Rollout(
+            tokens=rows.tokens,
+            mask=rows.mask,
+            positions=rows.positions,
+            segment_ids=rows.segment_ids,
+            logprobs=logprobs,
+            sampling_logprobs=logprobs,
+            finished=ended,
+            temperature=jnp.float32(1.0),
+            inputs=rows.inputs,
+        )
         learn_from = partial(
             ppo.experience, lm, head, state.params, state.context["reference"], rollout, discount=discount, lam=lam
         )
@@ -67,7 +81,7 @@ def ppo_step(
         return state, {**metrics, **seen}
 
     def step(state, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores) -> tuple[TrainState, dict]:
-        rows = rows_of(queries, responses, length)
+        rows = rows_of(queries, responses, length, seq2seq)
         rollouts.check_ids(lm, rows.tokens, rows.segment_ids)
         scores = jnp.asarray(scores, jnp.float32)
         if scores.shape != (len(queries),):
@@ -77,8 +91,16 @@ def ppo_step(
     return step
 
 
-def rows_of(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], length: int):
-    """Queries with their responses as a `Batch` of `length` columns, responses trained.  Raises: as `ppo_step`'s step."""
+def rows_of(
+    queries: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    length: int,
+    seq2seq: data.Seq2Seq | None = None,
+):
+    """Queries with their responses as a `Batch` of `length` columns, responses trained.  Raises: as `ppo_step`'s step.
+
+    With `seq2seq` both encoder and decoder have `length` columns.
+    """
     if len(queries) != len(responses):
         raise ValueError(f"{len(queries)} queries but {len(responses)} responses; give one each")
     for name, texts in (("query", queries), ("response", responses)):
@@ -91,4 +113,5 @@ def rows_of(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     longest = int(np.max([len(row.tokens) for row in whole]))
     if longest > length:
         raise ValueError(f"a query with its response has {longest} tokens, but length is {length}; raise it, or sample fewer")
-    return jax.tree.map(jnp.asarray, data.batch(whole, length=length))
+    rows = data.batch(whole, length=length) if seq2seq is None else seq2seq.batch(whole, length=length)
+    return jax.tree.map(jnp.asarray, rows)

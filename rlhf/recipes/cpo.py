@@ -141,9 +141,8 @@ def main(
         raise ValueError(f"packing {packing} is of pairs, but {loss} has three answers a prompt; leave it out")
     columns = (*pairs_of.COLUMNS, "reference") if loss in TRIPLES else pairs_of.COLUMNS
     tokenizer = load_tokenizer(model.model)
-    train, test = source.laid_out(
-        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, columns)
-    )
+    lay_out = partial(pairs_of.lay_out, tokenizer, seq2seq=model.seq2seq(tokenizer))
+    train, test = source.laid_out(tasks.preferences, lambda rows: lay_out(rows, packing, max_length, run.say, columns))
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)
     most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)

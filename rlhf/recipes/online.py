@@ -79,9 +79,10 @@ class Questions(NamedTuple):
     rows: Sequence[Row]  # all with the same columns
 
     @classmethod
-    def of(cls, tokenizer, rows: list[Row]) -> "Questions":
-        """Checks and tokenises rows with a `prompt`."""
-        return cls(data.prompts(data.tokenize_prompts(tokenizer, rows)), data.filled(rows))
+    def of(cls, tokenizer, rows: list[Row], seq2seq: data.Seq2Seq | None = None) -> "Questions":
+        """Checks and tokenises rows with a `prompt`; with `seq2seq` they are an encoder's inputs."""
+        lay_out = data.prompts if seq2seq is None else seq2seq.prompts
+        return cls(lay_out(data.tokenize_prompts(tokenizer, rows)), data.filled(rows))
 
     def take(self, seed: int, number: int, size: int) -> Asked:
         """The questions of a step: a pure function of seed and number."""

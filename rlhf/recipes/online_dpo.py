@@ -41,7 +41,13 @@ def experience(rollout: Rollout, rewards, *, num_samples: int) -> tuple[Pairs, j
         return jnp.take_along_axis(x.reshape(-1, num_samples, x.shape[-1]), picked[:, :, None], axis=1)
 
     mask = sides(rollout.mask) & (margin > 0)[:, None, None]
-    pairs = Pairs(sides(rollout.tokens), mask, sides(rollout.positions), sides(rollout.segment_ids))
+    pairs = Pairs(
+        sides(rollout.tokens),
+        mask,
+        sides(rollout.positions),
+        sides(rollout.segment_ids),
+        inputs=jax.tree.map(sides, rollout.inputs),
+    )
     return pairs, picked, {"reward_margin": margin.mean(), "preferred": (margin > 0).mean()}
 
 

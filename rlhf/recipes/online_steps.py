@@ -57,7 +57,9 @@ def start(
     tokenizer = load_tokenizer(model.model)
     eos_ids = online.ends(model.model, tokenizer)
     asked, held_out = source.rows(tasks.prompts)
-    train, test = online.Questions.of(tokenizer, asked), online.Questions.of(tokenizer, held_out) if held_out else None
+    seq2seq = model.seq2seq(tokenizer)
+    train = online.Questions.of(tokenizer, asked, seq2seq)
+    test = online.Questions.of(tokenizer, held_out, seq2seq) if held_out else None
     total = training.total_steps(len(asked), judged=test is not None)
     model.check(tokenizer, train.prompts, test and test.prompts, more=drawing.max_new_tokens)
     judge = scoring.judge(source, tokenizer)

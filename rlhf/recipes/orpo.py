@@ -34,9 +34,8 @@ def main(
     loss = partial(reference_free.orpo, beta=beta)
     pairs_of.check(loss, references=0)
     tokenizer = load_tokenizer(model.model)
-    train, test = source.laid_out(
-        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
-    )
+    lay_out = partial(pairs_of.lay_out, tokenizer, seq2seq=model.seq2seq(tokenizer))
+    train, test = source.laid_out(tasks.preferences, lambda rows: lay_out(rows, packing, max_length, run.say))
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)
     most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)

@@ -20,8 +20,16 @@ COLUMNS = ("chosen", "rejected")
 LENGTHS = ("chosen_length", "rejected_length")
 
 
-def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS) -> Pairs:
-    """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed."""
+def lay_out(
+    tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS, *,
+    seq2seq: data.Seq2Seq | None = None,
+) -> Pairs:  # fmt: skip
+    """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed.
+
+    With `seq2seq` prompts are an encoder's inputs.
+    """
+    if seq2seq is not None and packing != "none":
+        raise ValueError(f"packing {packing}: an encoder-decoder takes one prompt with its answer a row; leave it out")
     kind = data.TRIPLE if "reference" in columns else data.IMPLICIT_PREFERENCE
     apart = lambda row: data.extract_prompt(row) if "prompt" not in row or data.repeats_prompt(row) else row
     rows = list(data.each(data.checked(rows, kind), apart))
@@ -30,9 +38,13 @@ def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable
     if packing == "bfd":
         return data.best_fit_pairs(*kept.sides, length=2 * length)
     of_pairs = [side for row in zip(*kept.sides, strict=True) for side in row]
-    arrays = (data.aligned if _aligned_is_narrower(of_pairs, len(columns)) else data.batch)(of_pairs)
+    if seq2seq is not None:
+        arrays = seq2seq.batch(of_pairs)
+    else:
+        arrays = (data.aligned if _aligned_is_narrower(of_pairs, len(columns)) else data.batch)(of_pairs)
     together = lambda x: x.reshape(-1, len(columns), x.shape[-1])
-    return Pairs(*map(together, (arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids)))
+    fields = ("tokens", "mask", "positions", "segment_ids", "inputs")
+    return Pairs(**{name: jax.tree.map(together, getattr(arrays, name)) for name in fields})
 
 
 def _aligned_is_narrower(rows: list[Tokenized], together: int) -> bool:

@@ -18,10 +18,11 @@ from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import classifier_head, huggingface
+from rlhf.models.config import EncoderDecoderConfig
 from rlhf.models.huggingface_config import decoder_of
 from rlhf.models.vocabulary import resized
 from rlhf.ranges import INT32, Share, at_least, between, check_fields
-from rlhf.rollouts import Prompts
+from rlhf.rollouts import Batch, Prompts
 from rlhf.runs import renewed
 from rlhf.train import TrainState, reference, train_step
 
@@ -60,6 +61,18 @@ class Model:
         lm, params, tokenizer = huggingface.load(self.model, **self.precision())
         return resized(lm, params, len(tokenizer)) if self.resize_embeddings else (lm, params)
 
+    def seq2seq(self, tokenizer: Any) -> data.Seq2Seq | None:
+        """How an encoder-decoder reads rows; None for other models.
+
+        Raises: ValueError where config.json does not say what its decoder starts with.
+        """
+        if not isinstance(huggingface.read_config(self.model), EncoderDecoderConfig):
+            return None
+        start = huggingface.decoder_start(self.model)
+        if start is None:
+            raise ValueError(f"{self.model}: config.json has no decoder_start_token_id for its decoder to start from; set it")
+        return data.Seq2Seq.of(tokenizer, start)
+
     def check(self, tokenizer: Any, *rows: Any, more: int = 0) -> None:
         """Raises where the model has no embedding for a token of the rows, or for their positions, before it is loaded.
 
@@ -67,9 +80,18 @@ class Model:
           rows: arrays such as `Batch`, `Pairs` or `Prompts`, however nested.
           more: tokens that follow a row's last: answers to prompts.
         """
-        config = decoder_of(huggingface.read_config(self.model))
+        whole = huggingface.read_config(self.model)
+        config = decoder_of(whole)
+        parts = [x for x in jax.tree.leaves(rows, is_leaf=_has_tokens) if _has_tokens(x)]
+        sources = [Batch(mask=None, **part.inputs) for part in parts if getattr(part, "inputs", None) is not None]
+        if isinstance(whole, EncoderDecoderConfig) and len(sources) < len(parts):
+            raise ValueError(
+                f"{self.model} is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone.  "
+                "sft, dpo, cpo, orpo, grpo, rloo, ppo, online_dpo, xpo and nash_md take both"
+            )
         number = max(config.vocab_size, len(tokenizer) if self.resize_embeddings else 0)
-        for part in (x for x in jax.tree.leaves(rows, is_leaf=_has_tokens) if _has_tokens(x)):
+        behind = [more] * len(parts) + [0] * len(sources)
+        for part, more in zip([*parts, *sources], behind, strict=True):
             tokens = np.asarray(part.tokens)
             real = np.asarray(part.mask if isinstance(part, Prompts) else part.segment_ids) != 0
             if (strange := real & (tokens >= number)).any():
@@ -267,7 +289,12 @@ def with_head(options: Model, seed: int, make: Callable[[int], Head]) -> tuple[P
 def hidden_size(lm: LM, params: Any) -> int:
     """D, the size of what a head reads."""
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(lambda p, x: lm.hidden(p, x, positions=x, segment_ids=x)[0], params, one).shape[-1]
+
+    def hidden(params, x):
+        inputs = {"tokens": x, "positions": x, "segment_ids": x} if lm.encode else None
+        return lm.hidden(params, x, positions=x, segment_ids=x, inputs=inputs)[0]
+
+    return jax.eval_shape(hidden, params, one).shape[-1]
 
 
 def following(options: Model, every: int, share: float) -> list[Callable]:

@@ -39,8 +39,17 @@ def tokenize(tokenizer, rows: list[Row], assistant_only: bool, completion_only: 
     return data.tokenize_texts(tokenizer, rows, assistant_only=assistant_only)
 
 
-def lay_out(rows: list[data.Tokenized], packing: str, length: int, say: Callable) -> Batch:
-    """Sequences as rows of `length` columns; what is cut or left out is said."""
+def lay_out(
+    rows: list[data.Tokenized], packing: str, length: int, say: Callable, *, seq2seq: data.Seq2Seq | None = None
+) -> Batch:
+    """Sequences as rows of `length` columns; what is cut or left out is said.
+
+    With `seq2seq` prompts are an encoder's inputs.
+    """
+    if seq2seq is not None:
+        if packing != "none":
+            raise ValueError(f"packing {packing}: an encoder-decoder takes one prompt with its answer a row; leave it out")
+        return seq2seq.batch(setup.truncated(rows, length=length, say=say).sides[0])
     if packing == "wrapped":
         return data.wrapped(rows, length=length)
     if packing == "split":
@@ -69,10 +78,15 @@ def main(
     """
     run = RunFolder(output, options=locals())
     tokenizer = load_tokenizer(model.model)
-    train, test = source.laid_out(
-        tasks.demonstrations,
-        lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say),
-    )
+    seq2seq = model.seq2seq(tokenizer)
+    if seq2seq is not None and not completion_only:
+        raise ValueError(f"completion_only false, but {model.model} is an encoder-decoder, which only reads prompts")
+
+    def laid_out(rows):
+        tokenized = tokenize(tokenizer, rows, assistant_only, completion_only)
+        return lay_out(tokenized, packing, max_length, run.say, seq2seq=seq2seq)
+
+    train, test = source.laid_out(tasks.demonstrations, laid_out)
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)
     policy = setup.policy(model, training.seed)

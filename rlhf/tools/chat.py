@@ -23,7 +23,8 @@ def main(model: str, sampling: Sampling, *, seed: Seed = 0) -> None:
     for number, line in enumerate(iter(lambda: _asked().rstrip("\n"), "")):
         messages.append({"role": "user", "content": line})
         row = {"prompt": messages if own.tokenizer.chat_template else line}
-        prompts = data.prompts(data.tokenize_prompts(own.tokenizer, [row]))
+        lay_out = own.seq2seq.prompts if own.seq2seq else data.prompts
+        prompts = lay_out(data.tokenize_prompts(own.tokenizer, [row]))
         key, sampler = jax.random.key(seed + number), sampling.sampler()
         rollout = own.answer(prompts, key, sampler, max_new_tokens=sampling.max_new_tokens)
         answer = rollouts.text.completions(own.tokenizer, rollout)[0]

@@ -49,7 +49,7 @@ def main(
     if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
     score = scoring.judge(source, tokenizer)
-    questions = online.Questions.of(tokenizer, source.questions())
+    questions = online.Questions.of(tokenizer, source.questions(), setup.Model(model_of(model)).seq2seq(tokenizer))
     for name in filter(None, (model, against)):
         setup.Model(model_of(name)).check(tokenizer, questions.prompts, more=sampling.max_new_tokens)
     own, rival = saved.load(model), saved.load(against) if against else None

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf import rollouts, yaml_files
+from rlhf import data, rollouts, yaml_files
 from rlhf.lm import LM, Params
 from rlhf.models import huggingface
 from rlhf.ranges import Coefficient, mistake
 from rlhf.recipes import online, q_heads
+from rlhf.recipes.setup import Model
 from rlhf.rollouts import Prompts, Rollout, Sampler
 from rlhf.runs import model_of
 
@@ -19,6 +20,7 @@ class Saved(NamedTuple):
     params: Params
     tokenizer: Any
     eos_ids: tuple[int, ...]
+    seq2seq: data.Seq2Seq | None  # how an encoder-decoder reads prompts
     leans: tuple  # transforms of its logits, before those of a sampler: ILQL's
 
     def answer(self, prompts: Prompts, key, sampler: Sampler, **how) -> Rollout:
@@ -37,4 +39,5 @@ def load(model: str) -> Saved:
         if wrong := mistake(f"{model}/config.yaml: beta", Coefficient, beta):
             raise ValueError(wrong)
         leans = (q_heads.shift(*q_heads.load(heads), beta),)
-    return Saved(lm, params, tokenizer, online.ends(name, tokenizer), leans)
+    seq2seq = Model(name).seq2seq(tokenizer)
+    return Saved(lm, params, tokenizer, online.ends(name, tokenizer), seq2seq, leans)

@@ -1,0 +1,161 @@
+"""T5 and BART through the commands and classic PPO: the encoder reads prompts, the decoder writes completions."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf import cli, data, rollouts
+from rlhf.models import huggingface, scalar_head
+from rlhf.recipes import classic, pairs, setup, sft
+from rlhf.runs import metrics_of
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+ROWS = [
+    {"prompt": "the film", "completion": " is great", "chosen": " is great", "rejected": " was dull and slow"},
+    {"prompt": "a long and quiet plot", "completion": " was slow", "chosen": " was fine", "rejected": " was"},
+] * 2
+COMMON = ["--batch_size", "4", "--steps", "2", "--learning_rate", "1e-2"]
+SAMPLED = [*COMMON, "--max_new_tokens", "3", "--reward", "length"]
+COMMANDS = {
+    "sft": COMMON,
+    "dpo": [*COMMON, "--eval_dataset", "ROWS"],
+    "grpo": [*SAMPLED, "--num_samples", "2", "--beta", "0.1", "--micro_batches", "2"],
+    "ppo": [*SAMPLED, "--eval_dataset", "ROWS"],
+    "online_dpo": [*SAMPLED, "--num_samples", "6", "--max_new_tokens", "5"],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models with a tokenizer that ends prompts as T5's does, and one that begins them too, as BART's."""
+    tmp = tmp_path_factory.mktemp("seq2seq")
+    for name in ("t5", "bart"):
+        shutil.copytree(CHECKPOINTS / name, tmp / name)
+        (tmp / name / "golden.npz").unlink()
+        tokenizer = huggingface.load_tokenizer(CHECKPOINTS / "tokenizer")
+        start = f"{tokenizer.bos_token} " if name == "bart" else ""
+        from tokenizers.processors import TemplateProcessing
+
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start}$A {tokenizer.eos_token}", special_tokens=special
+        )
+        tokenizer.save_pretrained(tmp / name)
+    (tmp / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp
+
+
+def batch_of(folder):
+    tokenizer = huggingface.load_tokenizer(folder)
+    seq2seq = setup.Model(str(folder)).seq2seq(tokenizer)
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in ROWS]
+    return tokenizer, seq2seq, sft.lay_out(sft.tokenize(tokenizer, rows, False, True), "none", 64, print, seq2seq=seq2seq)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_rows_are_laid_out_as_transformers_wants_them(name, folders):
+    tokenizer, seq2seq, batch = batch_of(folders / name)
+    for row, tokens, inputs, segments in zip(
+        ROWS, batch.tokens, batch.inputs["tokens"], batch.inputs["segment_ids"], strict=True
+    ):
+        assert inputs[segments != 0].tolist() == tokenizer(row["prompt"])["input_ids"]
+        want = [seq2seq.start[0], *tokenizer(row["completion"])["input_ids"]]
+        assert tokens[: len(want)].tolist() == want
+    assert not batch.mask[:, : len(seq2seq.start)].any()
+    assert len(seq2seq.start) == (2 if name == "bart" else 1)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_the_loss_is_that_of_transformers(name, folders):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    _, _, batch = batch_of(folders / name)
+    lm, params, _ = huggingface.load(folders / name)
+    ours, _ = sft.objective(lm)(params, {}, sft.prepare(jax.tree.map(jnp.asarray, batch)), None)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folders / name).eval()
+    where = torch.tensor(batch.mask[:, 1:])
+    with torch.no_grad():
+        logits = theirs(
+            input_ids=torch.tensor(batch.inputs["tokens"]).long(),
+            attention_mask=torch.tensor(batch.inputs["segment_ids"]).long(),
+            decoder_input_ids=torch.tensor(batch.tokens[:, :-1]).long(),
+        ).logits
+    loss = torch.nn.functional.cross_entropy(logits[where], torch.tensor(batch.tokens[:, 1:]).long()[where])
+    np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_command_trains_and_exports(name, command, folders, tmp_path):
+    if name == "bart" and command not in ("sft", "grpo"):
+        pytest.skip("the same path as T5's")
+    options = [str(folders / "rows.jsonl") if word == "ROWS" else word for word in COMMANDS[command]]
+    ask = [command, "--model", str(folders / name), "--dataset", str(folders / "rows.jsonl"), *options]
+    assert cli.main([*ask, "--output", str(tmp_path / "run")]) == 0
+    rows = [row for row in metrics_of(tmp_path / "run") if row["phase"] == "train"]
+    assert len(rows) == 2
+    assert all(np.isfinite(value) for row in rows for key, value in row.items() if key != "phase")
+    before, after = (huggingface.load(folder)[1] for folder in (folders / name, tmp_path / "run" / "model"))
+    for half in ("encoder", "decoder"):
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before[half], after[half])
+        assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_what_reads_an_encoder_decoder_says_what_it_was_asked(folders, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    ask = ["--dataset", str(folders / "rows.jsonl"), "--reward", "length", "--max_new_tokens", "3", "--num_samples", "2"]
+    assert cli.main(["eval", str(folders / "t5"), *ask, "--output", str(answers)]) == 0
+    prompts = {json.loads(line)["prompt"].strip() for line in answers.read_text().splitlines()}
+    assert prompts == {row["prompt"] for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("sft", ["--packing", "bfd"], "packing bfd: an encoder-decoder takes one prompt with its answer a row"),
+        ("sft", ["--completion_only", "false"], "an encoder-decoder, which only reads prompts"),
+        ("dpo", ["--packing", "bfd"], "packing bfd: an encoder-decoder takes one prompt"),
+        ("reward", [], "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"),
+        ("kto", [], "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"),
+    ],
+)
+def test_what_cannot_be_is_refused(command, more, message, folders, tmp_path, capsys):
+    ask = [command, "--model", str(folders / "t5"), "--dataset", str(folders / "rows.jsonl"), *COMMON, *more]
+    if command == "kto":
+        (tmp_path / "kto.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 8)
+        ask[4] = str(tmp_path / "kto.jsonl")
+    assert cli.main([*ask, "--output", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pairs_keep_their_inputs(folders):
+    tokenizer = huggingface.load_tokenizer(folders / "t5")
+    seq2seq = setup.Model(str(folders / "t5")).seq2seq(tokenizer)
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS[:2]]
+    laid = pairs.lay_out(tokenizer, rows, "none", 64, print, seq2seq=seq2seq)
+    assert laid.inputs["tokens"].shape[:2] == (2, 2)
+    flat = rollouts.pair_rows(laid)
+    np.testing.assert_array_equal(flat.inputs["tokens"][0], flat.inputs["tokens"][1])
+
+
+def test_classic_steps_take_queries_and_responses(folders):
+    lm, params, _ = huggingface.load(folders / "t5")
+    head = scalar_head(32)
+    optimizer = optax.sgd(0.1)
+    seq2seq = data.Seq2Seq((0,), (2,))
+    with pytest.raises(ValueError, match="the model has an encoder, but seq2seq is None"):
+        classic.ppo_step(lm, head, optimizer, length=8)
+    step = classic.ppo_step(lm, head, optimizer, length=8, seq2seq=seq2seq)
+    state = classic.start({"lm": params, "head": head.init(jax.random.key(0))}, optimizer, jax.random.key(1))
+    before = jax.tree.map(np.asarray, state.params["lm"])
+    state, seen = step(state, [[5, 6, 7], [8]], [[9, 2], [10, 11]], [1.0, -1.0])
+    assert np.isfinite(seen["loss"])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, state.params["lm"])
+    assert moved["encoder"]["layers"]["q"] > 0
