@@ -4,17 +4,22 @@ import dataclasses
 import importlib
 import inspect
 import math
+import tempfile
 import typing
 
+import jax
 import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf import cli, ranges, yaml_files
+from rlhf import adapters, averages, cli, ranges, yaml_files
+from rlhf.losses import controllers
 from rlhf.options import Mistake, options_of, parsed
 from rlhf.ranges import FLOAT32, Range, kind_of
+from rlhf.rollouts import engine, replay, reward_functions, samplers
+from rlhf.tools import new
 
 MAINS = {name: importlib.import_module(module).main for name, (module, _) in cli.COMMANDS.items()}
 TEXT = st.text(st.characters(exclude_characters="\x85\u2028\u2029"), max_size=6)
@@ -186,6 +191,56 @@ def test_what_is_written_is_read(value):
 def test_whatever_is_written_is_read_or_refused(text):
     message = outcome(yaml_files.parse, text, "run.yaml")
     assert message is None or message.startswith("run.yaml")
+
+
+PYTHON = {  # functions of hyperparameters: arguments that can be, and those that are tried
+    averages.ema: {"decay": 0.9},
+    averages.bema: {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0},
+    averages.following: {"every": 2, "share": 0.5},
+    replay.band: {"low": 0.1, "high": 0.9},
+    replay.curriculum: {"number": 3, "rate": 0.1},
+    reward_functions.cosine_scaled: {"max_length": 5},
+    reward_functions.soft_overlong: {"max_length": 5, "cache": 2},
+    reward_functions.repetition_penalty: {"ngram": 3, "max_penalty": -1.0},
+    reward_functions.missing_end: {"penalty": -1.0},
+    engine.openai_engine: {"timeout": 1.0, "retries": 1, "concurrency": 2},
+    adapters.add: {"rank": 2, "alpha": 4.0},
+    samplers.sampler: {"temperature": 1.0},
+    samplers.top_k: {"k": 2},
+    samplers.top_p: {"p": 0.5},
+    samplers.min_p: {"p": 0.5},
+    samplers.repetition_penalty: {"penalty": 1.1},
+    samplers.presence_penalty: {"penalty": 1.1},
+    samplers.frequency_penalty: {"penalty": 1.1},
+    controllers.adaptive_kl: {"target": 6.0, "horizon": 10, "init_coef": 0.1},
+}
+BESIDE: dict = {
+    reward_functions.cosine_scaled: {"correctness": reward_functions.length},
+    engine.openai_engine: {"url": "http://localhost", "model": "m"},
+    adapters.add: {"params": {"layers": {"q": np.ones((2, 3, 3), np.float32)}}, "key": jax.random.key(0)},
+}
+
+
+@pytest.mark.parametrize("fn", PYTHON, ids=lambda fn: fn.__name__)
+def test_functions_of_hyperparameters_refuse_what_cannot_be(fn):
+    fine = {**BESIDE.get(fn, {}), **PYTHON[fn]}
+    fn(**fine)
+    for name in PYTHON[fn]:
+        for value in (math.nan, math.inf, -math.inf):
+            assert outcome(fn, **{**fine, name: value}), f"{name} takes {value}"
+
+
+def test_an_error_of_another_package_keeps_its_traceback(tmp_path, capsys, monkeypatch):
+    """It may be no mistake of the user's, so that one line is not all that is left of it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(new.tasks, "find", lambda name: np.zeros(3).reshape(2, 2))
+    assert cli.main(["new", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot reshape array" in error
+    (kept,) = tmp_path.glob("rlhf-*.txt")
+    assert str(kept) in error
+    assert "reshape(2, 2)" in kept.read_text()
 
 
 def test_mistakes_of_options_are_our_own_words():
