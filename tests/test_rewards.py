@@ -359,7 +359,10 @@ def test_refusals_name_both_sides():
         (lambda: catalogue.soft_overlong(4, 5), "at most max_length = 4 tokens, but is 5"),
         (lambda: catalogue.soft_overlong(4, 0), "but is 0"),
         (lambda: catalogue.repetition_penalty(ngram=0), "ngram must be a whole number at least 1"),
-        (lambda: catalogue.repetition_penalty(max_penalty=1), "but they are 3 and 1"),
+        (
+            lambda: catalogue.repetition_penalty(max_penalty=1),
+            "max_penalty must be a number at least -1,000 and at most 0, but is 1",
+        ),
         (lambda: reward_server.remote("file:///etc/hosts"), "must start with http"),
         (lambda: reward_server.remote("http://localhost", retries=-1), "retries must be at least 0, but is -1"),
     ]:
