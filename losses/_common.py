@@ -25,9 +25,9 @@ def check_shapes(**arrays) -> None:
 
 
 def check_positive(**values) -> None:
-    """Raises where a Python number is not above 0; traced values are trusted."""
+    """Raises where a Python number is not above 0, or not finite; traced values are trusted."""
     for name, value in values.items():
-        if isinstance(value, int | float) and not value > 0:
+        if isinstance(value, int | float) and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0, but is {value}")
 
 

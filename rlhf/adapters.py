@@ -6,7 +6,7 @@ Only the thin ones have gradients and moments; the frozen model with its adapter
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from rlhf.models.linear import linear
 from rlhf.models.quantized import BLOCKS as BLOCKS
 from rlhf.models.quantized import QuantizedWeight
 from rlhf.models.stacks import rank as rank_in_file
+from rlhf.ranges import between, checked
 
 Array = jax.Array
 
@@ -68,12 +69,13 @@ def column_norm(w: LoRAWeight) -> Array:
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))  # outputs that are all 0 stay 0
 
 
+@checked
 def add(
     params: Any,
     key: Array,
     *,
-    rank: int = 16,
-    alpha: float = 32,
+    rank: Annotated[int, between(1, 65_536)] = 16,
+    alpha: Annotated[float, between(0, 1_000_000, above=True)] = 32,
     targets: str | Sequence[str] = BLOCKS,
     rank_stabilised: bool = False,
     dora: bool = False,
@@ -105,8 +107,6 @@ def add(
     >>> jax.grad(loss_fn, has_aux=True)(trainable, frozen, None, None)[0]["layers"]["q"]["b"].shape
     (2, 1, 3)
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, but is {rank}")
     chosen = _targets(params, (targets,) if isinstance(targets, str) else tuple(targets))
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlhf.losses.offline import polyak
+from rlhf.ranges import Share, Steps, Strength, between, checked
 from rlhf.train import TrainState, reference
 
 
@@ -19,7 +20,8 @@ class Average(NamedTuple):
     value: Callable
 
 
-def ema(*, decay: float = 0.99) -> Average:
+@checked
+def ema(*, decay: Share = 0.99) -> Average:
     """`EMA ← decay · EMA + (1 - decay) θ`, from the first parameters on.
 
     Args:
@@ -31,8 +33,6 @@ def ema(*, decay: float = 0.99) -> Average:
     >>> average.update(average.init(jnp.array(0.0)), jnp.array(1.0)).item()
     0.25
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay is a share of the average that stays, in [0, 1], but is {decay}")
     return Average(reference, partial(polyak, rate=1 - decay), lambda state, params: state)
 
 
@@ -44,7 +44,14 @@ class BemaState(NamedTuple):
     ema: Any
 
 
-def bema(*, ema_power: float = 0.5, bias_power: float = 0.2, lag: float = 10.0, multiplier: float = 1.0) -> Average:
+@checked
+def bema(
+    *,
+    ema_power: Annotated[float, between(0, 100)] = 0.5,
+    bias_power: Annotated[float, between(0, 100)] = 0.2,
+    lag: Annotated[float, between(1, 1_000_000)] = 10.0,
+    multiplier: Strength = 1.0,
+) -> Average:
     """`α_t (θ_t - θ_0) + EMA_t` with `EMA_t = (1 - β_t) EMA_{t-1} + β_t θ_t`: an average without its lag  (arXiv:2508.00180).
 
     Args:
@@ -53,15 +60,13 @@ def bema(*, ema_power: float = 0.5, bias_power: float = 0.2, lag: float = 10.0, 
       lag: ρ, at least 1.
       multiplier: γ, above 0.
 
-    Raises: ValueError for a lag below 1, or a multiplier that is not above 0.
+    Raises: ValueError for a lag below 1, a multiplier that is not above 0, or a power below 0.
 
     >>> average = bema(lag=3.0, ema_power=0.5, bias_power=0.5)
     >>> state = average.update(average.init(jnp.array(0.0)), jnp.array(1.0))
     >>> average.value(state, jnp.array(1.0)).item()  # 1/2 · 1 + 1/2
     1.0
     """
-    if lag < 1 or multiplier <= 0:
-        raise ValueError(f"lag must be at least 1 and multiplier above 0, but they are {lag} and {multiplier}")
     falling = lambda updates, power: (lag + multiplier * updates.astype(jnp.float32)) ** -power
 
     def init(params):
@@ -86,8 +91,13 @@ def averaging(average: Average) -> Callable[[int, TrainState], TrainState]:
     return lambda number, state: state._replace(context=follow(state.context, state.params))
 
 
+@checked
 def following(
-    every: int, share: float, *, name: str = "reference", of: Callable[[Any], Any] = lambda params: params
+    every: Steps,
+    share: Annotated[float, between(0, 1, above=True)],
+    *,
+    name: str = "reference",
+    of: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[int, TrainState], TrainState]:
     """A hook of `rlhf.loop.fit`: every so many steps the reference moves towards the policy  (TR-DPO, arXiv:2404.09656).
 
@@ -101,8 +111,6 @@ def following(
 
     Raises: ValueError for less than one step, or a share outside (0, 1].
     """
-    if every < 1 or not 0 < share <= 1:
-        raise ValueError(f"{name} follows every 1 or more steps by a share in (0, 1], not every {every} by {share}")
     move = jax.jit(partial(polyak, rate=share), donate_argnums=0)
     follow = lambda context, params: context | {name: move(context[name], of(params))}
     return lambda number, state: state if number % every else state._replace(context=follow(state.context, state.params))

@@ -1,7 +1,9 @@
 """Command-line options out of a recipe's own signature: its types, ranges, defaults and docstrings say what may be given."""
 
+import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -88,7 +90,8 @@ class Option(NamedTuple):
         return self.default is inspect.Parameter.empty
 
 
-def options_of(fn: Callable) -> dict[str, Option]:
+@functools.cache
+def options_of(fn: Any) -> dict[str, Option]:
     """The options of a function: its parameters; of those that are dataclasses the fields, side by side with the others."""
     hints, texts = ranges.hints_of(fn), _documented(fn)
     parameters = inspect.signature(fn).parameters.values()
@@ -123,7 +126,7 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     if "help" in asked:
         print(help_of(options, name))
         sys.exit(0)
-    values = {name: option.default for name, option in options.items() if not option.needed}
+    values = {name: copy.copy(option.default) for name, option in options.items() if not option.needed}
     for file in (word for written, words in typed if written == "config" for word in words or [""]):
         values |= _from_file(file, options)
     values |= _from_words(typed, options)
@@ -224,9 +227,9 @@ def _as(hint: Any, given: Any) -> Any:
     """What was given, as the type wants it where it can be: numbers and null that are written as text, one entry as a list."""
     kind, _ = ranges.kind_of(hint)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if given == "null" and kind is not str:
+        return None
     if origin in (typing.Union, types.UnionType):
-        if given == "null" and type(None) in parts:
-            return None
         tried = [_as(part, given) for part in parts]
         return next((value for part, value in zip(parts, tried, strict=True) if not ranges.problem(part, value)), tried[0])
     if origin is list and given is not None and not isinstance(given, dict):

@@ -180,4 +180,4 @@ def kind_of(hint: Any) -> tuple[Any, Range]:
 
 
 def _number(bound: float) -> str:
-    return f"{bound:,d}" if isinstance(bound, int) else f"{bound:g}"
+    return f"{bound:,.0f}" if bound == round(bound) and abs(bound) < 1e12 else f"{bound:g}"

@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf.lm import LM, Params
+from rlhf.ranges import Count, between, checked
 from rlhf.rollouts.score import score_batch
 from rlhf.rollouts.types import Array, Prompts, Rollout, check_prompts
 
@@ -55,8 +56,15 @@ class _Completion(NamedTuple):
     finished: bool
 
 
+@checked
 def openai_engine(
-    url: str, model: str, *, api_key: str | None = None, timeout: float = 600.0, retries: int = 3, concurrency: int = 64
+    url: str,
+    model: str,
+    *,
+    api_key: str | None = None,
+    timeout: Annotated[float, between(0, 1_000_000, above=True)] = 600.0,
+    retries: Annotated[int, between(0, 1000)] = 3,
+    concurrency: Count = 64,
 ) -> Engine:
     """A server that speaks OpenAI's protocol.  Nothing is sent yet.
 
@@ -78,8 +86,6 @@ def openai_engine(
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"url must start with http:// or https://, but is {url!r}")
-    if timeout <= 0 or retries < 0 or concurrency < 1:
-        raise ValueError(f"timeout > 0, retries >= 0, concurrency >= 1, but they are {timeout}, {retries}, {concurrency}")
     url = url.rstrip("/").removesuffix("/v1")
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 

@@ -4,12 +4,13 @@ Both are states of arrays with pure functions around them: they jit, vmap and do
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.ranges import INT32, Share, between, checked
 from rlhf.rollouts.filtering import num_rows
 from rlhf.rollouts.types import Array
 
@@ -40,7 +41,8 @@ def learnability(state: CurriculumState, *, eps=0.01) -> Array:
     return state.pass_rate * (1 - state.pass_rate) + eps
 
 
-def band(low: float, high: float) -> Callable:
+@checked
+def band(low: Share, high: Share) -> Callable:
     """A weight function that is 1 where the pass rate is in `[low, high]` or unknown, and 0 elsewhere.
 
     Raises: ValueError unless 0 <= low <= high <= 1.
@@ -48,12 +50,18 @@ def band(low: float, high: float) -> Callable:
     >>> band(0.2, 0.8)(CurriculumState(jnp.array([0.1, 0.5]), jnp.array([1, 1]))).tolist()
     [False, True]
     """
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"a band of pass rates has 0 <= low <= high <= 1, but low is {low} and high {high}")
+    if low > high:
+        raise ValueError(f"a band of pass rates begins below its end, but low is {low} and high {high}")
     return lambda state: ((state.pass_rate >= low) & (state.pass_rate <= high)) | (state.count == 0)
 
 
-def curriculum(number: int, *, rate: float = 0.1, weight: Callable = learnability) -> Curriculum:
+@checked
+def curriculum(
+    number: Annotated[int, between(1, INT32)],
+    *,
+    rate: Annotated[float, between(0, 1, above=True)] = 0.1,
+    weight: Callable = learnability,
+) -> Curriculum:
     """Draws prompts by how often they are solved: `p ← p + max(rate, 1/count) (x - p)`, x the share of samples that passed.
 
     `update(state, index [n], passed [n, G])` takes the prompts' indices and rewards in 0 … 1; NaN counts for nothing, and a
@@ -74,8 +82,6 @@ def curriculum(number: int, *, rate: float = 0.1, weight: Callable = learnabilit
     >>> state.pass_rate.tolist(), sorted(prompts.sample(state, jax.random.key(0), 2).tolist())
     ([1.0, 0.5, 0.5], [1, 2])
     """
-    if number < 1 or not 0 < rate <= 1:
-        raise ValueError(f"a curriculum has at least 1 prompt and a rate in (0, 1], but number is {number} and rate {rate}")
 
     def init() -> CurriculumState:
         return CurriculumState(jnp.full(number, 0.5, jnp.float32), jnp.zeros(number, jnp.int32))

@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rlhf.lm import LM, Bound, Head
+from rlhf.ranges import Length, between, checked
 from rlhf.rollouts import answers
 from rlhf.rollouts.rewards import RewardFunction
 from rlhf.rollouts.score import classify
@@ -114,9 +116,10 @@ def regex_format(pattern: str) -> RewardFunction:
     return lambda prompts, completions, **columns: [float(compiled.fullmatch(c) is not None) for c in completions]
 
 
+@checked
 def cosine_scaled(
     correctness: RewardFunction,
-    max_length: int,
+    max_length: Length,
     *,
     correct: tuple[float, float] = (1.0, 0.5),
     wrong: tuple[float, float] = (-1.0, -0.5),
@@ -137,8 +140,6 @@ def cosine_scaled(
     >>> reward([""] * 3, ["7", "7", "8"], solution=["7"] * 3, completion_ids=[[], [1] * 4, [1] * 2])
     [1.0, 0.5, -0.75]
     """
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1 token, but is {max_length}")
 
     def one(score, ids):
         if score is None:
@@ -153,7 +154,8 @@ def cosine_scaled(
     return scaled
 
 
-def soft_overlong(max_length: int, cache: int) -> RewardFunction:
+@checked
+def soft_overlong(max_length: Length, cache: Length) -> RewardFunction:
     """0 up to `max_length - cache` tokens, from there down to -1 at `max_length`, -1 beyond  (DAPO, arXiv:2503.14476).
 
     Returns: a reward function, which reads `completion_ids`.
@@ -163,13 +165,14 @@ def soft_overlong(max_length: int, cache: int) -> RewardFunction:
     >>> soft_overlong(10, 4)([""] * 4, [""] * 4, completion_ids=[[0] * n for n in (6, 7, 10, 11)])
     [0.0, -0.25, -1.0, -1.0]
     """
-    if not 1 <= cache <= max_length:
+    if cache > max_length:
         raise ValueError(f"cache must be at least 1 and at most max_length = {max_length} tokens, but is {cache}")
     penalty = lambda length: max(min((max_length - cache - length) / cache, 0.0), -1.0)
     return lambda prompts, completions, *, completion_ids, **columns: [penalty(len(ids)) for ids in completion_ids]
 
 
-def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> RewardFunction:
+@checked
+def repetition_penalty(*, ngram: Length = 3, max_penalty: Annotated[float, between(-1000, 0)] = -1.0) -> RewardFunction:
     """`max_penalty · (1 - distinct n-grams / n-grams)` of the sampled tokens  (arXiv:2502.03373).
 
     Args:
@@ -183,8 +186,6 @@ def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> RewardFu
     >>> repetition_penalty(ngram=2)([""] * 2, [""] * 2, completion_ids=[[1, 2, 1, 2, 1], [7]])
     [-0.5, 0.0]
     """
-    if ngram < 1 or max_penalty > 0:
-        raise ValueError(f"ngram must be at least 1 and max_penalty at most 0, but they are {ngram} and {max_penalty}")
 
     def one(ids):
         grams = list(zip(*(ids[i:] for i in range(ngram)), strict=False))
@@ -202,7 +203,8 @@ def length(prompts, completions, *, completion_ids, **columns) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
-def missing_end(penalty: float = -1.0) -> RewardFunction:
+@checked
+def missing_end(penalty: Annotated[float, between(-1000, 1000)] = -1.0) -> RewardFunction:
     """`penalty` where a completion was cut before its end token, else 0  (arXiv:2403.17031).
 
     Returns: a reward function, which reads `finished`.

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from rlhf import ranges
+
 Array = jax.Array
 BLOCK = 32  # probabilities that are summed at a time when a token is drawn
 
@@ -50,7 +52,7 @@ def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
     >>> apply(s, jnp.array([0., 1., 2.]))[1].tolist()
     [-inf, 2.0, 4.0]
     """
-    if isinstance(temperature, int | float) and not temperature > 0:
+    if isinstance(temperature, int | float) and temperature not in ranges.between(0, 1e6, above=True):
         raise ValueError(f"temperature must be above 0, but is {temperature}; for the likeliest token use greedy()")
     for transform in transforms:
         try:
@@ -131,7 +133,7 @@ def top_k(k) -> Partial:
     >>> top_k(1)(jnp.array([0.0, 2.0, 1.0])).tolist()
     [-inf, 2.0, -inf]
     """
-    if isinstance(k, int) and k < 1:
+    if isinstance(k, int | float) and not (isinstance(k, int) and k >= 1):
         raise ValueError(f"k must be at least 1, but is {k}; leave the transform out for no limit")
     return Partial(_top_k, k=k)
 
@@ -182,7 +184,7 @@ def repetition_penalty(penalty) -> Partial:
 
     Raises: ValueError where the penalty is not above 0.
     """
-    if isinstance(penalty, int | float) and not penalty > 0:
+    if isinstance(penalty, int | float) and penalty not in ranges.between(0, 1000, above=True):
         raise ValueError(f"the repetition penalty divides logits and must be above 0, but is {penalty}; 1 changes nothing")
     return Partial(_repetition_penalty, penalty=penalty)
 
@@ -195,12 +197,12 @@ def presence_penalty(penalty) -> Partial:
 
     Returns: a transform of logits `[B, V]`.
     """
-    return Partial(_count_penalty, penalty=penalty, most=1)
+    return Partial(_count_penalty, penalty=_subtracted(penalty), most=1)
 
 
 def frequency_penalty(penalty) -> Partial:
     """`l - n penalty / temperature` for tokens that were sampled n times before: as `presence_penalty`, for each time."""
-    return Partial(_count_penalty, penalty=penalty, most=jnp.iinfo(jnp.int32).max)
+    return Partial(_count_penalty, penalty=_subtracted(penalty), most=jnp.iinfo(jnp.int32).max)
 
 
 def banned(words: Sequence[Sequence[int]]) -> Partial:
@@ -281,6 +283,13 @@ def _repetition_penalty(logits, step, *, penalty):
 def _count_penalty(logits, step, *, penalty, most):
     times = jnp.minimum(_times(logits, step.tokens, step.sampled), most)
     return logits - (times * penalty / step.temperature).astype(logits.dtype)
+
+
+def _subtracted(penalty):
+    """The penalty.  Raises: ValueError where a Python number is no finite one; traced values are trusted."""
+    if isinstance(penalty, int | float) and penalty not in ranges.between(-1000, 1000):
+        raise ValueError(f"a penalty must be a number at least -1,000 and at most 1,000, but is {penalty}")
+    return penalty
 
 
 def _times(logits, tokens, where):

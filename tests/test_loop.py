@@ -199,11 +199,11 @@ def test_refusals():
         Training(average_decay=1.0)
     with pytest.raises(ValueError, match="patience 2 counts.*give --eval_every"):
         Training(patience=2)
-    with pytest.raises(ValueError, match="by a share in"):
+    with pytest.raises(ValueError, match="share must be a number above 0 and at most 1"):
         averages.following(1, 0.0)
-    with pytest.raises(ValueError, match="decay is a share"):
+    with pytest.raises(ValueError, match="decay must be a number at least 0 and at most 1"):
         averages.ema(decay=1.5)
-    with pytest.raises(ValueError, match="lag must be at least 1"):
+    with pytest.raises(ValueError, match="lag must be a number at least 1"):
         averages.bema(lag=0.5)
 
 

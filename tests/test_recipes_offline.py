@@ -367,19 +367,19 @@ def test_rft_counts_steps_where_nothing_is_kept(base, tmp_path, monkeypatch):
 
 
 MISTAKES = [
-    ("prm", ["--packing", "tight"], 'Parser key "packing"'),
+    ("prm", ["--packing", "tight"], "--packing must be one of none, bfd, but is 'tight'"),
     ("prm", ["--dataset", "FINE"], "labels missing"),
     ("prm", ["--max_length", "1"], "has a trained token among its first 1"),
-    ("gkd", [], "the following arguments are required: teacher"),
+    ("gkd", [], "--teacher is missing"),
     ("gkd", ["--teacher", "no/such-model"], "no/such-model is no folder"),
     ("gkd", ["--teacher", "OTHER"], "has another vocabulary than"),
-    ("gkd", ["--teacher", "BASE", "--lmbda", "2"], "lmbda 2.0 and beta 0.5 must be in [0, 1]"),
-    ("gkd", ["--teacher", "BASE", "--temperature", "0"], "temperature must be above 0"),
-    ("rft", ["--start_percentile", "0.9", "--end_percentile", "0.5"], "percentiles must rise within [0, 1]"),
-    ("rft", ["--num_samples", "1"], "num_samples at least 2, to choose from"),
+    ("gkd", ["--teacher", "BASE", "--lmbda", "2"], "--lmbda must be a number at least 0 and at most 1, but is 2.0"),
+    ("gkd", ["--teacher", "BASE", "--temperature", "0"], "--temperature must be a number above 0 and at most 100, but is 0.0"),
+    ("rft", ["--start_percentile", "0.9", "--end_percentile", "0.5"], "percentiles must rise, but go from 0.9 to 0.5"),
+    ("rft", ["--num_samples", "1"], "num_samples 1: an answer is chosen among others; give at least 2"),
     ("rft", ["--dataset", "FINE"], "reward is not given"),
-    ("ilql", ["--tau", "1"], "tau must be in (0, 1)"),
-    ("ilql", ["--target_rate", "0"], "target follows every 1 or more steps by a share in (0, 1], not every 5 by 0.0"),
+    ("ilql", ["--tau", "1"], "--tau must be a number above 0 and below 1"),
+    ("ilql", ["--target_rate", "0"], "--target_rate must be a number above 0 and at most 1, but is 0.0"),
     ("ilql", ["--dataset", "FINE"], "row 0: reward must be a number, but is None"),
     ("ilql", ["--dataset", "FINE", "--columns", "{prompt: reward, completion: prompt}"], "row 0: reward must be a number"),
 ]

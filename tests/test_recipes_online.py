@@ -264,24 +264,24 @@ def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(name, b
 
 OUT = ["--model", "BASE", "--output", "OUT", *TASK]
 MISTAKES = [
-    (["rloo", *OUT, "--num_samples", "1"], "num_samples 1: an answer is compared with others to its prompt; give at least 2"),
-    (["rloo", *OUT, "--clip_low", "1.5"], "clip_low is a half-width"),
-    (["ppo", *OUT, "--cliprange", "0"], "clip_low is a half-width"),
-    (["ppo", *OUT, "--cliprange_value", "-1"], "clip must be above 0, but is -1"),
+    (["rloo", *OUT, "--num_samples", "1"], "--num_samples must be a whole number at least 2"),
+    (["rloo", *OUT, "--clip_low", "1.5"], "--clip_low must be a number above 0 and below 1, but is 1.5"),
+    (["ppo", *OUT, "--cliprange", "0"], "--cliprange (here clip) must be a number above 0 and below 1, but is 0.0"),
+    (["ppo", *OUT, "--cliprange_value", "-1"], "--cliprange_value (here value_clip) must be a number above 0"),
     (["ppo", *OUT, "--kl_target", "6", "--kl_coef", "0"], "init_coef must be above 0"),
     (["ppo", *OUT, "--num_mini_batches", "3"], "a step's 8 rows cannot be taken in 3 mini-batches of 1 equal parts, 4 times"),
-    (["online_dpo", *OUT, "--num_samples", "1"], "num_samples 1: an answer is preferred to another; give at least 2"),
-    (["online_dpo", *OUT, "--loss", "hinge"], 'Parser key "loss"'),
-    (["online_dpo", *OUT, "--beta", "0"], "beta must be above 0"),
+    (["online_dpo", *OUT, "--num_samples", "1"], "--num_samples must be a whole number at least 2"),
+    (["online_dpo", *OUT, "--loss", "hinge"], "--loss must be one of sigmoid, ipo, but is 'hinge'"),
+    (["online_dpo", *OUT, "--beta", "0"], "--beta must be a number above 0"),
     (["xpo", *OUT, "--num_samples", "2"], "--num_samples is not known"),
-    (["xpo", *OUT, "--max_new_tokens", "0"], "num_samples and max_new_tokens must be at least 1"),
-    (["nash_md", *OUT, "--mixture_coef", "2"], "mixture_coef in [0, 1], but they are 0.1 and 2.0"),
+    (["xpo", *OUT, "--max_new_tokens", "0"], "--max_new_tokens must be a whole number at least 1"),
+    (["nash_md", *OUT, "--mixture_coef", "2"], "--mixture_coef must be a number at least 0 and at most 1, but is 2.0"),
     (["grpo", *OUT, "--clip_low", "2"], "clip_low is a half-width"),
     (["grpo", *OUT, "--reward", "BASE"], "is it a reward model, as `rlhf reward` writes them?"),
     (["grpo", *OUT, "--reward", "OTHER"], "its tokenizer has"),
     (["grpo", *OUT, "--reward", "no/judge"], "no/judge is no folder, and no name that the Hub"),
-    (["grpo", *OUT, "--reward_clip", "0"], "reward_clip must be above 0"),
-    (["grpo", *OUT, "--missing_end_penalty", "-1"], "missing_end_penalty at least 0"),
+    (["grpo", *OUT, "--reward_clip", "0"], "--reward_clip must be a number above 0"),
+    (["grpo", *OUT, "--missing_end_penalty", "-1"], "--missing_end_penalty must be a number at least 0"),
 ]
 
 

@@ -302,15 +302,15 @@ def test_bco_from_data_to_a_model_in_two_runs_with_one_mean(base, rows, tmp_path
 
 TASK = ["--dataset", "task:reverse"]
 MISTAKES = [
-    (["kto", *TASK, "--loss", "dpo"], 'Parser key "loss"'),
-    (["kto", *TASK, "--beta", "0"], "beta must be above 0, but is 0.0"),
-    (["kto", *TASK, "--desirable_weight", "-1"], "desirable_weight must be above 0, but is -1.0"),
+    (["kto", *TASK, "--loss", "dpo"], "--loss must be one of kto, apo_zero, but is 'dpo'"),
+    (["kto", *TASK, "--beta", "0"], "--beta must be a number above 0 and at most 1,000, but is 0.0"),
+    (["kto", *TASK, "--desirable_weight", "-1"], "--desirable_weight must be a number above 0 and at most 1,000, but is -1.0"),
     (["kto", "--dataset", str(BAD / "fine.jsonl")], "cannot be converted to unpaired preference: it has no verdict"),
     (["kto", "--dataset", str(BAD / "chat.jsonl")], "cannot be converted to unpaired preference"),
-    (["bco", *TASK, "--beta", "-1"], "beta must be above 0, but is -1.0"),
+    (["bco", *TASK, "--beta", "-1"], "--beta must be a number above 0 and at most 1,000, but is -1.0"),
     (["bco", "--dataset", str(BAD / "questions.jsonl")], "fit no type"),
     (["bco", *TASK, "--desirable_weight", "1"], "--desirable_weight is not known"),
-    (["orpo", *TASK, "--beta", "0"], "beta must be above 0, but is 0.0"),
+    (["orpo", *TASK, "--beta", "0"], "--beta must be a number above 0 and at most 1,000, but is 0.0"),
     (["orpo", "--dataset", str(BAD / "fine.jsonl")], "need the columns chosen, rejected, but row 0 has prompt, completion"),
     (["cpo", *TASK, "--loss", "simp"], "loss 'simp' is not known; did you mean simpo?"),
     (["cpo", *TASK, "--loss", "hinge", "--simpo_gamma", "1"], "gamma means nothing to hinge; leave it out"),
@@ -321,7 +321,7 @@ MISTAKES = [
         "triple rows need the columns prompt, chosen, rejected, reference",
     ),
     (["dpo", *TASK, "--loss", "aot", "--packing", "bfd"], "aot sorts the pairs of a batch"),
-    (["dpo", *TASK, "--beta", "0"], "beta must be above 0, but is 0.0"),
+    (["dpo", *TASK, "--beta", "0"], "--beta must be a number above 0 and at most 1,000, but is 0.0"),
 ]
 
 

@@ -355,11 +355,14 @@ def test_refusals_name_both_sides():
     with pytest.raises(ValueError, match="weight of 'a' must be finite, but is nan"):
         rewards.combine({"a": lengths}, weights={"a": float("nan")})
     for make, message in [
-        (lambda: catalogue.cosine_scaled(lengths, 0), "max_length must be at least 1"),
+        (lambda: catalogue.cosine_scaled(lengths, 0), "max_length must be a whole number at least 1"),
         (lambda: catalogue.soft_overlong(4, 5), "at most max_length = 4 tokens, but is 5"),
         (lambda: catalogue.soft_overlong(4, 0), "but is 0"),
-        (lambda: catalogue.repetition_penalty(ngram=0), "but they are 0 and -1.0"),
-        (lambda: catalogue.repetition_penalty(max_penalty=1), "but they are 3 and 1"),
+        (lambda: catalogue.repetition_penalty(ngram=0), "ngram must be a whole number at least 1"),
+        (
+            lambda: catalogue.repetition_penalty(max_penalty=1),
+            "max_penalty must be a number at least -1,000 and at most 0, but is 1",
+        ),
         (lambda: reward_server.remote("file:///etc/hosts"), "must start with http"),
         (lambda: reward_server.remote("http://localhost", retries=-1), "retries must be at least 0, but is -1"),
     ]:

@@ -6,13 +6,13 @@ weight π/μ the policy gradient is that of another objective.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from rlhf import losses
 from rlhf.losses import ratios
-from rlhf.ranges import above, at_least, check_fields
+from rlhf.ranges import Coefficient, Strength, check_fields
 from rlhf.rollouts import Rollout, Sampler
 
 Weigh = Callable[[Rollout], tuple[Any, dict[str, Any]]]
@@ -34,8 +34,8 @@ class Importance:
     # TRL's default is sequence_mask.  A filter that keeps a share Z of the probability gives every token
     # a weight of about Z, and a completion of n tokens Zⁿ: 0.95²⁵⁶ is 2e-6, and nothing would be learnt.
     importance: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = "token_truncate"
-    importance_max: Annotated[float, above(0)] = 3.0
-    importance_min: Annotated[float, at_least(0)] = 0.0
+    importance_max: Strength = 3.0
+    importance_min: Coefficient = 0.0
 
     def __post_init__(self):
         check_fields(self)

@@ -7,7 +7,7 @@ from typing import Literal
 from rlhf import losses, tasks
 from rlhf.loop import Training, fit
 from rlhf.models.huggingface import load_tokenizer
-from rlhf.ranges import Coefficient, Length, Strength, checked
+from rlhf.ranges import Length, Strength, checked
 from rlhf.recipes import coupled, setup, unpaired
 from rlhf.runs import RunFolder
 
@@ -47,7 +47,7 @@ def advice(desirable, desirable_weight: float, undesirable_weight: float) -> str
 @checked
 def main(
     model: setup.Model, source: setup.Data, training: Training, output: str, *, loss: Literal["kto", "apo_zero"] = "kto",
-    beta: Strength = 0.1, desirable_weight: Coefficient = 1.0, undesirable_weight: Coefficient = 1.0, max_length: Length = 1024,
+    beta: Strength = 0.1, desirable_weight: Strength = 1.0, undesirable_weight: Strength = 1.0, max_length: Length = 1024,
     resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Answers with a verdict, good or bad, without pairs: KTO, and APO-zero.

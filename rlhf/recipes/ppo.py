@@ -109,7 +109,7 @@ def main(
     kl_horizon: Annotated[int, between(1, 1_000_000_000)] = 10_000,
     discount: Share = 1.0,
     lam: Share = 0.95,
-    clip: Strength = 0.2,
+    clip: Annotated[float, between(0, 1, above=True, below=True)] = 0.2,
     value_clip: Strength = 0.2,
     value_coef: Coefficient = 0.1,
     updates_per_batch: Count = 4,
@@ -142,8 +142,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    online.check(losses.clipped_surrogate, clip_low=clip, clip_high=clip)
-    online.check(losses.clipped_value_loss, clip=value_clip)
     controller = losses.controllers.fixed(kl_coef)
     if kl_target is not None:
         controller = losses.controllers.adaptive_kl(target=kl_target, horizon=kl_horizon, init_coef=kl_coef)

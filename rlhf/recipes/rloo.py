@@ -10,7 +10,7 @@ from rlhf import losses, rollouts
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
-from rlhf.ranges import Coefficient, Count, Strength, between, checked
+from rlhf.ranges import Coefficient, Count, between, checked
 from rlhf.recipes import grpo, online, online_steps, setup
 from rlhf.recipes.importance import Importance
 from rlhf.recipes.online import Drawing, Scoring
@@ -59,8 +59,8 @@ def main(
     *,
     num_samples: Annotated[int, between(2, 65_536)] = 2,
     beta: Coefficient = 0.05,
-    clip_low: Strength = 0.2,
-    clip_high: Strength = 0.2,
+    clip_low: Annotated[float, between(0, 1, above=True, below=True)] = 0.2,
+    clip_high: Annotated[float, between(0, 1, above=True, below=True)] = 0.2,
     normalize_advantages: bool = False,
     updates_per_batch: Count = 1,
     mini_batches: Count = 1,
@@ -82,7 +82,6 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    online.check(presets.rloo(clip_low=clip_low, clip_high=clip_high).loss)
     begin = online_steps.start(
         run, model, source, training, scoring, drawing,
         rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
