@@ -138,6 +138,8 @@ def load_tokenizer(path_or_name) -> Any:
         configs.read(folder)
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
+        if not (folder / configs.CONFIG).exists():
+            raise FileNotFoundError(f"{path_or_name} has no config.json and no tokenizer.json; it holds no model")
         raise ValueError(f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model")
     return tokenizer
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from rlhf.models import huggingface, mapping, tokenizer_files
 from rlhf.models.families import FAMILIES, schema
 
-VALUES = [None, "text", -1, 0, 1e300, math.nan, [], {}, True, 10**12, 10**6]
+VALUES: list = [None, "text", -1, 0, 1e300, math.nan, [], {}, True, 10**12, 10**6]
 SECONDS = 2.0  # for any one of them, however busy the machine
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 1.0}
 REFUSED = (ValueError, FileNotFoundError)
