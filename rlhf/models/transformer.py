@@ -268,7 +268,7 @@ def embed(c: TransformerConfig, embedding, tokens) -> Array:
 
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     """`s (h W) + b` in at least float32, capped where the config says."""
-    y = linear(hidden, embedding.T if c.tied else unembedding)
+    y = linear(hidden, embedding.T if c.tied else unembedding, wide=True)
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32)) * c.logit_scale
     y = y if bias is None else y + rows(bias, y)
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
