@@ -59,18 +59,15 @@ def rows(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
 
 
-def look_up(table: Array, ids: Array, number: int | None = None, offset: int = 0) -> Array:
-    """Rows of a table, `[N, D]`, `[...]` -> `[..., D]`: row `id + offset`, NaN for ids that are below 0 or not below `number`.
+def look_up(table: Array, ids: Array) -> Array:
+    """Rows of a table, `[N, D]`, `[...]` -> `[..., D]`; NaN for ids that are below 0 or not below N.
 
     A device cannot raise; and another row's vector in its place would be believed.
-
-    Args:
-      number: of ids there are; None: all rows, N.
 
     >>> look_up(jnp.ones((2, 1)), jnp.array([1, 2, -1])).tolist()
     [[1.0], [nan], [nan]]
     """
-    rows = jnp.where(are_ids(ids, table.shape[0] - offset if number is None else number), ids + offset, table.shape[0])
+    rows = jnp.where(ids < 0, table.shape[0], ids)
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
 
