@@ -1,11 +1,15 @@
 """Attention: one function, and the fastest exact way to compute it where it runs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from rlhf.lm import SharedPrefix
+from rlhf.models.linear import in_float32
 
 Array = jax.Array
+SCORES = partial(jnp.einsum, "bkth,bksh->bkts")
 
 
 def attention(
@@ -136,7 +140,7 @@ def _products(q, k, one_by_one: bool):
     """`q kᵀ`, `[B, K, T, H]` -> `[B, K, T, S]`.  XLA on CPU would transpose all keys for a matmul, and multiplies a few queries
     slower together than one by one."""
     parts = jnp.split(q, q.shape[2], axis=2) if one_by_one else [q]
-    return jnp.concatenate([jnp.einsum("bkth,bksh->bkts", part, k) for part in parts], axis=2)
+    return jnp.concatenate([in_float32(SCORES, part, k) for part in parts], axis=2)
 
 
 def _cudnn(q, k, v, mask, scale):

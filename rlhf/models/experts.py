@@ -35,7 +35,7 @@ def experts(
     No token is dropped.
 
     Args:
-      x: `[B, T, D]`.  router: `[D, E]`.  gate, up: `[E, D, F]`.  down: `[E, F, D]`.
+      x: `[B, T, D]`.  router: `[D, E]`, which meets x in at least float32.  gate, up: `[E, D, F]`.  down: `[E, F, D]`.
       real: `[B, T]` bool; other tokens are left out of the statistics.
       per_token: k.  renormalise: divide the chosen p by their sum.
 
@@ -44,8 +44,9 @@ def experts(
     batch, length, size = x.shape
     number = gate.shape[0]
     flat = x.reshape(-1, size)
-    logits = flat @ router.astype(x.dtype)
-    probs = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)  # [N, E]
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # whatever computes the rest: rounding would choose other experts
+    logits = jnp.matmul(flat.astype(wide), router.astype(wide), precision="highest")
+    probs = jax.nn.softmax(logits, axis=-1)  # [N, E]
     weights, chosen = jax.lax.top_k(probs, per_token)  # [N, k]
     weights = weights / weights.sum(-1, keepdims=True) if renormalise else weights
 
@@ -55,8 +56,8 @@ def experts(
     product = lambda rows, w: jax.lax.ragged_dot(rows, w.astype(rows.dtype), sizes)
     rows = flat[of_token]
     out = product(activate(product(rows, gate)) * product(rows, up), down)
-    out = out * weights.reshape(-1)[order][:, None].astype(x.dtype)
-    y = jnp.zeros_like(flat).at[of_token].add(out)
+    out = out.astype(wide) * weights.reshape(-1)[order][:, None]
+    y = jnp.zeros(flat.shape, wide).at[of_token].add(out).astype(x.dtype)
 
     counted = real.astype(probs.dtype)
     picked = jax.nn.one_hot(chosen, number, dtype=probs.dtype).sum(1).reshape(batch, length, number)

@@ -1,9 +1,11 @@
 """Folders as Hugging Face writes them: config.json, safetensors, tokenizer.  Read and written without torch."""
 
 import json
+import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from rlhf.models import mapping
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Family, Tensor
 from rlhf.models.heads import classifier_head, scalar_head
-from rlhf.models.safetensors_files import FLOATS, INDEX, WEIGHTS, find
+from rlhf.models.safetensors_files import DTYPES, FLOATS, INDEX, WEIGHTS, find
 from rlhf.models.tokenizer_files import BESIDE, FAST, OLDER
 from rlhf.models.tokenizer_files import read as _tokenizer
 from rlhf.sharding import shardings
@@ -175,6 +177,7 @@ def save(
     like=None,
     tokenizer=None,
     family: str | None = None,
+    dtype: Any = None,
     shard_bytes: int = SHARD,
     **fields,
 ) -> None:
@@ -182,14 +185,18 @@ def save(
 
     Args:
       folder: a new folder, or one without a config.json.
-      lm, params: of `transformer`, `encoder_decoder` or `load`; the parameters are stored in the dtype they have.
+      lm, params: of `transformer`, `encoder_decoder` or `load`.
       head: parameters of a `classifier_head`, or of a `scalar_head` with bias 0: a reward model or classifier is written, and
-        no output matrix.
+        no output matrix.  Its config gets the tokenizer's padding, by which transformers finds where texts of a batch end;
+        where there is none the end token is it, in the tokenizer too.
       value_head: parameters of a `scalar_head`, written beside the language model as TRL has it.
       like: the folder or name that the model was loaded from: its config.json, generation_config.json and tokenizer are
         written again, so that nothing of them is lost.
-      tokenizer: saved beside the model; without `like`, its ids of begin, end and padding go into the config.
+      tokenizer: saved beside the model; without `like`, its ids of begin, end and padding go into the config.  Its end token
+        is among those of generation_config.json, so that transformers stops where `end_ids` says.
       family: a model type of `FAMILIES`, without `like`; None: the first that can express the config, "llama" for Llama's.
+      dtype: of the tensors in the files, and in config.json; None: the one that the parameters have.  `stored_dtype(like)`
+        keeps the original's, where the parameters are masters in float32.
       shard_bytes: the most bytes of a file; larger models are written as several files and an index.
       fields: of config.json, for what `TransformerConfig` does not hold: `max_position_embeddings=…`, `eos_token_id=[…]`.
 
@@ -207,7 +214,7 @@ def save(
     folder, config = Path(folder), configs.config_of(lm)
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a model already (config.json); give a new folder")
-    fields = {"dtype": str(jax.tree.leaves(params)[0].dtype), **fields}
+    fields = {"dtype": str(jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)), **fields}
     original = None if like is None else _folder(like)
     if original is None:
         hf = configs.described(config, family, {**{name: getattr(tokenizer, name, None) for name in IDS}, **fields})
@@ -225,15 +232,37 @@ def save(
         leaves = mapping.flat(_with_labels(head))
         tensors += mapping.write(mapping.places(known.head, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
         hf.update(_of_classifier(hf, known, leaves))
-
+        if tokenizer is not None and configs.decoder_of(config).causal:  # encoders are read at their first token
+            hf.pad_token_id = _padding(tokenizer)
     if value_head is not None:
         leaves = mapping.flat(value_head)
         tensors += mapping.write(mapping.places(VALUE_HEAD, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_files(folder, tensors, sum(leaf.size * leaf.dtype.itemsize for leaf in flat.values()), shard_bytes)
-    _write_companions(folder, hf, tokenizer, original)
+    size = lambda leaf: leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize
+    _write_files(folder, _in_dtype(tensors, dtype), sum(map(size, flat.values())), shard_bytes)
+    _write_companions(folder, hf, tokenizer, original, padded=head is not None)
     hf.save_pretrained(folder)
+
+
+def stored_dtype(path_or_name) -> Any:
+    """The dtype that most of a model's numbers have in its files.
+
+    Raises: as `load`.
+
+    >>> import tempfile
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, lm, lm.init(jax.random.key(0)), dtype=jnp.bfloat16)
+    ...     str(stored_dtype(folder))
+    'bfloat16'
+    """
+    numbers: Counter = Counter()
+    for stored in find(_folder(path_or_name)).values():
+        if stored.dtype in FLOATS:
+            numbers[stored.dtype] += math.prod(stored.shape)
+    return jnp.dtype(DTYPES[numbers.most_common(1)[0][0]]) if numbers else jnp.dtype(jnp.float32)
 
 
 def _folder(path_or_name) -> Path:
@@ -368,6 +397,11 @@ def _differ(tensors, rows) -> bool:
     return comparable and not np.array_equal(one.read(), other.read())
 
 
+def _in_dtype(tensors, dtype):
+    """The same tensors, cast where they are made."""
+    return tensors if dtype is None else [(name, lambda make=make: make().astype(dtype)) for name, make in tensors]
+
+
 def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
     """One file, or several and an index; what is in memory at a time is one file."""
     from safetensors.numpy import save_file
@@ -395,15 +429,31 @@ def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n")
 
 
-def _write_companions(folder: Path, hf, tokenizer, original: Path | None) -> None:
-    """The tokenizer, and the settings of generation."""
+def _write_companions(folder: Path, hf, tokenizer, original: Path | None, *, padded: bool) -> None:
+    """The tokenizer, `padded` if it must be able to pad, and the settings of generation."""
     import transformers
 
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if original is None:
-        transformers.GenerationConfig.from_model_config(hf).save_pretrained(folder)
-        return
-    for name in ("generation_config.json", *(TOKENIZER if tokenizer is None else ())):
+        if padded and tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+            _edit(folder / "tokenizer_config.json", pad_token=str(tokenizer.eos_token))
+    for name in ("generation_config.json", *(TOKENIZER if tokenizer is None else ())) if original else ():
         if (original / name).exists():
             shutil.copy(original / name, folder)
+    file = folder / "generation_config.json"
+    if not file.exists():
+        transformers.GenerationConfig.from_model_config(hf).save_pretrained(folder)
+    end = getattr(tokenizer, "eos_token_id", None)
+    named = json.loads(file.read_text()).get("eos_token_id")
+    ends = {*(named if isinstance(named, list) else [named])} - {None}
+    if end is not None and end not in ends:
+        _edit(file, eos_token_id=sorted({end, *ends}) if ends else end)
+
+
+def _edit(file: Path, **fields) -> None:
+    """Puts fields into a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}, indent=2) + "\n")
+
+
+def _padding(tokenizer) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,5 +1,7 @@
 """The one place where a weight meets an activation, or a number that looks up one of its rows."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def linear(x: Array, weight: Any, bias: Array | None = None) -> Array:
+def linear(x: Array, weight: Any, bias: Array | None = None, *, wide: bool = False) -> Array:
     """`x W + b` in the dtype of `x`.
 
     Args:
@@ -16,11 +18,40 @@ def linear(x: Array, weight: Any, bias: Array | None = None) -> Array:
       weight: `[in, out]`, or an object with `matmul(x [N, in]) -> [N, out]` in its place: a matrix with an adapter, or one
         held in four bits.
       bias: `[out]`.
+      wide: in at least float32 instead, sums and all, where the weight is a plain array.
     """
     flat = x.reshape(-1, x.shape[-1])  # one plain matrix product: on CPU its backward pass takes half the time of a batched one
-    y = weight.matmul(flat) if hasattr(weight, "matmul") else flat @ weight.astype(x.dtype)
+    product = partial(in_float32, jnp.matmul) if wide else jnp.matmul
+    y = weight.matmul(flat) if hasattr(weight, "matmul") else product(flat, weight.astype(x.dtype))
     y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + rows(bias, y)
+
+
+def in_float32(product: Callable, a: Array, b: Array) -> Array:
+    """`product(a, b)` of two arrays in half precision, its sums kept in float32; what flows back is in half precision again.
+
+    For numbers of which the small differences matter: scores of attention, logits.
+
+    Args:
+      product: such as `jnp.matmul`, with `preferred_element_type`; bilinear.
+
+    >>> a, b = jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256], [1]], jnp.bfloat16)
+    >>> (a @ b).item(), in_float32(jnp.matmul, a, b).item()  # bfloat16 has no 257
+    (256.0, 257.0)
+    """
+    return _in_float32(product, a, b) if a.dtype == b.dtype and a.dtype.itemsize < 4 else product(a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_float32(product, a, b):
+    return product(a, b, preferred_element_type=jnp.float32)
+
+
+def _back(product, operands, gradient):
+    return jax.vjp(product, *operands)[1](gradient.astype(operands[0].dtype))
+
+
+_in_float32.defvjp(lambda product, a, b: (_in_float32(product, a, b), (a, b)), _back)
 
 
 def rows(vector: Array, like: Array) -> Array:
@@ -28,18 +59,15 @@ def rows(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
 
 
-def look_up(table: Array, ids: Array, number: int | None = None, offset: int = 0) -> Array:
-    """Rows of a table, `[N, D]`, `[...]` -> `[..., D]`: row `id + offset`, NaN for ids that are below 0 or not below `number`.
+def look_up(table: Array, ids: Array) -> Array:
+    """Rows of a table, `[N, D]`, `[...]` -> `[..., D]`; NaN for ids that are below 0 or not below N.
 
     A device cannot raise; and another row's vector in its place would be believed.
-
-    Args:
-      number: of ids there are; None: all rows, N.
 
     >>> look_up(jnp.ones((2, 1)), jnp.array([1, 2, -1])).tolist()
     [[1.0], [nan], [nan]]
     """
-    rows = jnp.where(are_ids(ids, table.shape[0] - offset if number is None else number), ids + offset, table.shape[0])
+    rows = jnp.where(ids < 0, table.shape[0], ids)
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
 

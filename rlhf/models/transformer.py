@@ -96,8 +96,9 @@ class Stack(Weights):
         """
         c = self.config
         if c.max_positions:
-            places = shared.once(or_zero(positions, c.max_positions, segment_ids))
-            x = x + look_up(self.position_embedding, places, c.max_positions, c.position_offset).astype(x.dtype)
+            places = or_zero(positions + c.position_offset, c.max_positions + c.position_offset, segment_ids)
+            places = jnp.where((segment_ids != 0) & (positions < 0), -1, places)  # rows before the offset are for padding
+            x = x + look_up(self.position_embedding, shared.once(places)).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
         x = constrain(x, "batch", "sequence", None)
         layers, cross = self.layers, None
@@ -268,7 +269,7 @@ def embed(c: TransformerConfig, embedding, tokens) -> Array:
 
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     """`s (h W) + b` in at least float32, capped where the config says."""
-    y = linear(hidden, embedding.T if c.tied else unembedding)
+    y = linear(hidden, embedding.T if c.tied else unembedding, wide=True)
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32)) * c.logit_scale
     y = y if bias is None else y + rows(bias, y)
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)

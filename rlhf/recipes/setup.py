@@ -246,8 +246,10 @@ class Policy(NamedTuple):
         return lambda params, context, batch, key: loss_fn(self.whole(params, context), context, batch, key)
 
     def export(self, folder: Path, tokenizer: Any, state: TrainState, over: bool) -> None:
-        """Writes `model/` in the place of that of an earlier state; for adapters `adapter/`, without a head, and `model/` once
-        the run is over: merging takes the memory of a second copy."""
+        """Writes `model/` in the place of that of an earlier state, in the dtype that the model has in the files it came from.
+
+        For adapters `adapter/`, without a head, and `model/` once the run is over: merging takes the memory of a second copy.
+        """
         whole = self.whole(state.params, state.context)
         lm, head = (whole, None) if self.head is None else (whole["lm"], whole["head"])
         if self.frozen is not None:
@@ -257,7 +259,8 @@ class Policy(NamedTuple):
                 return
             lm = adapters.merge(lm)
         with renewed(folder / "model") as new:
-            huggingface.save(new, self.lm, lm, head=head, like=self.source, tokenizer=tokenizer)
+            dtype = huggingface.stored_dtype(self.source)
+            huggingface.save(new, self.lm, lm, head=head, like=self.source, tokenizer=tokenizer, dtype=dtype)
 
 
 def _has_tokens(x: Any) -> bool:
