@@ -122,10 +122,8 @@ class _Reader:
         base = self.atom(depth)
         if not self.take(r" *(\^|\*\*) *"):
             return base
-        if self.sees(r"[{(]"):
-            exponent = self.atom(depth)
-        else:
-            exponent = _number(int(self.take(r"-?\d{1,5}(?![\d.])") or self.fail()))
+        in_braces = self.sees(r"[{(]")
+        exponent = self.atom(depth) if in_braces else _number(int(self.take(r"-?\d{1,5}(?![\d.])") or self.fail()))
         if self.sees(r" *(\^|\*\*)"):
             self.fail()
         return _power(base, exponent)

@@ -5,6 +5,7 @@ returns goes back in plain words and numbers, and when the process that started 
 """
 
 import asyncio
+import contextlib
 import difflib
 import faulthandler
 import importlib
@@ -44,6 +45,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"SyntaxError: {error.msg} ({Path(error.filename).name}:{error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frames = [frame for frame in frames if frame.filename != __file__]
     own = [frame for frame in frames if not _of_library(frame.filename)] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {words[:WORDS]}{where}"
@@ -124,10 +126,8 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this process is the one to go
-    except OSError:
-        pass
 
     def reply(*message: Any) -> None:
         if os.getpid() != owner:  # a fork that a function has left behind comes out here too
@@ -208,7 +208,8 @@ def _of_file(path: Path) -> Any:
     if not path.is_file():
         raise Refused(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
     sys.path.insert(0, str(path.parent.resolve()))
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -217,7 +218,7 @@ def _of_file(path: Path) -> Any:
 
 def _of_library(file: str) -> bool:
     libraries = [sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")]
-    return file == __file__ or any(file.startswith(folder + os.sep) for folder in libraries)
+    return any(file.startswith(folder + os.sep) for folder in libraries)
 
 
 if __name__ == "__main__":

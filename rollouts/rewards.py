@@ -143,8 +143,9 @@ def score_texts(
       rewards: a reward function, or several from `combine`.
       prompts, completions: B texts each, or B lists of messages.
       columns: name -> B entries, passed on by keyword to the functions that take them.  Functions that return lists of numbers
-        need `completion_ids`, the sampled tokens of a row, and get a reward per token; where a row of `step_ends` is as long as its list, it gives one
-        per step: `[3, 7]` says that the steps are the sampled tokens 0 to 2 and 3 to 6, and each is rewarded at its last.
+        need `completion_ids`, the sampled tokens of a row, and get a reward per token; where a row of `step_ends` is as long as
+        its list, it gives one per step: `[3, 7]` says that the steps are the sampled tokens 0 to 2 and 3 to 6, and each is
+        rewarded at its last.
       timeout: seconds for the whole batch; None: no limit.  A thread cannot be ended: what hangs goes on in the background
         until the process ends, and what never lets go of Python's lock is waited for (use `workers.in_worker`).
 
