@@ -73,7 +73,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("reward: a missing column of ours", reward("accuracy"), "reward 'accuracy' needs solution"),
     ("reward: positional parameters", reward("TMP/mine.py:by_position"), "needs a, b"),
     ("reward: other parameters", reward("TMP/mine.py:two"), "needs p, c"),
-    ("reward: a column of our name", reward("length", "--columns", "{note: completion_ids}"), "column completion_ids of their own"),
+    ("reward: our column", reward("length", "--columns", "{note: completion_ids}"), "completion_ids of their own"),
     ("reward: twice", reward("[length, length]"), "names length twice"),
     ("reward: raises", reward("TMP/mine.py:fails"), "failed on every answer: ZeroDivisionError: division by zero (mine.py:15)"),
     ("reward: exits", reward("TMP/mine.py:exits"), "failed on every answer: SystemExit: 3 (mine.py:16)"),
