@@ -9,6 +9,10 @@ from threading import current_thread, main_thread
 import jax
 
 
+class Stopped(ValueError):
+    """Raised within a step that cannot be taken, and before it has changed anything: a run saves what it has, and ends."""
+
+
 @contextmanager
 def told_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether this process was told to stop, so that a loop can end between two steps; told twice, it stops where it is.

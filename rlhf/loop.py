@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
-from rlhf.interrupts import told_to_stop
+from rlhf.interrupts import Stopped, told_to_stop
 from rlhf.models.stacks import matrices
 from rlhf.ranges import Coefficient, Count, Every, Seed, Steps, between, check_fields
 from rlhf.runs import RunFolder
@@ -149,7 +149,8 @@ def fit(
 
     Raises: ValueError where no step was taken, since every gradient was infinite or NaN: after the first steps already, and
       nothing is exported.  KeyboardInterrupt where the process is told to stop before the last step: after its step, which is
-      saved; where it is told twice, at once, and nothing is.
+      saved; where it is told twice, at once, and nothing is.  Stopped where a step or an evaluation raises it: what was trained
+      until then is saved.
     """
     optimizer, context, judged = optimizer_of(training, total * updates), dict(context or {}), lambda state: state
     if training.average != "none":
@@ -173,10 +174,16 @@ def fit(
             track(number, figures)
 
         skipped: list[Any] = []  # of every step here, the share of its updates that were skipped
+        newest = state  # that is whole
+
+        def save(state: TrainState) -> None:
+            checkpoints.save(saved(state))
+            run.card()
+            export(judged(state), over)
 
         def after(number: int, state: TrainState) -> bool:
-            nonlocal over
-            over = number == total
+            nonlocal over, newest
+            newest, over = state, number == total
             if evaluate is not None and (over or (training.eval_every and number % training.eval_every == 0)):
                 log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
                 over = over or _is_stuck(run, shown, training.patience)
@@ -184,9 +191,7 @@ def fit(
                 _check_taken(run, skipped, done)
             saves = over or told() or (training.save_every > 0 and number % training.save_every == 0)
             if saves:
-                checkpoints.save(saved(state))
-                run.card()
-                export(judged(state), over)
+                save(state)
             return over or (saves and told())  # told while saving: this step is saved already
 
         batches = ((number + 1, inputs(number, training.batch_size)) for number in range(done, total))
@@ -203,10 +208,20 @@ def fit(
             run.card()
             export(judged(state), over)  # it may have been killed after its last checkpoint, or its model deleted
         else:
-            state = run_steps(
-                "train", step, state, batches, total, start=done, log=log, after=after, console=console or Console(stderr=True),
-                shown=shown, every=training.log_every, size=_size(params), devices=_devices(params),
-            )  # fmt: skip
+            try:
+                state = run_steps(
+                    "train", step, state, batches, total, start=done, log=log, after=after,
+                    console=console or Console(stderr=True), shown=shown, every=training.log_every, size=_size(params),
+                    devices=_devices(params),
+                )  # fmt: skip
+            except Stopped as stop:
+                number, over = int(newest.step) // updates, False
+                if number == 0:
+                    run.withdraw()
+                    raise
+                if checkpoints.latest() != int(newest.step):
+                    save(newest)
+                raise Stopped(f"{run.path}: stopped after step {number} of {total}: {stop}; go on with --resume") from None
     figures = run.figures()
     if figures:
         run.plot(shown)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from rlhf import yaml_files
 
 PACKAGES = ("rlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 ABOUT_ROWS = ("phase", "step", "seconds")  # of metrics.jsonl; the rest are figures
-FREE = ("output", "resume", "log_every", "save_every", "keep", "track")  # options that a resumed run may have otherwise
+FREE = (  # options that a resumed run may have otherwise
+    "output", "resume", "log_every", "save_every", "keep", "track", "reward_timeout", "max_reward_failures",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -77,6 +79,16 @@ class RunFolder:
         if not self.resumed:
             (self.path / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False), encoding="utf-8")
             self.write("about.json", about())
+
+    def withdraw(self) -> None:
+        """Takes away what a run has written that ends before its first step, so that the folder can be used again."""
+        if not self.resumed:
+            for name in ("config.yaml", "about.json", "metrics.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            with suppress(OSError):
+                self.path.rmdir()
 
     def say(self, text: str) -> None:
         """A line for the user."""

@@ -9,6 +9,7 @@ from rlhf.rollouts import rewards as rewards
 from rlhf.rollouts import samplers as samplers
 from rlhf.rollouts import text as text
 from rlhf.rollouts import tools as tools
+from rlhf.rollouts import workers as workers
 from rlhf.rollouts.classic import best_of_n as best_of_n
 from rlhf.rollouts.classic import by_length as by_length
 from rlhf.rollouts.classic import in_order as in_order
@@ -58,3 +59,4 @@ from rlhf.rollouts.types import batch_of as batch_of
 from rlhf.rollouts.types import check_ids as check_ids
 from rlhf.rollouts.types import pair_rows as pair_rows
 from rlhf.rollouts.types import whole_rows as whole_rows
+from rlhf.rollouts.workers import in_worker as in_worker

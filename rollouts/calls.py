@@ -31,8 +31,16 @@ async def attempt(fn: Callable, *args, timeout: float) -> Outcome:
             if error is not None:
                 raise error
             return (await value if inspect.isawaitable(value) else value), None
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a tool that calls exit() must not end the loop
+    except BaseException as error:  # a tool that calls exit() must not end the loop
+        if told_from_outside(error):
+            raise
         return None, f"no answer within {timeout:g} seconds" if limit.expired() else f"{type(error).__name__}: {error}"
+
+
+def told_from_outside(error: BaseException) -> bool:
+    """Whether an exception tells the running task to end; all others are what its function raised, of whatever kind."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def in_thread(fn: Callable, *args, **kwargs) -> Future:

@@ -1,6 +1,7 @@
 """A catalogue of reward functions, for `rewards.score_texts` and `rewards.combine`; the last ones ask a reward model.
 
-`solution` is a column of texts, whose final answer counts (`answers.final`); a row without one is not scorable.
+`solution` is a column of texts or numbers, of which the final answer counts (`answers.final`); a row without one is not
+scorable.  Completions are texts, or lists of messages, whose contents count.
 `completion_ids` (the sampled tokens of each row) and `finished` are those of `rewards.token_columns`.
 """
 
@@ -18,7 +19,7 @@ from jax.tree_util import Partial
 from rlhf.lm import LM, Bound, Head
 from rlhf.ranges import Length, between, checked
 from rlhf.rollouts import answers
-from rlhf.rollouts.rewards import RewardFunction
+from rlhf.rollouts.rewards import RewardFunction, call, missing
 from rlhf.rollouts.score import classify
 from rlhf.rollouts.types import Array, Rollout, whole_rows
 
@@ -29,47 +30,71 @@ def exact_accuracy(prompts, completions, *, solution, **columns) -> list[float |
     >>> exact_accuracy(["Capital of France?"] * 2, ["#### paris.", "Lyon"], solution=["Paris", "Paris"])
     [1.0, 0.0]
     """
-    pairs = zip(map(answers.normalised, completions), (answers.normalised(s or "") for s in solution), strict=True)
+    true = [answers.normalised(answers.solution(s)) for s in solution]
+    pairs = zip(map(answers.normalised, _texts(completions)), true, strict=True)
     return [float(answer == true) if true else None for answer, true in pairs]
 
 
 def numeric_accuracy(prompts, completions, *, solution, tolerance: float = 0.0, **columns) -> list[float | None]:
     """`1[|answer - solution| ≤ tolerance · max(|answer|, |solution|)]` of exact numbers, as `answers.number` reads them.
 
-    A completion without a number gets 0.  For another tolerance: `functools.partial(numeric_accuracy, tolerance=1e-3)`.
+    A completion without a number gets 0.  None where the solution or the answer is an expression that is not understood, unless
+    both are the same text; `math_accuracy` understands more.  For another tolerance:
+    `functools.partial(numeric_accuracy, tolerance=1e-3)`.
 
     >>> numeric_accuracy([""] * 3, ["so $18.00", "about 17", "?"], solution=["9 * 2 = 18 #### 18"] * 2 + ["none"])
     [1.0, 0.0, None]
+    >>> written = [r"\\boxed{2\\sqrt{3}}", r"\\boxed{\\sqrt{12}}", r"\\boxed{2x}"]
+    >>> numeric_accuracy([""] * 3, written, solution=[r"2\\sqrt{3}"] * 3)
+    [1.0, 1.0, None]
     """
 
     def one(completion, true):
-        answer, true = answers.number(completion), answers.number(true or "")
-        return None if true is None else float(answer is not None and answers.same(answer, true, tolerance=tolerance))
+        if true and answers.alike(completion, true):
+            return 1.0
+        right = answers.number(true)
+        if right is None:
+            return None
+        answer = answers.number(completion)
+        if answer is None:
+            return None if answers.is_mathematical(completion) else 0.0
+        equal = answers.same(answer, right, tolerance=tolerance)
+        return None if equal is None else float(equal)
 
-    return [one(*row) for row in zip(completions, solution, strict=True)]
+    return [one(*row) for row in zip(_texts(completions), map(answers.solution, solution), strict=True)]
 
 
 def math_accuracy() -> RewardFunction:
     """`1[answer ≡ solution]` of mathematical expressions, parsed and compared by `math-verify`.
 
-    Returns: a reward function; None where the solution cannot be parsed.
+    Its own time limits rest on signals, which threads do not get, and are off: an expression may take for ever.  The command
+    line's `--reward math` runs it in a process of its own; so does `workers.in_worker(math_accuracy(), timeout=…)`.
+
+    Returns: `math_verified`.
 
     Raises: ImportError where `math-verify` is not installed.
     """
     try:
-        import math_verify
+        import math_verify  # noqa: F401
     except ImportError as error:
         raise ImportError("math_accuracy needs `pip install math-verify`; numeric_accuracy compares numbers without") from error
-    parse = partial(math_verify.parse, parsing_timeout=None)  # its time limits rest on signals, which threads do not get
+    return math_verified
 
-    def accuracy(prompts, completions, *, solution, **columns):
-        def one(completion, true):
-            gold = parse(f"\\boxed{{{answers.final(true or '')}}}")
-            return float(math_verify.verify(gold, parse(completion), timeout_seconds=None)) if gold else None
 
-        return [one(*row) for row in zip(completions, solution, strict=True)]
+def math_verified(prompts, completions, *, solution, **columns) -> list[float | None]:
+    """What `math_accuracy` returns: None where the solution cannot be parsed, 0 where the completion cannot.
 
-    return accuracy
+    Raises: ImportError where `math-verify` is not installed.
+    """
+    import math_verify
+
+    parse = partial(math_verify.parse, parsing_timeout=None)
+
+    def one(completion, true):
+        gold = parse(f"\\boxed{{{answers.final(true)}}}") if true else None
+        return float(math_verify.verify(gold, parse(completion), timeout_seconds=None)) if gold else None
+
+    return [one(*row) for row in zip(_texts(completions), map(answers.solution, solution), strict=True)]
 
 
 def reasoning_accuracy(accuracy: RewardFunction = numeric_accuracy, *, delimiter: str = "</think>") -> RewardFunction:
@@ -85,13 +110,13 @@ def reasoning_accuracy(accuracy: RewardFunction = numeric_accuracy, *, delimiter
     """
 
     def after_reasoning(prompts, completions, **columns):
-        ended = [delimiter in c for c in completions]
-        scores = accuracy(
-            prompts, [c.rpartition(delimiter)[2] if e else "" for c, e in zip(completions, ended, strict=True)], **columns
-        )
+        texts = _texts(completions)
+        ended = [delimiter in text for text in texts]
+        answered = [text.rpartition(delimiter)[2] if e else "" for text, e in zip(texts, ended, strict=True)]
+        scores = call(accuracy, {**columns, "prompts": prompts, "completions": answered})
         return _then(scores, lambda scores: [s if e or s is None else 0.0 for s, e in zip(scores, ended, strict=True)])
 
-    return after_reasoning
+    return _needs(after_reasoning, accuracy)
 
 
 def think_format(prompts, completions, **columns) -> list[float]:
@@ -101,7 +126,7 @@ def think_format(prompts, completions, **columns) -> list[float]:
     [1.0, 0.0, 0.0]
     """
     once = lambda c: c.startswith("<think>") and c.count("<think>") == c.count("</think>") == 1
-    return [float(once(c)) for c in completions]
+    return [float(once(c)) for c in _texts(completions)]
 
 
 def regex_format(pattern: str) -> RewardFunction:
@@ -113,7 +138,7 @@ def regex_format(pattern: str) -> RewardFunction:
     [1.0, 0.0]
     """
     compiled = re.compile(pattern, re.DOTALL)
-    return lambda prompts, completions, **columns: [float(compiled.fullmatch(c) is not None) for c in completions]
+    return lambda prompts, completions, **columns: [float(compiled.fullmatch(c) is not None) for c in _texts(completions)]
 
 
 @checked
@@ -148,10 +173,11 @@ def cosine_scaled(
         return end + (start - end) * (1 + math.cos(math.pi * min(len(ids) / max_length, 1))) / 2
 
     def scaled(prompts, completions, *, completion_ids, **columns):
-        scores = correctness(prompts, completions, completion_ids=completion_ids, **columns)
+        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        scores = call(correctness, given)
         return _then(scores, lambda scores: [one(*row) for row in zip(scores, completion_ids, strict=True)])
 
-    return scaled
+    return _needs(scaled, correctness)
 
 
 @checked
@@ -271,6 +297,21 @@ def _classify(lm, head, params, tokens, positions, segment_ids, inputs):
             "read labels or steps with rollouts.classify"
         )
     return jax.lax.stop_gradient(scores.astype(jnp.float32))
+
+
+def _texts(completions) -> list[str]:
+    """Completions as texts: of lists of messages, what they say, one message a line."""
+    return [c if isinstance(c, str) else "\n".join(message["content"] for message in c) for c in completions]
+
+
+def _needs(outer: RewardFunction, inner: RewardFunction) -> RewardFunction:
+    """`outer`, whose signature says that it needs what `inner` needs, which it calls."""
+    own = inspect.signature(outer)
+    names = [name for name in missing(inner, own.parameters) if name not in own.parameters]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    *first, columns = own.parameters.values()
+    outer.__signature__ = own.replace(parameters=[*first, *more, columns])  # type: ignore[attr-defined]
+    return outer
 
 
 def _then(scores, change):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 
 from rlhf.rollouts.json_http import Refused, decoded, encoded, json_server
-from rlhf.rollouts.rewards import RewardFunction, Unreachable
+from rlhf.rollouts.rewards import RewardFunction, Unreachable, call, missing
 
 TRANSIENT = (429, 502, 503, 504)  # too many requests, and what proxies say of a server that restarts
 
@@ -45,10 +45,12 @@ def serve(rewards: Mapping[str, RewardFunction], *, host: str = "127.0.0.1", por
             raise Refused(404, f"no function at {path}; there are {list(rewards)}")
         try:
             body = decoded(data)
-            arguments, columns = (body["prompts"], body["completions"]), body.get("columns", {})
+            given = {**body.get("columns", {}), "prompts": body["prompts"], "completions": body["completions"]}
         except (ValueError, KeyError) as error:
             raise Refused(400, f"the body must have prompts and completions: {error!r}") from None
-        return {"rewards": list(_run(reward(*arguments, **columns)))}
+        if lacking := missing(reward, given):
+            raise Refused(400, f"{path} needs {', '.join(lacking)}, but there are {', '.join(given)}")
+        return {"rewards": list(_run(call(reward, given)))}
 
     return json_server(answer, host=host, port=port)
 

@@ -1,28 +1,31 @@
 """Rewards of texts: any number of reward functions over a batch, in which one failing call loses no completion.
 
-A reward function is `f(prompts, completions, **columns) -> rewards`: lists of B strings, and columns of B entries each (a
-dataset's, or those of `token_columns`), to B numbers.  None says that a row is not scorable.  A list in place of a number gives
-a reward to every sampled token, or to every step.  It may be `async def`.  `rollouts.reward_functions` has a catalogue.
+A reward function is called by keyword, as TRL calls it: `f(prompts=…, completions=…, **columns) -> rewards`, with lists of B
+entries each, the columns a dataset's or those of `token_columns`.  One without `**columns` gets those that it names.  Prompts
+and completions are texts; the recipes give, where a dataset's prompts are conversations, lists of messages, completions as
+`[{"role": "assistant", "content": text}]`.  It returns B numbers.  None says that a row is not scorable.  A list in place of a
+number gives a reward to every sampled token, or to every step.  It may be `async def`.  `rollouts.reward_functions` has a
+catalogue; `rollouts.workers.in_worker` runs one in a process of its own, which can be ended where it hangs.
 """
 
 import asyncio
 import inspect
 import math
 import threading
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf import losses
-from rlhf.rollouts.calls import GRACE, in_thread
+from rlhf.rollouts.calls import GRACE, in_thread, told_from_outside
+from rlhf.rollouts.reward_worker import describe, listed, shown, taken
 from rlhf.rollouts.types import Array, Rollout
 
 RewardFunction = Callable[..., Any]
 ROWS_AT_ONCE = 16  # awaited at a time, of an async function that is tried row by row
 LARGEST = float(np.finfo(np.float32).max)
+LATE = "not there after"  # how the reason of a row begins whose time was up
 
 
 class Unreachable(ConnectionError):
@@ -37,6 +40,12 @@ class Failure(NamedTuple):
     message: str
 
 
+class Failed(NamedTuple):
+    """What a reward function may return in the place of a reward that it could not make, where it knows why."""
+
+    reason: str
+
+
 class Rewards(NamedTuple):
     """What `score_texts` returns, on the host."""
 
@@ -46,6 +55,7 @@ class Rewards(NamedTuple):
     total: np.ndarray  # [B] float32, Σ weight · value over what is scorable; NaN where nothing is
     per_token: dict[str, list[np.ndarray | None]]  # name -> B of [sampled tokens] float32, for functions that return lists
     failures: list[Failure]
+    reasons: dict[str, list[str | None]]  # name -> B, what went wrong on the row; None where nothing did
 
 
 class Combination(NamedTuple):
@@ -54,7 +64,7 @@ class Combination(NamedTuple):
     functions: dict[str, RewardFunction]
     weights: dict[str, float]
 
-    def __call__(self, prompts, completions, **columns) -> list[float | None]:
+    def __call__(self, /, prompts, completions, **columns) -> list[float | None]:
         total = score_texts(self, prompts, completions, columns=columns).total
         return [None if np.isnan(x) else float(x) for x in total]
 
@@ -86,10 +96,38 @@ def combine(functions: Mapping[str, RewardFunction], *, weights: Mapping[str, fl
     return Combination(dict(functions), {name: float(weights.get(name, 1.0)) for name in functions})
 
 
+def missing(function: RewardFunction, given: Collection[str]) -> list[str]:
+    """The parameters that a reward function needs and is not given.
+
+    Args:
+      function: a reward function, or several from `combine`.
+      given: names of all that it is called with.
+
+    >>> missing(lambda completions, solution, weight=1.0, **columns: [], ["prompts", "completions"])
+    ['solution']
+    """
+    if isinstance(function, Combination):
+        return list(dict.fromkeys(name for part in function.functions.values() for name in missing(part, given)))
+    signature = _signature(function)
+    parameters = signature.parameters.values() if signature else ()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in variable]
+    return [p.name for p in needed if p.name not in given or p.kind is p.POSITIONAL_ONLY]
+
+
+def call(function: RewardFunction, given: Mapping[str, Any]) -> Any:
+    """Calls a reward function by keyword, with those of the given that it takes; all of them where it has `**columns`.
+
+    >>> call(lambda completions: [len(c) for c in completions], {"prompts": ["", ""], "completions": ["a", "bc"]})
+    [1, 2]
+    """
+    return function(**taken(_signature(function), dict(given)))
+
+
 def score_texts(
     rewards: Combination | RewardFunction,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence,
+    completions: Sequence,
     *,
     columns: Mapping[str, Sequence] | None = None,
     timeout: float | None = None,
@@ -103,34 +141,62 @@ def score_texts(
 
     Args:
       rewards: a reward function, or several from `combine`.
-      prompts, completions: B texts each.
-      columns: name -> B entries, passed on to every function.  Functions that return lists of numbers need `completion_ids`,
-        the sampled tokens of a row, and get a reward per token; where a row of `step_ends` is as long as its list, it gives one
-        per step: `[3, 7]` says that the steps are the sampled tokens 0 to 2 and 3 to 6, and each is rewarded at its last.
+      prompts, completions: B texts each, or B lists of messages.
+      columns: name -> B entries, passed on by keyword to the functions that take them.  Functions that return lists of numbers
+        need `completion_ids`, the sampled tokens of a row, and get a reward per token; where a row of `step_ends` is as long as
+        its list, it gives one per step: `[3, 7]` says that the steps are the sampled tokens 0 to 2 and 3 to 6, and each is
+        rewarded at its last.
       timeout: seconds for the whole batch; None: no limit.  A thread cannot be ended: what hangs goes on in the background
-        until the process ends, and what never lets go of Python's lock is waited for (put it behind `reward_server.serve`).
+        until the process ends, and what never lets go of Python's lock is waited for (use `workers.in_worker`).
 
     Returns: `Rewards`.
 
-    Raises: ValueError where the numbers of rows differ; RuntimeError where every function failed on every row.
+    Raises: ValueError where the numbers of rows differ, or a function needs what is not there; RuntimeError where every
+      function failed on every row.
 
     >>> def exact(prompts, completions, *, solution, **columns):
     ...     return [float(c == s) if s else None for c, s in zip(completions, solution)]
     >>> score_texts(exact, ["2+2?", "1+2?", "?"], ["4", "4", "4"], columns={"solution": ["4", "3", ""]}).total.tolist()
     [1.0, 0.0, nan]
     """
+    scores = try_texts(rewards, prompts, completions, columns=columns, timeout=timeout)
+    if len(prompts) and all(None not in reasons for reasons in scores.reasons.values()):
+        first = "; ".join(f"{name}: {reasons[0]}" for name, reasons in scores.reasons.items())
+        raise RuntimeError(f"every reward function failed on every row; on the first, {first}")
+    return scores
+
+
+def try_texts(
+    rewards: Combination | RewardFunction,
+    prompts: Sequence,
+    completions: Sequence,
+    *,
+    columns: Mapping[str, Sequence] | None = None,
+    timeout: float | None = None,
+) -> Rewards:
+    """`score_texts`, which does not raise where every function failed on every row.
+
+    >>> try_texts(lambda completions: 1 / 0, ["2+2?"], ["4"]).total.tolist()
+    [nan]
+    """
     if not isinstance(rewards, Combination):
         rewards = combine({getattr(rewards, "__name__", type(rewards).__name__): rewards})
     columns = dict(columns or {})
-    for name, column in {"completions": completions, **columns}.items():
+    if own := {"prompts", "completions"} & columns.keys():
+        raise ValueError(f"columns has {' and '.join(sorted(own))}, which are arguments of their own; give it another name")
+    given = {"prompts": prompts, "completions": completions, **columns}
+    for name, column in given.items():
         if len(column) != len(prompts):
             raise ValueError(f"{name} has {len(column)} rows but prompts has {len(prompts)}; one entry a completion")
+    for name, function in rewards.functions.items():
+        if lacking := missing(function, given):
+            raise ValueError(f"reward {name!r} needs {', '.join(lacking)}, but there are {', '.join(given)}")
 
-    outcomes: dict[str, list] = {name: [f"not there after {timeout} s"] * len(prompts) for name in rewards.functions}
+    outcomes: dict[str, list] = {name: [f"{LATE} {timeout} s"] * len(prompts) for name in rewards.functions}
     notes: list[Failure] = []
 
     async def run():
-        scoring = [_score(n, f, prompts, completions, columns, outcomes[n], notes) for n, f in rewards.functions.items()]
+        scoring = [_score(name, function, given, outcomes[name], notes) for name, function in rewards.functions.items()]
         await asyncio.wait([asyncio.create_task(s) for s in scoring], timeout=timeout)  # what is left, asyncio.run cancels
 
     # a thread of its own: the caller may be inside an event loop, and an async function that blocks must not hold it for ever
@@ -143,12 +209,19 @@ def score_texts(
 def metrics(rewards: Rewards) -> dict[str, float]:
     """Mean and standard deviation (Bessel's) of what is scorable, and the share that is not: of the total and of every part.
 
+    Of every part also `rewards/NAME/failures`, the rows on which something went wrong, and those of them whose time was up,
+    `rewards/NAME/timeouts`.
+
     >>> silent = lambda prompts, completions, **columns: [1.0, None, 3.0, None]
     >>> metrics(score_texts(combine({"a": silent}), [""] * 4, [""] * 4))["rewards/a/mean"]
     2.0
     """
     parts = {"reward": rewards.total} | {f"rewards/{n}": v for n, v in zip(rewards.names, rewards.values.T, strict=True)}
     result = {"rewards/failures": float(len(rewards.failures))}
+    for name, reasons in rewards.reasons.items():
+        told = [reason for reason in reasons if reason is not None]
+        result[f"rewards/{name}/failures"] = float(len(told))
+        result[f"rewards/{name}/timeouts"] = float(sum(reason.startswith(LATE) for reason in told))
     for name, values in parts.items():
         scored = values[~np.isnan(values)].astype(np.float64)
         result[f"{name}/mean"] = float(scored.mean()) if scored.size else math.nan
@@ -192,7 +265,15 @@ def place(rollout: Rollout, rewards: Rewards) -> Array:
     return losses.token_rewards(whole.astype(np.float32), -along.astype(np.float32), mask)
 
 
-async def _score(name, function, prompts, completions, columns, outcomes, notes) -> None:
+class _Raised(Exception):
+    """What a function raised, whatever it was: an exit or an exception of its own kind must not end the event loop."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(describe(error))
+        self.unreachable = isinstance(error, Unreachable)
+
+
+async def _score(name, function, given, outcomes, notes) -> None:
     """Fills `outcomes` in place, a row at a time where need be: what is there when the time is up counts.
 
     An outcome is a number, an array over the sampled tokens, None, or a string: why there is none.
@@ -200,50 +281,66 @@ async def _score(name, function, prompts, completions, columns, outcomes, notes)
     one_thread, at_once = asyncio.Lock(), asyncio.Semaphore(ROWS_AT_ONCE)
 
     async def attempt(rows: slice) -> None:
-        of_rows = {key: column[rows] for key, column in columns.items()}
-        returned = await _call(function, prompts[rows], completions[rows], of_rows, one_thread)
-        outcomes[rows] = _outcomes(returned, of_rows, len(prompts[rows]))
+        of_rows = {key: column[rows] for key, column in given.items()}
+        number = len(outcomes[rows])
+        returned = await _call(function, of_rows, number, one_thread)
+        try:
+            outcomes[rows] = _outcomes(returned, of_rows, number)
+        except BaseException as error:  # objects of the user's may do anything when they are read
+            raise _Raised(error) from None
 
     async def alone(row: int) -> None:
         async with at_once:
             try:
                 await attempt(slice(row, row + 1))
-            except (Exception, SystemExit) as error:
-                outcomes[row] = _describe(error)
+            except _Raised as raised:
+                outcomes[row] = str(raised)
 
     try:
         await attempt(slice(None))
-    except (Exception, SystemExit) as error:
-        if isinstance(error, Unreachable) or len(prompts) < 2:
-            outcomes[:] = [_describe(error)] * len(prompts)
+    except _Raised as raised:
+        if raised.unreachable or len(outcomes) < 2:
+            outcomes[:] = [str(raised)] * len(outcomes)
             return
-        notes.append(Failure(name, None, f"{_describe(error)}; called again row by row"))
-        await asyncio.gather(*(alone(row) for row in range(len(prompts))))
+        notes.append(Failure(name, None, f"{raised}; called again row by row"))
+        await asyncio.gather(*(alone(row) for row in range(len(outcomes))))
 
 
-async def _call(function, prompts, completions, columns, one_thread: asyncio.Lock):
+async def _call(function, given, number: int, one_thread: asyncio.Lock):
+    """What a function returns for `number` rows: a list, if it can be one."""
+
+    def in_its_thread():
+        returned = call(function, given)
+        return returned if inspect.isawaitable(returned) else listed(returned, number)  # a generator runs here, too
+
     async with one_thread:  # no function of the user's meets itself in another thread
-        returned, error = await asyncio.wrap_future(in_thread(function, prompts, completions, **columns))
-    if error is not None:
-        raise error
-    return await returned if inspect.isawaitable(returned) else returned
+        returned, error = await asyncio.wrap_future(in_thread(in_its_thread))
+    if error is None:
+        try:
+            return listed(await returned, number) if inspect.isawaitable(returned) else returned
+        except BaseException as raised:
+            if told_from_outside(raised):
+                raise
+            error = raised
+    raise _Raised(error)
 
 
-def _outcomes(returned, columns, number: int) -> list:
-    try:
-        returned = list(returned)
-    except TypeError:
-        return [f"returned {returned!r:.80}, not a list"] * number
+def _outcomes(returned, given, number: int) -> list:
+    if not isinstance(returned, list):
+        return [f"returned {shown(returned)}, not a list"] * number
     if len(returned) != number:
-        return [f"returned {len(returned)} rewards for {number} completions"] * number
+        many = f"more than {number}" if len(returned) > number else len(returned)
+        return [f"returned {many} rewards for {number} completions"] * number
     nothing = [None] * number
-    tokens, ends = columns.get("completion_ids", nothing), columns.get("step_ends", nothing)
+    tokens, ends = given.get("completion_ids", nothing), given.get("step_ends", nothing)
     return [_outcome(*row) for row in zip(returned, tokens, ends, strict=True)]
 
 
 def _outcome(reward, tokens, ends) -> float | np.ndarray | str | None:
     if reward is None:
         return None
+    if isinstance(reward, Failed):
+        return reward.reason
     try:
         given = np.asarray(reward)
         # V: bfloat16; O: fractions and decimals; neither text nor complex numbers
@@ -251,9 +348,9 @@ def _outcome(reward, tokens, ends) -> float | np.ndarray | str | None:
     except (TypeError, ValueError, OverflowError):
         numbers = None
     if numbers is None:
-        return f"returned {reward!r:.80}, not a number or a list of numbers"
+        return f"returned {shown(reward)}, not a number or a list of numbers"
     if not (np.abs(numbers) <= LARGEST).all():
-        return f"returned {reward!r:.80}, not finite"
+        return f"returned {shown(reward)}, not finite"
     return float(numbers) if numbers.ndim == 0 else _along_tokens(numbers.astype(np.float32), tokens, ends)
 
 
@@ -273,25 +370,24 @@ def _along_tokens(numbers: np.ndarray, tokens, ends) -> np.ndarray | str:
     return f"returned {len(numbers)} numbers for {len(tokens)} sampled tokens{steps}"
 
 
+def _signature(function: RewardFunction) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        return None  # written in C
+
+
 def _collect(rewards: Combination, outcomes: dict[str, list], notes: list[Failure]) -> Rewards:
-    failed = {name: [(i, o) for i, o in enumerate(rows) if isinstance(o, str)] for name, rows in outcomes.items()}
-    if all(rows and len(failed[name]) == len(rows) for name, rows in outcomes.items()):
-        first = "; ".join(f"{name}: {rows[0]}" for name, rows in outcomes.items())
-        raise RuntimeError(f"every reward function failed on every row; on the first, {first}")
+    reasons = {name: [o if isinstance(o, str) else None for o in rows] for name, rows in outcomes.items()}
     failures = list(notes)
-    for name, rows in failed.items():
-        alike = len(rows) == len(outcomes[name]) and len({message for _, message in rows}) == 1
-        failures += [Failure(name, None, rows[0][1])] if alike else [Failure(name, i, message) for i, message in rows]
+    for name, rows in reasons.items():
+        told = [Failure(name, row, reason) for row, reason in enumerate(rows) if reason is not None]
+        alike = len(told) == len(rows) and len(set(rows)) == 1
+        failures += [told[0]._replace(row=None)] if alike else told
     number = lambda o: math.nan if o is None or isinstance(o, str) else float(np.sum(o))
     values = np.array([[number(o) for o in rows] for rows in outcomes.values()], np.float32).T
     weights = np.array(list(rewards.weights.values()), np.float32)
     arrays = {name: [o if isinstance(o, np.ndarray) else None for o in rows] for name, rows in outcomes.items()}
     per_token = {name: rows for name, rows in arrays.items() if any(row is not None for row in rows)}
     total = np.asarray(losses.groups.weighted_rewards(values, weights))
-    return Rewards(values, tuple(outcomes), weights, total, per_token, failures)
-
-
-def _describe(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return Rewards(values, tuple(outcomes), weights, total, per_token, failures, reasons)

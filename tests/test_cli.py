@@ -130,7 +130,7 @@ def test_grpo_samples_scores_and_resumes(base, tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 <= row["reward"] <= 1 and row["tokens"] > 0 for row in rows)
     table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "00000004.parquet").to_pydict()
-    assert sorted(table) == ["completion", "prompt", "reward"]
+    assert sorted(table) == ["completion", "prompt", "reason", "reward"]
     assert len(table["reward"]) == 16
     written = weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")

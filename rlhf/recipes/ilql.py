@@ -146,7 +146,7 @@ def main(
     model.check(tokenizer, train)
     if test:
         model.check(tokenizer, test.prompts, more=sampling.max_new_tokens)
-    judge = scoring.judge(source, tokenizer) if held_out else None
+    judge = scoring.judge(source, tokenizer, held_out) if held_out else None
     policy = setup.policy(model, training.seed)
     size = setup.hidden_size(policy.lm, policy.whole(policy.params, policy.context()))
     heads = q_heads.heads_of(size, decoder_of(huggingface.read_config(model.model)).vocab_size)
@@ -167,6 +167,6 @@ def main(
         lambda number, size: setup.take(train, training.seed, number, size),
         total=total, fixed=policy.context(), context={"target": reference(fresh["q"])}, hooks=[follow],
         shown=("reward", "loss", "q_loss", "value_loss"),
-        evaluate=judge and test and online.evaluation(run, sample, judge, test, training, tokenizer), export=export,
+        evaluate=online.evaluation(run, sample, judge, test, training, tokenizer) if judge and test else None, export=export,
     )  # fmt: skip
     return figures

@@ -68,7 +68,7 @@ class Asked(NamedTuple):
     """The questions of a step."""
 
     prompts: Prompts
-    columns: dict[str, list]  # what the rows have beside
+    columns: dict[str, list]  # of the rows: their prompt as it was written, and what they have beside
     key: Any
 
 
@@ -92,7 +92,7 @@ class Questions(NamedTuple):
     def asked(self, chosen: Any, key) -> Asked:
         """These questions, by their numbers."""
         rows = [self.rows[i] for i in chosen]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "completion"}
         return Asked(setup.select(self.prompts, np.asarray(chosen)), columns, key)
 
 
@@ -197,17 +197,20 @@ def check(loss: Callable, **knobs) -> None:
 
 def evaluation(run: RunFolder, sample: Callable, judge: Judge, test: Questions, training: Training, tokenizer) -> Callable:
     """`(state) -> figures` of answers to questions that are not trained on; the answers go to `samples/`."""
+    import pyarrow
+
     most = min(len(test.rows), training.batch_size)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         asked = test.asked(range(most), jax.random.key(training.seed))
         rollout = sample(state, asked.prompts, asked.key)
         samples = len(rollout.tokens) // most
-        scores, found = judge(rollout, asked.columns, samples)
+        scores, found, reasons = judge.explained(rollout, asked.columns, samples)
         table = {
             "prompt": rollouts.text.prompts(tokenizer, rollout),
             "completion": rollouts.text.completions(tokenizer, rollout),
             "reward": np.asarray(scores, float).tolist(),
+            "reason": pyarrow.array(reasons, pyarrow.string()),
         }
         run.samples(int(state.step), table)
         return {**found, **{name: value for name, value in figures(rollout).items() if name != "tokens"}}

@@ -62,7 +62,7 @@ def start(
     test = online.Questions.of(tokenizer, held_out, seq2seq) if held_out else None
     total = training.total_steps(len(asked), judged=test is not None)
     model.check(tokenizer, train.prompts, test and test.prompts, more=drawing.max_new_tokens)
-    judge = scoring.judge(source, tokenizer)
+    judge = scoring.judge(source, tokenizer, asked, held_out)
     return Start(run, training, tokenizer, eos_ids, train, test, total, judge, mini_batches, epochs)
 
 

@@ -11,7 +11,7 @@ from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Count, Seed, checked
 from rlhf.recipes import online, setup
 from rlhf.recipes.online import Sampling, Scoring
-from rlhf.recipes.online_scoring import function
+from rlhf.recipes.online_scoring import preference
 from rlhf.runs import model_of
 from rlhf.tools import saved
 
@@ -37,21 +37,21 @@ def main(
     Args:
       model: a run's folder, or a model's folder or name.
       against: another, with the same tokenizer: how often the model's likeliest answer wins, a tie counting half.
-      judge: who wins, as module:function of lists of prompts, answers and the other's answers, to numbers from 0 to 1; null:
-        the higher reward.
+      judge: who wins, as module:function of lists of prompts, answers and the other's answers, to numbers from 0 to 1, None
+        where it cannot say; null: the higher reward.
       batch_size: prompts at a time.
       output: a .jsonl file for the answers.
       seed: of what is drawn.
     """
     if judge and not against:
         raise ValueError("judge says who wins against another model; give --against")
-    prefer, tokenizer = function(judge) if judge else None, load_tokenizer(model_of(model))
+    prefer, tokenizer = preference(judge, scoring.reward_timeout) if judge else None, load_tokenizer(model_of(model))
     if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
-    score = scoring.judge(source, tokenizer)
     questions = online.Questions.of(tokenizer, source.questions(), setup.Model(model_of(model)).seq2seq(tokenizer))
     for name in filter(None, (model, against)):
         setup.Model(model_of(name)).check(tokenizer, questions.prompts, more=sampling.max_new_tokens)
+    score = scoring.judge(source, tokenizer, questions.rows).explained
     own, rival = saved.load(model), saved.load(against) if against else None
 
     likeliest, drawn, won, lines = [], [], [], []
@@ -60,16 +60,20 @@ def main(
         asking = dict(prompts=asked.prompts, key=asked.key, max_new_tokens=sampling.max_new_tokens)
         best = own.answer(**asking, sampler=rollouts.greedy())
         several = own.answer(**asking, sampler=sampling.sampler(), num_samples=sampling.num_samples)
-        likeliest.append(np.asarray(score(best, asked.columns, 1)[0], float))
+        judged = score(best, asked.columns, 1)
+        likeliest.append(np.asarray(judged.rewards, float))
         drawn.append(np.asarray(score(several, asked.columns, sampling.num_samples)[0], float).reshape(len(chosen), -1))
         texts = rollouts.text.prompts(tokenizer, best), rollouts.text.completions(tokenizer, best)
         if rival:
             other = rival.answer(**asking, sampler=rollouts.greedy())
             if prefer:
-                won.append(np.asarray(prefer(*texts, rollouts.text.completions(tokenizer, other)), float))
+                won.append(prefer(*texts, rollouts.text.completions(tokenizer, other)))
             else:
                 won.append(wins(likeliest[-1], np.asarray(score(other, asked.columns, 1)[0], float)))
-        lines += [dict(prompt=p, completion=c, reward=float(r)) for p, c, r in zip(*texts, likeliest[-1], strict=True)]
+        told = zip(*texts, likeliest[-1], judged.reasons, strict=True)
+        lines += [
+            dict(prompt=p, completion=c, reward=float(r)) | ({} if why is None else {"reason": why}) for p, c, r, why in told
+        ]
     right = np.nan_to_num(np.concatenate(drawn)) >= 1
     figures = {"rows": len(questions.rows), "reward": float(np.nanmean(np.concatenate(likeliest)))}
     figures |= {"reward_drawn": float(np.nanmean(np.concatenate(drawn)))}
