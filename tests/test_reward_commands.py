@@ -1,16 +1,19 @@
 """Rewards of a user's on the command line: called as TRL calls them, told before the model loads, bounded while it trains."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from test_bad_inputs import load
 
 from rlhf import cli, runs
 from rlhf.recipes import online_scoring, setup
 
+CASES = load(Path(__file__).parent / "bad_inputs" / "cases_rewards.py")
 GRPO = ["--batch_size", "4", "--num_samples", "2", "--max_new_tokens", "4"]
 REWARDS = """
 calls = [0]
@@ -74,6 +77,18 @@ def test_rewards_are_called_as_trl_calls_them(here):
     shutil.rmtree(here / "out")
     assert grpo("--reward", "mine:text", "--steps", "1") == 0
     assert runs.metrics_of(here / "out")[0]["rewards/mine:text/failures"] == 0
+
+
+@pytest.mark.parametrize(("argv", "message"), [case[1:] for case in CASES.FAILING], ids=[case[0] for case in CASES.FAILING])
+def test_a_reward_that_fails_from_the_start_is_told_in_one_line(base, tmp_path, capfd, argv, message):
+    CASES.prepare(tmp_path, base)
+    words = {"BASE": base, "OUT": str(tmp_path / "out"), "TMP": str(tmp_path)}
+    assert cli.main([re.sub("BASE|OUT|TMP", lambda found: words[found[0]], word) for word in argv]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("rlhf grpo: ")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

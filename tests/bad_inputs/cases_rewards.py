@@ -1,4 +1,4 @@
-"""Rewards that cannot be, and rewards that fail: `(name, arguments, part of the message)`, and the files that they need."""
+"""Rewards that cannot be, and rewards that fail, with the files that they need."""
 
 import json
 from pathlib import Path
@@ -75,6 +75,10 @@ CASES: list[tuple[str, list[str], str]] = [
     ("reward: other parameters", reward("TMP/mine.py:two"), "needs p, c"),
     ("reward: our column", reward("length", "--columns", "{note: completion_ids}"), "completion_ids of their own"),
     ("reward: twice", reward("[length, length]"), "names length twice"),
+    ("reward: one that no number is", reward("length", "--reward_timeout", "nan"), "reward_timeout must be a number"),
+    ("reward: a share above 1", reward("length", "--max_reward_failures", "1.5"), "max_reward_failures must be a number"),
+]  # fmt: skip
+FAILING: list[tuple[str, list[str], str]] = [  # when the first answers are there: below a line of the progress bar's
     ("reward: raises", reward("TMP/mine.py:fails"), "failed on every answer: ZeroDivisionError: division by zero (mine.py:15)"),
     ("reward: exits", reward("TMP/mine.py:exits"), "failed on every answer: SystemExit: 3 (mine.py:16)"),
     ("reward: leaves", reward("TMP/mine.py:leaves"), "ended its process, with exit code 3"),
