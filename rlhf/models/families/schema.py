@@ -119,7 +119,7 @@ def check(raw: Mapping[str, Any], model_type: str) -> None:
 
     >>> check({"hidden_size": 10**12}, "llama")
     Traceback (most recent call last):
-    ValueError: hidden_size must be a whole number, at least 1 and at most 1e+06, but is 1000000000000
+    ValueError: hidden_size must be a whole number at least 1 and at most 1,000,000, but is 1000000000000
     """
     _held({**FIELDS, **OF_FAMILY.get(model_type, {})}, raw)
     for field in ("rope_parameters", "rope_scaling"):
