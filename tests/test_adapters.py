@@ -266,7 +266,7 @@ def test_layers_and_adapters_drop_for_themselves():
         (dict(targets="final_norm"), r"final_norm \[8\], which is no matrix"),
         (dict(targets="embedding"), r"embedding \[14, 8\], whose rows are looked up, not multiplied; an adapter can stand at"),
         (dict(targets=r"layers\.q_bias"), r"layers\.q_bias \[2, 8\], which is no matrix"),
-        (dict(rank=0), r"rank must be a whole number at least 1 and at most 65,536, but is 0"),
+        (dict(rank=0), r"rank must be at least 1, but is 0"),
     ],
 )
 def test_targets_that_cannot_be(knobs, message):
@@ -609,8 +609,8 @@ def test_layers_without_an_adapter_and_of_a_smaller_rank_come_back(tmp_path):
         (dict(rank_pattern=[1]), r"rank_pattern must be an object of patterns and numbers, but is \[1\]"),
         (dict(rank_pattern={"q_proj": -1}), r"rank_pattern\.q_proj must be a whole number"),
         (dict(alpha_pattern={"q_proj": "x"}), r"alpha_pattern\.q_proj must be a number above 0"),
-        (dict(target_modules=5), "target_modules must be text, or a list, or null, but is 5"),
-        (dict(target_modules=[5]), "target_modules must be text, or a list of which each is text, or null"),
+        (dict(target_modules=5), "target_modules must be text, or a list"),
+        (dict(target_modules=[5]), "target_modules must be text, or a list"),
         (dict(target_modules="(q"), r"adapter_config\.json: the pattern '\(q' is no regular expression"),
         (dict(target_modules=r"(\w+\.?)+X"), r"the pattern '\(.* takes more than 0\.3 s or 1 GB"),
         (dict(rank_pattern={r"([\w.]+)+X": 1}), "takes more than 0.3 s"),

@@ -10,26 +10,26 @@ COMMANDS = [  # each case with another
     ["grpo", "--dataset", "task:reverse", "--output", "OUT"],
     ["eval", "--dataset", "task:reverse"],
 ]
-FIELDS = {  # of config.json: name -> fields, what the line says
-    "vocab_zero": ({"vocab_size": 0}, "vocab_size must be a whole number, at least 1"),
+FIELDS: dict = {  # of config.json: name -> fields, what the line says
+    "vocab_zero": ({"vocab_size": 0}, "vocab_size must be a whole number at least 1"),
     "vocab_huge": ({"vocab_size": 10**12}, "vocab_size must be"),
     "vocab_of_no_file": ({"vocab_size": 10**6}, "of another shape: "),
     "hidden_huge": ({"hidden_size": 10**12}, "hidden_size must be"),
     "hidden_text": ({"hidden_size": "16"}, "hidden_size must be a whole number"),
     "hidden_null": ({"hidden_size": None}, "hidden_size must be a whole number"),
-    "layers_million": ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number, at least 1 and at most 1,000"),
+    "layers_million": ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number at least 1 and at most 1"),
     "layers_thousand": ({"num_hidden_layers": 1000}, "describes 1000 layers (num_hidden_layers)"),
     "layers_negative": ({"num_hidden_layers": -1}, "num_hidden_layers must be"),
     "layers_true": ({"num_hidden_layers": True}, "num_hidden_layers must be"),
     "heads_zero": ({"num_attention_heads": 0}, "num_attention_heads must be"),
     "kv_heads": ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 2"),
     "head_dim_odd": ({"head_dim": 3}, "they turn in pairs"),
-    "theta_negative": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta must be a number, above 1"),
+    "theta_negative": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta must be a number above 1"),
     "theta_nan": ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters.rope_theta must be finite, but is nan"),
     "rope_text": ({"rope_parameters": "linear"}, "rope_parameters must be an object or null"),
     "rope_lacks": ({"rope_parameters": {"rope_type": "llama3"}}, "lacks factor, low_freq_factor, high_freq_factor"),
     "rope_unknown": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'spiral' (rope_type) is not supported"),
-    "eps_negative": ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number, above 0"),
+    "eps_negative": ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number above 0"),
     "tied_text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
     "activation": ({"hidden_act": "mish"}, "hidden_act must be one of silu"),
     "positions": ({"max_position_embeddings": -5}, "max_position_embeddings must be"),
@@ -88,9 +88,10 @@ PATHS = [
     ("nothing", "TMP/nothing", "has no config.json"),
     ("long", "x" * 5000, "is no folder, and no name"),
 ]
-NAMES = {**FIELDS, **FILES, **LACKING}
-CASES = [(name, [*COMMANDS[i % len(COMMANDS)], "--model", f"TMP/{name}"], NAMES[name][-1]) for i, name in enumerate(NAMES)] + [
-    (name, [*COMMANDS[0], "--model", path], message) for name, path, message in PATHS
+TOLD = {name: case[-1] for cases in (FIELDS, FILES, LACKING) for name, case in cases.items()}
+CASES = [
+    *((name, [*COMMANDS[i % len(COMMANDS)], "--model", f"TMP/{name}"], TOLD[name]) for i, name in enumerate(TOLD)),
+    *((name, [*COMMANDS[0], "--model", path], message) for name, path, message in PATHS),
 ]
 
 
@@ -101,9 +102,9 @@ def prepare(tmp: Path, base: str) -> None:
         linked(tmp / name, base, "config.json", json.dumps({**config, **fields}).encode())
     for name, (file, content, _) in FILES.items():
         linked(tmp / name, base, file, content)
-    for name, (file, (other, content), _) in LACKING.items():
+    for name, (file, (other, text), _) in LACKING.items():
         linked(tmp / name, base, file, None)
-        (tmp / name / other).write_text(content)
+        (tmp / name / other).write_text(text)
     (tmp / "a_file").write_text("")
     (tmp / "a_loop").symlink_to(tmp / "a_loop")
     (tmp / "nothing").mkdir()

@@ -130,7 +130,7 @@ def test_sizes_that_the_files_do_not_have_are_refused_before_any_array(tmp_path,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(num_hidden_layers=10**6), "num_hidden_layers must be a whole number at least 1 and at most 1,000"),
+        (dict(num_hidden_layers=10**6), "num_hidden_layers must be a whole number at least 1 and at most 1"),
         (dict(num_key_value_heads=3), "num_key_value_heads 3 does not divide num_attention_heads 4"),
         (dict(num_attention_heads=3, head_dim=None), "hidden size (32) is not a multiple of the number of attention heads (3)"),
         (dict(head_dim=7), "head_dim"),
