@@ -121,14 +121,25 @@ def read_config(path_or_name, **fields) -> Config:
     return configs.replaced(configs.ours(configs.transformers_config(_folder(path_or_name))), **fields)
 
 
-def load_tokenizer(path_or_name) -> Any:
+def load_tokenizer(path_or_name, *, eos_token: str | None = None) -> Any:
     """The tokenizer of a folder or a name, by tokenizer.json.
 
-    Raises: ValueError where there is none; FileNotFoundError where the folder is missing.
+    Args:
+      path_or_name: of the model.
+      eos_token: the end token in place of the one that its files name; None: theirs.
+
+    Raises: ValueError where there is none, or it has no such end token; FileNotFoundError where the folder is missing.
     """
     tokenizer = _tokenizer(_folder(path_or_name))
     if tokenizer is None:
         raise ValueError(f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model")
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            near = [token for token in tokenizer.added_tokens_encoder if token][:20]
+            raise ValueError(
+                f"eos_token {eos_token!r} is no token of {path_or_name}, whose added tokens are {', '.join(near) or 'none'}"
+            )
+        tokenizer.eos_token = eos_token
     return tokenizer
 
 
@@ -370,6 +381,14 @@ def _write_companions(folder: Path, hf, tokenizer, original: Path | None) -> Non
     for name in ("generation_config.json", *(TOKENIZER if tokenizer is None else ())):
         if (original / name).exists():
             shutil.copy(original / name, folder)
+    file = folder / "generation_config.json"
+    if tokenizer is None or tokenizer.eos_token_id is None or not file.exists():
+        return
+    generation = json.loads(file.read_text())
+    named = generation.get("eos_token_id")
+    if tokenizer.eos_token_id not in (named if isinstance(named, list) else [named]):  # what generates ends by this file
+        ends = list(end_ids(original, tokenizer))
+        file.write_text(json.dumps(generation | {"eos_token_id": ends}, indent=2) + "\n")
 
 
 def _tokenizer(folder: Path):

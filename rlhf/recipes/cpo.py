@@ -11,7 +11,6 @@ from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference, reference_free
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch, Pairs
@@ -127,7 +126,7 @@ def main(
     if loss in TRIPLES and packing != "none":
         raise ValueError(f"packing {packing} is of pairs, but {loss} has three answers a prompt; leave it out")
     columns = (*pairs_of.COLUMNS, "reference") if loss in TRIPLES else pairs_of.COLUMNS
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, columns)
     )

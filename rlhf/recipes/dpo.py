@@ -11,7 +11,6 @@ from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import coupled, reward, setup
 from rlhf.recipes import pairs as pairs_of
 from rlhf.rollouts import Pairs
@@ -95,7 +94,7 @@ def main(
     hooks = setup.following(model, sync_every, sync_share)
     if coupling and hooks:
         raise ValueError(f"{coupling[0]} takes a reference that stays; leave out --sync_every")
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )

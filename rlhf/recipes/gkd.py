@@ -113,7 +113,7 @@ def main(
     if not (0 <= lmbda <= 1 and 0 <= beta <= 1 and loss_temperature > 0):
         raise ValueError(f"lmbda {lmbda} and beta {beta} must be in [0, 1], and loss_temperature {loss_temperature} above 0")
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
-    tokenizer = huggingface.load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     size, eos_ids = common_vocabulary(tokenizer, model.model, teacher), online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.demonstrations)
     laid_out = lambda rows: lay_out(tokenizer, rows, max_length, run.say)

@@ -85,7 +85,7 @@ def iteration(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
     loss: str = "grpo", clip_low: float | None = None, clip_high: float | None = None, beta: float = 0.0,
     sync_every: int = 0, sync_share: float = 0.6, updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

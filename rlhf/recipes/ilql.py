@@ -123,7 +123,7 @@ def main(
     if not (0 < tau < 1 and 0 <= discount <= 1):
         raise ValueError(f"tau must be in (0, 1) and discount in [0, 1], but they are {tau} and {discount}")
     follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
-    tokenizer = huggingface.load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     eos_ids = online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.trajectories)
     train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None

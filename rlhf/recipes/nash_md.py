@@ -62,7 +62,7 @@ def experience(lm: LM, ref_params, rollout: Rollout, rewards) -> tuple[Games, di
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
     beta: float = 0.1, mixture_coef: float = 0.5, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Nash learning from human feedback: an answer of the policy against one of a mixture of it and the model as it was.

@@ -45,7 +45,7 @@ def experience(rollout: Rollout, rewards, *, num_samples: int) -> tuple[Pairs, j
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
     num_samples: int = 2, loss: Literal["sigmoid", "ipo"] = "sigmoid", beta: float = 0.1, mini_batches: int = 1,
     resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

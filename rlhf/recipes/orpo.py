@@ -6,7 +6,6 @@ from typing import Literal
 from rlhf import tasks
 from rlhf.loop import Training, fit
 from rlhf.losses import reference_free
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import cpo, setup
 from rlhf.recipes import pairs as pairs_of
 from rlhf.runs import RunFolder
@@ -31,7 +30,7 @@ def main(
     run = RunFolder(output, options=locals())
     loss = partial(reference_free.orpo, beta=beta)
     pairs_of.check(loss, references=0)
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(
         tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
     )

@@ -20,11 +20,18 @@ COLUMNS = ("chosen", "rejected")
 LENGTHS = ("chosen_length", "rejected_length")
 
 
-def lay_out(tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS) -> Pairs:
-    """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed."""
+def lay_out(
+    tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS, *,
+    imitated: bool = True,
+) -> Pairs:  # fmt: skip
+    """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed.
+
+    Args:
+      imitated: as in `data.tokenize_completions`.
+    """
     kind = data.TRIPLE if "reference" in columns else data.IMPLICIT_PREFERENCE
     rows = [data.extract_prompt(row) if "prompt" not in row else row for row in data.checked(rows, kind)]
-    sides = (data.tokenize_completions(tokenizer, rows, column=column) for column in columns)
+    sides = (data.tokenize_completions(tokenizer, rows, column=column, imitated=imitated) for column in columns)
     kept = setup.truncated(*sides, length=length, say=say)
     if packing == "bfd":
         return data.best_fit_pairs(*kept.sides, length=2 * length)

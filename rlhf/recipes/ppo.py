@@ -89,7 +89,7 @@ def iteration(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
     num_samples: int = 1, kl_coef: float = 0.05, kl_target: float | None = None, kl_horizon: int = 10_000,
     discount: float = 1.0, lam: float = 0.95, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1,
     updates_per_batch: int = 4, mini_batches: int = 1, target_kl: float | None = None, whiten_rewards: bool = False,

@@ -48,7 +48,7 @@ def dealt(rollout: Rollout, rows: np.ndarray, number: int, micro_batches: int = 
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
     start_percentile: float = 0.7, end_percentile: float = 0.95, improve_steps: int = 4, mini_batches: int = 1,
     best_only: bool = False, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

@@ -45,7 +45,7 @@ def experience(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
     num_samples: int = 2, beta: float = 0.05, clip_low: float = 0.2, clip_high: float = 0.2, normalize_advantages: bool = False,
     updates_per_batch: int = 1, mini_batches: int = 1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

@@ -33,6 +33,8 @@ class Model:
       lora_rank: train adapters of this rank instead of the whole model; 0: the whole.
       lora_alpha: an adapter counts lora_alpha / lora_rank.
       dora: adapters with a magnitude.
+      eos_token: the token that ends an answer, where the tokenizer's files name none or another, such as <|im_end|>; it is
+        saved with the model.  null: what they name.
     """
 
     model: str
@@ -41,6 +43,11 @@ class Model:
     lora_rank: int = 0
     lora_alpha: float = 32.0
     dora: bool = False
+    eos_token: str | None = None
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.  Raises: as `rlhf.models.huggingface.load_tokenizer`; ValueError for an end token it lacks."""
+        return huggingface.load_tokenizer(self.model, eos_token=self.eos_token)
 
     def precision(self) -> dict[str, Any]:
         """Keyword arguments of `rlhf.load` and its kin."""

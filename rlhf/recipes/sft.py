@@ -8,7 +8,6 @@ from rlhf import data, losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch
 from rlhf.runs import RunFolder
@@ -66,7 +65,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(
         tasks.demonstrations,
         lambda rows: lay_out(tokenize(tokenizer, rows, assistant_only, completion_only), packing, max_length, run.say),

@@ -48,7 +48,7 @@ def objective(
 
 
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
     alpha: float = 1e-5, loss: Literal["sigmoid", "ipo"] = "sigmoid", beta: float = 0.1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Exploratory preference optimisation: the policy's answers against those of the model as it was, the better preferred.

@@ -1,13 +1,17 @@
 """A model's answers, scored."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 
 from rlhf import rollouts
 from rlhf.models.huggingface import load_tokenizer
+from rlhf.ranges import at_least
 from rlhf.recipes import online, setup
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.recipes.online_scoring import function
@@ -27,6 +31,7 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 def main(
     model: str, source: setup.Source, scoring: Scoring, sampling: Sampling, *, against: str | None = None,
     judge: str | None = None, batch_size: int = 32, output: str | None = None, seed: int = 0,
+    eos_token: str | None = None, max_prompt_length: Annotated[int, at_least(1)] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Scores a model's answers to the questions of a data set: the likeliest ones, and `num_samples` drawn ones as pass@k.
 
@@ -40,15 +45,18 @@ def main(
       batch_size: prompts at a time.
       output: a .jsonl file for the answers.
       seed: of what is drawn.
+      eos_token: the token that ends an answer, such as <|im_end|>; null: what the tokenizer's files name.
+      max_prompt_length: leave out prompts of more tokens; null: none.
     """
     if judge and not against:
         raise ValueError("judge says who wins against another model; give --against")
-    prefer, tokenizer = function(judge) if judge else None, load_tokenizer(model_of(model))
+    prefer, tokenizer = function(judge) if judge else None, load_tokenizer(model_of(model), eos_token=eos_token)
     if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
     score = scoring.judge(source, tokenizer)
-    questions = online.Questions.of(tokenizer, source.questions())
-    own, rival = saved.load(model), saved.load(against) if against else None
+    say = partial(print, file=sys.stderr)
+    questions = online.Questions.of(tokenizer, source.questions(), most=max_prompt_length, say=say)
+    own, rival = saved.load(model, eos_token), saved.load(against, eos_token) if against else None
 
     likeliest, drawn, won, lines = [], [], [], []
     for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):
