@@ -26,7 +26,7 @@ def stop_strings(tokenizer, strings: Sequence[str]) -> Array:
 
     Returns: `[V, S]` int32: the state after a token in a state; S - 1 is "seen", 0 the start.  For `generate`'s `stop`.
 
-    Raises: ValueError where there is no string, or an empty one, and where what a token adds to a text depends on those beside it.
+    Raises: ValueError where there is no string, or an empty one, and for tokenizers whose tokens change beside others.
 
     >>> from rlhf.tasks import reverse
     >>> tokenizer = reverse.task().tokenizer()
@@ -63,8 +63,8 @@ def _check(tokenizer, texts: list[bytes], samples: int = 200) -> None:
         read = b"".join(texts[i] for i in sequence).decode(errors="replace")
         if said != read and "\ufffd" not in said:
             raise ValueError(
-                f"stop strings need a tokenizer whose tokens add to a text what they always add, but this one makes {said!r:.40} of "
-                f"tokens that say {read!r:.40}; end rows by tokens, eos_ids"
+                f"stop strings need a tokenizer whose tokens say what they always say, but this one makes {said!r:.40} of "
+                f"those that say {read!r:.40}; end rows by tokens, eos_ids"
             )
 
 

@@ -154,7 +154,7 @@ def _fails(tokenizer, text: str) -> bool:
 def _lacking(text: str, letter: str) -> str:
     at = max(text.find(letter) - 20, 0)
     return (
-        f"the tokenizer has no token for {letter!r} (U+{ord(letter):04X}), in {text[at : at + 40]!r}, and none for what is unknown; "
+        f"the tokenizer has no token for {letter!r} (U+{ord(letter):04X}), in {text[at : at + 40]!r}, nor one for the unknown; "
         "remove the letter, or take a tokenizer whose model has an unk_token"
     )
 

@@ -61,9 +61,9 @@ def rendered(tokenizer, wanted: Sequence[tuple[int, Row, list, dict]], *, marked
         raise ValueError(f"row {number}: its messages cannot be given to a template ({error}); simplify them") from None
     words = _words(asked)
     out = []
-    for (number, *_), conversation, (text, generations, error) in zip(wanted, asked, found, strict=False):
-        if error is not None:
-            raise ValueError(f"row {number}: the chat template fails on it: {error}; {CURE}")
+    for (number, *_), conversation, (text, generations, failure) in zip(wanted, asked, found, strict=False):
+        if failure is not None:
+            raise ValueError(f"row {number}: the chat template fails on it: {failure}; {CURE}")
         lost = of_messages.missing(conversation.messages, text)
         if lost := lost or words.get(_form(conversation)):
             raise ValueError(f"row {number}: the chat template leaves out {lost}; {CURE}")

@@ -42,7 +42,7 @@ def tokenize_texts(tokenizer, rows: Iterable[Row], *, assistant_only: bool = Fal
     [True, True, True, True]
     """
     rows = _checked(rows, LANGUAGE_MODELLING, ("messages",))
-    whole = [row.get("messages", row.get("text")) for row in rows]
+    whole = [row["text"] if row.get("messages") is None else row["messages"] for row in rows]
     return _tokenized(tokenizer, rows, [None] * len(rows), whole, assistant_only, False)
 
 
@@ -196,7 +196,7 @@ def _warn_of_ends(tokenizer, rows: Sequence[Tokenized]) -> None:
 def _wholes(tokenizer, rows: Sequence[Row], values: Sequence[Any], assistant_only: bool) -> list[_Read]:
     """Texts and conversations, and which of their tokens are trained."""
     chats = [number for number, value in enumerate(values) if not isinstance(value, str)]
-    wanted = [(number, rows[number], values[number], {}) for number in chats]
+    wanted: list[tuple[int, Row, list, dict]] = [(number, rows[number], values[number], {}) for number in chats]
     rendered = dict(zip(chats, conversations.rendered(tokenizer, wanted, marked=assistant_only), strict=True))
     begin, read = starting(tokenizer), encoder(tokenizer)
     out = []

@@ -128,11 +128,15 @@ def read_config(path_or_name, **fields) -> Config:
     return configs.replaced(configs.read(_folder(path_or_name))[1], **fields)
 
 
-def load_tokenizer(path_or_name) -> Any:
+def load_tokenizer(path_or_name, *, eos_token: str | None = None) -> Any:
     """The tokenizer of a folder or a name: tokenizer.json as it stands, or what transformers
     makes of vocab.json and merges.txt, vocab.txt or a sentencepiece model.
 
-    Raises: ValueError where there is none, or a file of it or the config.json beside it cannot be;
+    Args:
+      path_or_name: of the model.
+      eos_token: the end token in place of the one that its files name; None: theirs.
+
+    Raises: ValueError where there is none, it has no such end token, or a file of it or the config.json beside it cannot be;
       FileNotFoundError where the folder is missing.
     """
     folder = _folder(path_or_name)
@@ -143,6 +147,13 @@ def load_tokenizer(path_or_name) -> Any:
         if not (folder / configs.CONFIG).exists():
             raise FileNotFoundError(f"{path_or_name} has no config.json and no tokenizer.json; it holds no model")
         raise ValueError(f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model")
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            near = [token for token in tokenizer.added_tokens_encoder if token][:20]
+            raise ValueError(
+                f"eos_token {eos_token!r} is no token of {path_or_name}, whose added tokens are {', '.join(near) or 'none'}"
+            )
+        tokenizer.eos_token = eos_token
     return tokenizer
 
 

@@ -7,7 +7,6 @@ from rlhf import losses, tasks
 from rlhf.loop import Training, fit
 from rlhf.losses import moments
 from rlhf.losses.moments import MomentsState
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Length, Strength, checked
 from rlhf.recipes import coupled, setup, unpaired
 from rlhf.runs import RunFolder
@@ -54,7 +53,7 @@ def main(
     run = RunFolder(output, options=locals())
     begun = {"rewards": moments.running().init()}
     unpaired.check(objective(beta=beta), begun)
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(tasks.unpaired, lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say))
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)

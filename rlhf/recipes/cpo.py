@@ -11,7 +11,6 @@ from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference, reference_free
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Coefficient, Length, Share, Strength, between, checked
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
@@ -140,7 +139,7 @@ def main(
     if loss in TRIPLES and packing != "none":
         raise ValueError(f"packing {packing} is of pairs, but {loss} has three answers a prompt; leave it out")
     columns = (*pairs_of.COLUMNS, "reference") if loss in TRIPLES else pairs_of.COLUMNS
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     lay_out = partial(pairs_of.lay_out, tokenizer, seq2seq=model.seq2seq(tokenizer))
     train, test = source.laid_out(tasks.preferences, lambda rows: lay_out(rows, packing, max_length, run.say, columns))
     total = training.total_steps(len(train.tokens), judged=test is not None)

@@ -11,7 +11,6 @@ from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Coefficient, Every, Length, Share, Strength, at_least, between, checked
 from rlhf.recipes import coupled, reward, setup
 from rlhf.recipes import pairs as pairs_of
@@ -108,7 +107,7 @@ def main(
     hooks = setup.following(model, sync_every, sync_share)
     if coupling and hooks:
         raise ValueError(f"{coupling[0]} takes a reference that stays; leave out --sync_every")
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     lay_out = partial(pairs_of.lay_out, tokenizer, seq2seq=model.seq2seq(tokenizer))
     train, test = source.laid_out(tasks.preferences, lambda rows: lay_out(rows, packing, max_length, run.say))
     total = training.total_steps(len(train.tokens), judged=test is not None)

@@ -113,7 +113,7 @@ def main(
     """
     run = RunFolder(output, options=locals())
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
-    tokenizer = huggingface.load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     size, eos_ids = common_vocabulary(tokenizer, model.model, teacher), online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.demonstrations)
     laid_out = lambda rows: lay_out(tokenizer, rows, max_length, run.say)

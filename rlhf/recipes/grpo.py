@@ -94,7 +94,7 @@ def iteration(
 @checked
 def main(
     model: setup.Model,
-    source: setup.Data,
+    source: online.Asking,
     training: Training,
     scoring: Scoring,
     sampling: Sampling,

@@ -138,7 +138,7 @@ def main(
     """
     run = RunFolder(output, options=locals())
     follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
-    tokenizer = huggingface.load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     eos_ids = online.ends(model.model, tokenizer)
     rows, held_out = source.rows(tasks.trajectories)
     train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None

@@ -6,7 +6,6 @@ from typing import Literal
 
 from rlhf import losses, tasks
 from rlhf.loop import Training, fit
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Length, Strength, checked
 from rlhf.recipes import coupled, setup, unpaired
 from rlhf.runs import RunFolder
@@ -66,7 +65,7 @@ def main(
     run = RunFolder(output, options=locals())
     compare = objective(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     unpaired.check(compare)
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(
         tasks.unpaired, lambda rows: unpaired.lay_out(tokenizer, rows, max_length, run.say, mismatched=loss == "kto")
     )

@@ -73,7 +73,7 @@ def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, weigh: Weigh | 
 
 @checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing,
     importance: Importance, output: str, *,
     beta: Strength = 0.1, mixture_coef: Share = 0.5, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

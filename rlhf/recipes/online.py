@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import data, losses, rollouts
+from rlhf import data, losses, ranges, rollouts
 from rlhf.data.types import Row
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.models.huggingface import end_ids
-from rlhf.ranges import INT32, Count, Length, Share, Temperature, between, check_fields
+from rlhf.ranges import INT32, Count, Length, Share, Temperature, at_least, between, check_fields
 from rlhf.recipes import setup
 from rlhf.recipes.online_scoring import Judge as Judge
 from rlhf.recipes.online_scoring import Scoring as Scoring
@@ -72,6 +72,22 @@ class Asked(NamedTuple):
     key: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Asking(setup.Data):
+    """The rows whose prompts are answered.
+
+    Args:
+      max_prompt_length: leave out rows whose prompt has more tokens, since all prompts are as wide as the longest; they are
+        not cut, as a prompt without its beginning or end is another.  null: none.
+    """
+
+    max_prompt_length: Annotated[int, at_least(1)] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        ranges.check_fields(self)
+
+
 class Questions(NamedTuple):
     """Rows of prompts, tokenised."""
 
@@ -79,10 +95,47 @@ class Questions(NamedTuple):
     rows: Sequence[Row]  # all with the same columns
 
     @classmethod
-    def of(cls, tokenizer, rows: list[Row], seq2seq: data.Seq2Seq | None = None) -> "Questions":
-        """Checks and tokenises rows with a `prompt`; with `seq2seq` they are an encoder's inputs."""
+    def of(
+        cls,
+        tokenizer,
+        rows: list[Row],
+        seq2seq: data.Seq2Seq | None = None,
+        *,
+        most: int | None = None,
+        say: Callable | None = None,
+    ) -> "Questions":
+        """Checks and tokenises rows with a `prompt`.
+
+        Args:
+          tokenizer: of `transformers`.
+          rows: with `prompt`.
+          seq2seq: how an encoder-decoder reads them; None: the model is none.
+          most: rows with more tokens are left out, and how many is said; None: none are, and prompts that make all others far
+            wider than they are is said.
+          say: `(text)`; None: nothing is said.
+
+        Raises: as `data.tokenize_prompts`; ValueError where no row is left.
+        """
         lay_out = data.prompts if seq2seq is None else seq2seq.prompts
-        return cls(lay_out(data.tokenize_prompts(tokenizer, rows)), data.filled(rows))
+        prompts = data.tokenize_prompts(tokenizer, rows)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        if most is None:
+            wide, usual = lengths.max(), int(np.percentile(lengths, 99, method="lower"))
+            if say and wide > 4 * max(usual, 64):
+                say(
+                    f"the longest prompt, row {lengths.argmax()}, has {wide} tokens, 99 of 100 have at most {usual}, and all "
+                    f"are padded to the longest; --max_prompt_length {usual} leaves such rows out"
+                )
+            return cls(lay_out(prompts), data.filled(rows))
+        kept = np.flatnonzero(lengths <= most)
+        if not kept.size:
+            raise ValueError(
+                f"all {len(rows)} prompts have more than max_prompt_length {most} tokens, the shortest {lengths.min()}; "
+                "raise it"
+            )
+        if say and (left_out := len(rows) - len(kept)):
+            say(f"{left_out} of {len(rows)} rows were left out: their prompts have more than max_prompt_length {most} tokens")
+        return cls(lay_out([prompts[i] for i in kept]), data.filled([rows[i] for i in kept]))
 
     def take(self, seed: int, number: int, size: int) -> Asked:
         """The questions of a step: a pure function of seed and number."""
@@ -99,7 +152,10 @@ class Questions(NamedTuple):
 def ends(model: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer.  Raises: ValueError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token, so that no answer would end; set eos_token in tokenizer_config.json")
+        raise ValueError(
+            "the tokenizer has no end token, so that no answer would end; give --eos_token, or set eos_token in "
+            "tokenizer_config.json"
+        )
     return end_ids(model, tokenizer)
 
 

@@ -54,7 +54,7 @@ def experience(rollout: Rollout, rewards, *, num_samples: int) -> tuple[Pairs, j
 @checked
 def main(
     model: setup.Model,
-    source: setup.Data,
+    source: online.Asking,
     training: Training,
     scoring: Scoring,
     drawing: Drawing,

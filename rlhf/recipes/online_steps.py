@@ -12,7 +12,6 @@ from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import moments
 from rlhf.losses.controllers import Controller
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.recipes import online, setup
 from rlhf.recipes.importance import Importance, Weigh
 from rlhf.rollouts import Prompts
@@ -38,7 +37,7 @@ class Start(NamedTuple):
 
 
 def start(
-    run: RunFolder, model: setup.Model, source: setup.Data, training: Training, scoring: online.Scoring,
+    run: RunFolder, model: setup.Model, source: online.Asking, training: Training, scoring: online.Scoring,
     drawing: online.Drawing, *,
     rows: int, mini_batches: int = 1, epochs: int = 1,
 ) -> Start:  # fmt: skip
@@ -54,15 +53,16 @@ def start(
     if rows % (mini_batches * training.micro_batches):
         cut = f"{mini_batches} mini-batches of {training.micro_batches} equal parts, {epochs} times"
         raise ValueError(f"a step's {rows} rows cannot be taken in {cut}; change --mini_batches or --batch_size")
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     eos_ids = online.ends(model.model, tokenizer)
     asked, held_out = source.rows(tasks.prompts)
     seq2seq = model.seq2seq(tokenizer)
-    train = online.Questions.of(tokenizer, asked, seq2seq)
-    test = online.Questions.of(tokenizer, held_out, seq2seq) if held_out else None
-    total = training.total_steps(len(asked), judged=test is not None)
+    limits: dict[str, Any] = dict(most=source.max_prompt_length, say=run.say)
+    train = online.Questions.of(tokenizer, asked, seq2seq, **limits)
+    test = online.Questions.of(tokenizer, held_out, seq2seq, **limits) if held_out else None
+    total = training.total_steps(len(train.rows), judged=test is not None)
     model.check(tokenizer, train.prompts, test and test.prompts, more=drawing.max_new_tokens)
-    judge = scoring.judge(source, tokenizer, asked, held_out)
+    judge = scoring.judge(source, tokenizer, train.rows, test.rows if test else [])
     return Start(run, training, tokenizer, eos_ids, train, test, total, judge, mini_batches, epochs)
 
 

@@ -6,7 +6,6 @@ from typing import Literal
 from rlhf import tasks
 from rlhf.loop import Training, fit
 from rlhf.losses import reference_free
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Length, Strength, checked
 from rlhf.recipes import cpo, setup
 from rlhf.recipes import pairs as pairs_of
@@ -33,7 +32,7 @@ def main(
     run = RunFolder(output, options=locals())
     loss = partial(reference_free.orpo, beta=beta)
     pairs_of.check(loss, references=0)
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     lay_out = partial(pairs_of.lay_out, tokenizer, seq2seq=model.seq2seq(tokenizer))
     train, test = source.laid_out(tasks.preferences, lambda rows: lay_out(rows, packing, max_length, run.say))
     total = training.total_steps(len(train.tokens), judged=test is not None)

@@ -22,18 +22,20 @@ LENGTHS = ("chosen_length", "rejected_length")
 
 def lay_out(
     tokenizer, rows: list[Row], packing: str, length: int, say: Callable, columns: tuple[str, ...] = COLUMNS, *,
-    seq2seq: data.Seq2Seq | None = None,
+    seq2seq: data.Seq2Seq | None = None, imitated: bool = True,
 ) -> Pairs:  # fmt: skip
     """Preference rows as pairs; what is cut or left out is said.  A third column makes triples, K = 3, which are not packed.
 
-    With `seq2seq` prompts are an encoder's inputs.
+    Args:
+      seq2seq: how an encoder-decoder reads them; None: the model is none.
+      imitated: as in `data.tokenize_completions`.
     """
     if seq2seq is not None and packing != "none":
         raise ValueError(f"packing {packing}: an encoder-decoder takes one prompt with its answer a row; leave it out")
     kind = data.TRIPLE if "reference" in columns else data.IMPLICIT_PREFERENCE
     apart = lambda row: data.extract_prompt(row) if "prompt" not in row or data.repeats_prompt(row) else row
     rows = list(data.each(data.checked(rows, kind), apart))
-    sides = (data.tokenize_completions(tokenizer, rows, column=column) for column in columns)
+    sides = (data.tokenize_completions(tokenizer, rows, column=column, imitated=imitated) for column in columns)
     kept = setup.truncated(*sides, length=length, say=say)
     if packing == "bfd":
         return data.best_fit_pairs(*kept.sides, length=2 * length)

@@ -96,7 +96,7 @@ def iteration(
 @checked
 def main(
     model: setup.Model,
-    source: setup.Data,
+    source: online.Asking,
     training: Training,
     scoring: Scoring,
     drawing: Drawing,

@@ -9,7 +9,6 @@ from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training, fit
 from rlhf.models import classifier_head
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Length, checked
 from rlhf.recipes import setup
 from rlhf.rollouts.types import Array
@@ -76,7 +75,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     generated = source.dataset.startswith(tasks.PREFIX)
     if step_separator is None:
         step_separator = tasks.find(source.dataset).step_separator if generated else "\n"

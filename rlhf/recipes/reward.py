@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM, Head, SharedPrefix
 from rlhf.loop import Training, fit
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Coefficient, Length, checked
 from rlhf.recipes import pairs as pairs_of
 from rlhf.recipes import setup
@@ -63,9 +62,9 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     train, test = source.laid_out(
-        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say)
+        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, imitated=False)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)

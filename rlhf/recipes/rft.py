@@ -50,7 +50,7 @@ def dealt(rollout: Rollout, rows: np.ndarray, number: int, micro_batches: int = 
 
 @checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, sampling: Sampling, output: str, *,
     start_percentile: Share = 0.7, end_percentile: Share = 0.95, improve_steps: Count = 4, mini_batches: Count = 1,
     best_only: bool = False, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip

@@ -50,7 +50,7 @@ def experience(
 @checked
 def main(
     model: setup.Model,
-    source: setup.Data,
+    source: online.Asking,
     training: Training,
     scoring: Scoring,
     drawing: Drawing,

@@ -40,6 +40,8 @@ class Model:
       dora: adapters with a magnitude.
       resize_embeddings: grow the embedding to the tokenizer's length; new tokens begin as the mean of the others.  Adapters do
         not train it, and theirs fit a base that is grown likewise.
+      eos_token: the token that ends an answer, where the tokenizer's files name none or another, such as <|im_end|>; it is
+        saved with the model.  null: what they name.
     """
 
     model: str
@@ -49,6 +51,11 @@ class Model:
     lora_alpha: Annotated[float, between(0, 1_000_000, above=True)] = 32.0
     dora: bool = False
     resize_embeddings: bool = False
+    eos_token: str | None = None
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.  Raises: as `rlhf.models.huggingface.load_tokenizer`; ValueError for an end token it lacks."""
+        return huggingface.load_tokenizer(self.model, eos_token=self.eos_token)
 
     def precision(self) -> dict[str, Any]:
         """Keyword arguments of `rlhf.load` and its kin."""

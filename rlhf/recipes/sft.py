@@ -8,7 +8,6 @@ from rlhf import data, losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
-from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Length, checked
 from rlhf.recipes import setup
 from rlhf.rollouts import Batch
@@ -77,7 +76,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
-    tokenizer = load_tokenizer(model.model)
+    tokenizer = model.tokenizer()
     seq2seq = model.seq2seq(tokenizer)
     if seq2seq is not None and not completion_only:
         raise ValueError(f"completion_only false, but {model.model} is an encoder-decoder, which only reads prompts")

@@ -50,7 +50,7 @@ def objective(
 
 @checked
 def main(
-    model: setup.Model, source: setup.Data, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
+    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing, output: str, *,
     alpha: Coefficient = 1e-5, loss: Literal["sigmoid", "ipo"] = "sigmoid", beta: Strength = 0.1, resume: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Exploratory preference optimisation: the policy's answers against those of the model as it was, the better preferred.

@@ -11,14 +11,15 @@ from rlhf.tools import saved
 
 
 @checked
-def main(model: str, sampling: Sampling, *, seed: Seed = 0) -> None:
+def main(model: str, sampling: Sampling, *, eos_token: str | None = None, seed: Seed = 0) -> None:
     """Answers line after line; a model without a chat template goes on with each line.  An empty line ends it.
 
     Args:
       model: a run's folder, or a model's folder or name.
+      eos_token: the token that ends an answer, such as <|im_end|>; null: what the tokenizer's files name.
       seed: of what is drawn.
     """
-    own = saved.load(model)
+    own = saved.load(model, eos_token)
     messages: list[dict[str, str]] = []
     for number, line in enumerate(iter(lambda: _asked().rstrip("\n"), "")):
         messages.append({"role": "user", "content": line})

@@ -1,6 +1,8 @@
 """A model's answers, scored."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 
 from rlhf import rollouts
 from rlhf.models.huggingface import load_tokenizer
-from rlhf.ranges import Count, Seed, checked
+from rlhf.ranges import Count, Length, Seed, checked
 from rlhf.recipes import online, setup
 from rlhf.recipes.online import Sampling, Scoring
 from rlhf.recipes.online_scoring import preference
@@ -29,6 +31,7 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 def main(
     model: str, source: setup.Source, scoring: Scoring, sampling: Sampling, *, against: str | None = None,
     judge: str | None = None, batch_size: Count = 32, output: str | None = None, seed: Seed = 0,
+    eos_token: str | None = None, max_prompt_length: Length | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Scores a model's answers to the questions of a data set: the likeliest ones, and `num_samples` drawn ones as pass@k.
 
@@ -42,17 +45,22 @@ def main(
       batch_size: prompts at a time.
       output: a .jsonl file for the answers.
       seed: of what is drawn.
+      eos_token: the token that ends an answer, such as <|im_end|>; null: what the tokenizer's files name.
+      max_prompt_length: leave out prompts of more tokens; null: none.
     """
     if judge and not against:
         raise ValueError("judge says who wins against another model; give --against")
-    prefer, tokenizer = preference(judge, scoring.reward_timeout) if judge else None, load_tokenizer(model_of(model))
+    prefer = preference(judge, scoring.reward_timeout) if judge else None
+    tokenizer = load_tokenizer(model_of(model), eos_token=eos_token)
     if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
-    questions = online.Questions.of(tokenizer, source.questions(), setup.Model(model_of(model)).seq2seq(tokenizer))
+    seq2seq = setup.Model(model_of(model)).seq2seq(tokenizer)
+    say = partial(print, file=sys.stderr)
+    questions = online.Questions.of(tokenizer, source.questions(), seq2seq, most=max_prompt_length, say=say)
     for name in filter(None, (model, against)):
         setup.Model(model_of(name)).check(tokenizer, questions.prompts, more=sampling.max_new_tokens)
     score = scoring.judge(source, tokenizer, questions.rows).explained
-    own, rival = saved.load(model), saved.load(against) if against else None
+    own, rival = saved.load(model, eos_token), saved.load(against, eos_token) if against else None
 
     likeliest, drawn, won, lines = [], [], [], []
     for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):

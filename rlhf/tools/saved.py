@@ -29,10 +29,18 @@ class Saved(NamedTuple):
         return rollouts.generate(self.lm, self.params, prompts, key, sampler=sampler, eos_ids=self.eos_ids, **how)
 
 
-def load(model: str) -> Saved:
-    """A run's model, or that of a folder or name; one of `rlhf ilql` answers by its values, with the run's beta."""
+def load(model: str, eos_token: str | None = None) -> Saved:
+    """A run's model, or that of a folder or name; one of `rlhf ilql` answers by its values, with the run's beta.
+
+    Args:
+      model: a run's folder, or a model's folder or name.
+      eos_token: the token that ends an answer in place of the one that the tokenizer's files name.
+
+    Raises: as `rlhf.load` and `rlhf.models.huggingface.load_tokenizer`.
+    """
     name, heads = model_of(model), Path(model) / q_heads.FILE
-    lm, params, tokenizer = huggingface.load(name)
+    tokenizer = huggingface.load_tokenizer(name, eos_token=eos_token)
+    lm, params, _ = huggingface.load(name)
     leans: tuple = ()
     if heads.exists():
         beta = yaml_files.load(Path(model) / "config.yaml").get("beta")
