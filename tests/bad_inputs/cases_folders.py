@@ -17,7 +17,7 @@ FIELDS: dict = {  # of config.json: name -> fields, what the line says
     "hidden_huge": ({"hidden_size": 10**12}, "hidden_size must be"),
     "hidden_text": ({"hidden_size": "16"}, "hidden_size must be a whole number"),
     "hidden_null": ({"hidden_size": None}, "hidden_size must be a whole number"),
-    "layers_million": ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number at least 1 and at most 1"),
+    "layers_million": ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number at least 1 and at most 1,000"),
     "layers_thousand": ({"num_hidden_layers": 1000}, "describes 1000 layers (num_hidden_layers)"),
     "layers_negative": ({"num_hidden_layers": -1}, "num_hidden_layers must be"),
     "layers_true": ({"num_hidden_layers": True}, "num_hidden_layers must be"),
