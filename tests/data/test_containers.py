@@ -291,7 +291,7 @@ def test_what_cannot_be_rows_is_named_in_one_line(name, content, message, tmp_pa
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_what_cannot_be_rows_of_arrow(tmp_path):

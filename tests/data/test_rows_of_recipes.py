@@ -112,8 +112,8 @@ def test_all_questions_have_the_columns_of_any(tmp_path, tokenizer):
     assert read == data.filled(rows)
     for given in (rows, read):
         questions = online.Questions.of(tokenizer, given)
-        for i, (solution, level) in enumerate([(None, None), (2, None), (None, "hard")]):
-            assert questions.asked([i], None).columns == {"solution": [solution], "level": [level]}
+        for i, (prompt, solution, level) in enumerate([("a", None, None), ("b", 2, None), ("c", None, "hard")]):
+            assert questions.asked([i], None).columns == {"prompt": [prompt], "solution": [solution], "level": [level]}
     assert setup.Source(one, max_rows=2).questions() == setup.Source(one).questions()
 
 
