@@ -15,7 +15,7 @@ from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
 from rlhf.models.huggingface import end_ids
-from rlhf.ranges import INT32, Count, Length, Share, Temperature, at_least, between, check_fields
+from rlhf.ranges import INT32, Count, Length, Share, Temperature, between, check_fields
 from rlhf.recipes import setup
 from rlhf.recipes.online_scoring import Judge as Judge
 from rlhf.recipes.online_scoring import Scoring as Scoring
@@ -81,7 +81,7 @@ class Asking(setup.Data):
         not cut, as a prompt without its beginning or end is another.  null: none.
     """
 
-    max_prompt_length: Annotated[int, at_least(1)] | None = None
+    max_prompt_length: Length | None = None
 
     def __post_init__(self):
         super().__post_init__()
