@@ -50,8 +50,13 @@ _MODULES = (
     "tasks",
     "adapters",
     "peft_files",
+    "recipes",
+    "averages",
+    "loop",
+    "runs",
+    "ranges",
 )
-__all__ = [*_EXPORTS, *_MODULES]
+__all__ = [*_EXPORTS, *_MODULES, "__version__"]
 
 
 def __getattr__(name):
@@ -59,6 +64,13 @@ def __getattr__(name):
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     if name in _MODULES:
         return importlib.import_module(f"rlhf.{name}")
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("rlhf")
+        except metadata.PackageNotFoundError:  # a checkout that is on the path, and not installed
+            return "unknown"
     raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
 
 

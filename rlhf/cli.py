@@ -1,10 +1,16 @@
 """The command line: `rlhf COMMAND`, one recipe or tool each; their own signatures are the options."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
+from functools import partial
+from typing import NoReturn
+
+import rlhf
+from rlhf import interrupts
 
 COMMANDS = {  # command -> where its `main` is, and what it does
     "demo": ("rlhf.demo", "from nothing to an aligned model on a CPU, in minutes"),
@@ -36,10 +42,14 @@ COMMANDS = {  # command -> where its `main` is, and what it does
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; a mistake of the user's ends in one line and exit code 2, and where it is told to stop in 130."""
+    typed = argv is None  # in a process of its own
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else 2
+    if argv == ["--version"]:
+        print(f"rlhf {rlhf.__version__}")
+        return 0
     name, *rest = argv
     if name not in COMMANDS:
         from difflib import get_close_matches
@@ -48,18 +58,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlhf: {name} is no command; " + (f"did you mean {near[0]}?" if near else "see rlhf --help"), file=sys.stderr)
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise every user of JAX to install PyTorch
+    # In a process of its own nothing is lost where it leaves at once: a run's folder is made last, and files are written whole.
+    with interrupts.terminable(partial(_leave, name) if typed else None):
+        try:
+            _run(name, rest)
+        except (ValueError, FileNotFoundError, FileExistsError) as error:
+            print(f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _leave(name: str) -> NoReturn:
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os.write(2, f"rlhf {name}: stopped\n".encode())
+    os._exit(130)
+
+
+def _run(name: str, argv: list[str]) -> None:
     from rlhf.options import parsed
 
     command = importlib.import_module(COMMANDS[name][0]).main
-    try:
-        command(**parsed(command, name, rest))
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
-        return 130
-    return 0
+    command(**parsed(command, name, argv))
 
 
 def _elsewhere(error: BaseException) -> str:
@@ -77,4 +100,4 @@ def overview() -> str:
     """All commands, one a line."""
     lines = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
     start = "usage: rlhf COMMAND [options]\n\nPost-train language models in JAX."
-    return f"{start}\n\n{lines}\n\nrlhf COMMAND --help lists its options."
+    return f"{start}\n\n{lines}\n\nrlhf COMMAND --help lists its options; rlhf --version."

@@ -17,7 +17,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from rlhf import data, losses, rollouts
+from rlhf import data, files, losses, rollouts
 from rlhf.checkpoint import Checkpoints
 from rlhf.lm import LM, Head
 from rlhf.loop import run_steps
@@ -296,7 +296,8 @@ def _plot(folder: RunFolder, algorithm: str) -> None:
         points = [(row["step"], row[name]) for row in rows if row["phase"] == phase]
         axis.plot(*zip(*points, strict=True))
         axis.set(title=f"{phase}: {name.replace('_', ' ')}", xlabel="step")
-    figure.savefig(folder.path / "curves.png", dpi=120)
+    with files.replacing(folder.path / "curves.png") as part:
+        figure.savefig(part, dpi=120)
 
 
 @checked

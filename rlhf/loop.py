@@ -1,9 +1,11 @@
 """The host's loop, which all recipes share: steps, figures, evaluations, checkpoints; what differs comes as functions."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from functools import wraps
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -15,10 +17,13 @@ from rlhf.averages import averaging, bema, ema
 from rlhf.checkpoint import Checkpoints
 from rlhf.interrupts import Stopped, told_to_stop
 from rlhf.models.stacks import matrices
-from rlhf.ranges import Coefficient, Count, Every, Seed, Steps, between, check_fields
+from rlhf.ranges import Coefficient, Count, Every, Seed, Share, Steps, between, check_fields
 from rlhf.runs import RunFolder
 from rlhf.track import check, trackers
 from rlhf.train import TrainState, init_state
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PEAKS = {  # bfloat16 operations a second, by the start of a device's name
     "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
@@ -39,6 +44,7 @@ class Training:
       learning_rate: the highest.
       schedule: how the learning rate falls after the warm-up.
       warmup_steps: optimizer steps in which it rises from 0.
+      warmup_ratio: the same, as a share of all of them.
       weight_decay: of what is a matrix in the checkpoint's file, as AdamW has it: not of norms and biases.
       max_grad_norm: longer gradients are cut to this length.
       average: of the parameters over the steps, which is judged and exported in place of the last ones.
@@ -59,6 +65,7 @@ class Training:
     learning_rate: Annotated[float, between(0, 100, above=True)] = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Every = 0
+    warmup_ratio: Share = 0.0
     weight_decay: Coefficient = 0.0
     max_grad_norm: Annotated[float, between(0, 1e9, above=True)] = 1.0
     average: Literal["none", "ema", "bema"] = "none"
@@ -74,6 +81,9 @@ class Training:
     def __post_init__(self):
         check_fields(self)
         check(self.track)
+        if self.warmup_ratio and self.warmup_steps:
+            both = f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}"
+            raise ValueError(f"{both} are one warm-up; give one of them")
         if self.patience and not self.eval_every:
             raise ValueError(
                 f"patience {self.patience} counts evaluations, but there are none before the end; give --eval_every"
@@ -97,19 +107,33 @@ class Training:
 
 def optimizer_of(training: Training, steps: int) -> optax.GradientTransformation:
     """AdamW behind a clipped gradient, its rate by the schedule over `steps` optimizer steps."""
-    peak, rest = training.learning_rate, max(steps - training.warmup_steps, 1)
+    warmup = training.warmup_steps or math.ceil(training.warmup_ratio * steps)
+    peak, rest = training.learning_rate, max(steps - warmup, 1)
     falls = {
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "constant": optax.constant_schedule(peak),
     }[training.schedule]
-    rate = optax.join_schedules([optax.linear_schedule(0.0, peak, training.warmup_steps), falls], [training.warmup_steps])
+    rate = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), falls], [warmup])
     return optax.chain(
         optax.clip_by_global_norm(training.max_grad_norm),
         optax.adamw(rate, weight_decay=training.weight_decay, mask=matrices),
     )
 
 
+def in_its_folder(train: Callable[P, R]) -> Callable[P, R]:
+    """The same, with `RunFolder.at_work` of its first argument around it."""
+
+    @wraps(train)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        run: Any = kwargs.get("run") or args[0]
+        with run.at_work():
+            return train(*args, **kwargs)
+
+    return call
+
+
+@in_its_folder
 def fit(
     run: RunFolder,
     training: Training,
@@ -164,7 +188,6 @@ def fit(
         kept = checkpoints.restore(saved(state))
         state = kept._replace(context={**state.context, **kept.context})
     done = int(state.step) // updates
-    run.describe()
     run.forget_after(done)
     over = done >= total or _is_stuck(run, shown, training.patience)  # a run that goes on may be over already
     with trackers(training.track, run) as track, told_to_stop() as told:
@@ -217,7 +240,6 @@ def fit(
             except Stopped as stop:
                 number, over = int(newest.step) // updates, False
                 if number == 0:
-                    run.withdraw()
                     raise
                 if checkpoints.latest() != int(newest.step):
                     save(newest)

@@ -18,55 +18,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rlhf import ranges, yaml_files
-
-TRL = {  # what TRL's users type -> what it is here
-    "model_name_or_path": "model",
-    "dataset_name": "dataset",
-    "dataset_train_split": "split",
-    "dataset_test_split": "eval_split",
-    "output_dir": "output",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "micro_batches",
-    "num_train_epochs": "epochs",
-    "max_steps": "steps",
-    "lr_scheduler_type": "schedule",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep",
-    "report_to": "track",
-    "lora_r": "lora_rank",
-    "use_dora": "dora",
-    "loss_type": "loss",
-    "cpo_alpha": "nll_coef",
-    "tpo_alpha": "nll_coef",
-    "simpo_gamma": "gamma",
-    "tpo_l_gamma": "gamma",
-    "num_generations": "num_samples",
-    "max_completion_length": "max_new_tokens",
-    "response_length": "max_new_tokens",
-    "reward_funcs": "reward",
-    "epsilon": "clip_low",
-    "epsilon_high": "clip_high",
-    "cliprange": "clip",
-    "cliprange_value": "value_clip",
-    "vf_coef": "value_coef",
-    "gamma": "discount",
-    "num_mini_batches": "mini_batches",
-    "missing_eos_penalty": "missing_end_penalty",
-    "reward_model_path": "reward",
-    "reward_model_name_or_path": "reward",
-    "num_ppo_epochs": "updates_per_batch",
-    "num_iterations": "updates_per_batch",
-    "ref_model_sync_steps": "sync_every",
-    "ref_model_mixup_alpha": "sync_share",
-    "resume_from_checkpoint": "resume",
-    "assistant_only_loss": "assistant_only",
-    "completion_only_loss": "completion_only",
-    "train_on_last_step_only": "last_step_only",
-    "teacher_model_name_or_path": "teacher",
-}
+from rlhf import files, ranges, trl_names, yaml_files
+from rlhf.trl_names import Given
 
 OURS = ("config", "print_config", "help")  # options of every command
 
@@ -126,15 +79,16 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     if "help" in asked:
         print(help_of(options, name))
         sys.exit(0)
+    file = _from_files([word for written, words in typed if written == "config" for word in words or [""]])
     values = {name: copy.copy(option.default) for name, option in options.items() if not option.needed}
-    for file in (word for written, words in typed if written == "config" for word in words or [""]):
-        values |= _from_file(file, options)
-    values |= _from_words(typed, options)
+    values |= _values(name, options, file, _from_words(typed))
     if "print_config" in asked:
         print(yaml.safe_dump({name: values[name] for name in options if name in values}, sort_keys=False), end="")
         sys.exit(0)
     if missing := [f"--{name}" for name in options if name not in values]:
         raise Mistake(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
+    if values.get("output"):
+        files.check_apart(values["output"], [word for written, words in typed if written == "config" for word in words])
     made = {name: values[name] for name, option in options.items() if option.of is None}
     for group, kind in groups_of(fn).items():
         made[group] = kind(**{name: values[name] for name, option in options.items() if option.of == group})
@@ -163,56 +117,48 @@ def _explained(name: str, option: Option, width: int) -> list[str]:
     return textwrap.wrap(f"{start:<26}  {option.text}{listed}", width, subsequent_indent=" " * 28)
 
 
-def _from_words(typed: Sequence[tuple[str, list[str]]], options: Mapping[str, Option]) -> dict[str, Any]:
-    """The values of options that are typed."""
-    given = [(written, words) for written, words in typed if written not in OURS]
-    ours = _ours([written for written, _ in given], options, "--")
-    values: dict[str, Any] = {}
-    theirs: dict[str, Any] = {}
-    for (written, words), name in zip(given, ours, strict=True):
-        hint = options[name].hint
-        values[name] = _held(_called(f"--{written}", name), hint, _of_words(f"--{written}", hint, words))
-        theirs[written.replace("-", "_")] = values[name]
-    return values | _whole_batch(theirs)
+def _from_words(typed: Sequence[tuple[str, list[str]]]) -> dict[str, Given]:
+    """What is typed, by names without marks; of an option that is typed twice the last."""
+    return {_bare(written): Given(f"--{written}", words, words=True) for written, words in typed if written not in OURS}
 
 
-def _from_file(file: str, options: Mapping[str, Option]) -> dict[str, Any]:
-    """The values of options in a file."""
-    if not file:
+def _from_files(names: Sequence[str]) -> dict[str, Given]:
+    """What files hold; of an option that two hold, the last."""
+    if "" in names:
         raise Mistake("--config takes a file, but is given none")
-    found = yaml_files.load(file)
-    ours = _ours(list(found), options, f"{file}: ")
-    values: dict[str, Any] = {}
-    for (written, given), name in zip(found.items(), ours, strict=True):
-        values[name] = _held(f"{file}: {_called(written, name)}", options[name].hint, given)
-    return values | _whole_batch({written.replace("-", "_"): values[name] for written, name in zip(found, ours, strict=True)})
+    return {_bare(key): Given(f"{name}: {key}", value) for name in names for key, value in yaml_files.load(name).items()}
 
 
-def _ours(written: Sequence[str], options: Mapping[str, Option], mark: str) -> list[str]:
-    """Our names of options, in their order.
+def _bare(written: str) -> str:
+    return written.replace("-", "_")
 
-    Raises: Mistake for one that is not known, with the nearest that is, and for two names of one.
-    """
-    found: dict[str, str] = {}
-    names = []
-    for word in written:
-        name = word.replace("-", "_")
+
+def _values(
+    command: str, options: Mapping[str, Option], file: Mapping[str, Given], typed: Mapping[str, Given]
+) -> dict[str, Any]:
+    """The values of options that are given, by our names; what differs from TRL is said."""
+    defaults = {name: None if option.needed else option.default for name, option in options.items()}
+    found, notes = trl_names.translated(command, defaults, trl_names.merged(file, typed, defaults))
+    values = {}
+    for name, given in found.items():
         if name not in options:
-            name = TRL.get(name, name)
-        if found.setdefault(name, word) != word:
-            raise Mistake(f"{mark}{word} and --{found[name]} are both --{name}; give one of them")
-        if name not in options:
-            near = difflib.get_close_matches(name, [*options, *(known for known, here in TRL.items() if here in options)], n=1)
-            mark_of_near = "--" if mark == "--" else ""
-            hint = f"did you mean {mark_of_near}{near[0]}?" if near else "see --help"
-            raise Mistake(f"{mark}{word} is not known; {hint}")
-        names.append(name)
-    return names
+            raise Mistake(_unknown(command, options, given.written, name))
+        called = given.written if _bare(given.written.split()[-1].lstrip("-")) == name else f"{given.written} (here {name})"
+        value = _of_words(given.written, options[name].hint, given.value) if given.words else given.value
+        values[name] = _held(called, options[name].hint, value)
+    for note in notes:
+        print(f"rlhf {command}: {note}", file=sys.stderr)
+    return values
 
 
-def _called(written: str, name: str) -> str:
-    """An option as it was written, with our name where that is another."""
-    return written if written.lstrip("-").replace("-", "_") == name else f"{written} (here {name})"
+def _unknown(command: str, options: Mapping[str, Option], written: str, name: str) -> str:
+    """Why an option is not one of the command, and the nearest that is."""
+    typed = _bare(written.split()[-1].lstrip("-"))
+    if typed != name:
+        return f"{written} (here --{name}) is no option of rlhf {command}; see rlhf {command} --help"
+    near = difflib.get_close_matches(typed, [*options, *trl_names.known(options)], n=1)
+    mark = "--" if written.startswith("--") else ""
+    return f"{written} is not known; " + (f"did you mean {mark}{near[0]}?" if near else "see --help")
 
 
 def _held(called: str, hint: Any, given: Any) -> Any:
@@ -275,13 +221,6 @@ def _grouped(argv: Sequence[str], first: str) -> Iterator[tuple[str, list[str]]]
             found = found or [(first, [])]
             found[-1][1].append(word)
     yield from found
-
-
-def _whole_batch(theirs: Mapping[str, Any]) -> dict[str, int]:
-    """TRL's batch is of one device and one of several accumulated parts; ours is the whole, and the parts are cut from it."""
-    if "gradient_accumulation_steps" not in theirs:
-        return {}
-    return {"batch_size": theirs.get("per_device_train_batch_size", 8) * theirs["gradient_accumulation_steps"]}
 
 
 def _documented(*described: Any) -> dict[str, str]:

@@ -7,10 +7,14 @@ checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
 model/           the model at the newest checkpoint, as Hugging Face writes it; of adapters (adapter/) at the end
 curves.png, README.md
+
+Every file is written beside its place and renamed, so that a process that is killed leaves it whole or not at all.
 """
 
 import dataclasses
+import fcntl
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -18,17 +22,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
-from rlhf import yaml_files
+from rlhf import files, yaml_files
 
 PACKAGES = ("rlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 ABOUT_ROWS = ("phase", "step", "seconds")  # of metrics.jsonl; the rest are figures
+LOCK = ".lock"  # of the process that is at work in the folder
+ABOUT = '{\n  "command": "rlhf'  # how about.json begins
+FIRST = {"config.yaml", "about.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", LOCK}  # what a run makes at once
 FREE = (  # options that a resumed run may have otherwise
     "output", "resume", "log_every", "save_every", "keep", "track", "reward_timeout", "max_reward_failures",
 )  # fmt: skip
@@ -37,13 +45,16 @@ FREE = (  # options that a resumed run may have otherwise
 class RunFolder:
     """Where a run writes.
 
+    Nothing is made before `at_work`, or the first line or file, so that a run that cannot begin leaves no folder.  A folder in
+    which nothing is saved yet, such as that of a run that was killed at once, is used again.
+
     Args:
-      path: made where missing.
+      path: of the folder.
       options: all arguments of the recipe, `resume` among them; `describe` writes them down; those of a run that goes on
         are compared with what it began with.
 
     Raises: ValueError where it is a file, or a folder that holds something and is not to be resumed, or resumed otherwise than
-      it began.
+      it began, or where there is none to resume, or none can be made.
     """
 
     def __init__(self, path: str | Path, options: Mapping[str, Any] | None = None):
@@ -51,20 +62,30 @@ class RunFolder:
         self.options = flat(options or {})
         self.resumed = False
         self._start = time.monotonic()
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            self._resume()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be made ({error.strerror}); choose another --output") from None
+        self._look()
 
-    def _resume(self) -> None:
-        used, config = f"{self.path}: already holds a run or other files", self.path / "config.yaml"
-        if not config.exists():
-            raise ValueError(f"{used}; choose another --output, or move it away")
-        if not self.options.get("resume"):
-            raise ValueError(f"{used}; choose another --output, move it away, or --resume it")
-        before = yaml_files.load(config)
+    def _look(self) -> None:
+        """Decides whether the run begins or goes on."""
+        used = f"{self.path}: already holds a run or other files; choose another --output"
+        if not os.path.lexists(self.path):
+            if self.options.get("resume"):
+                raise ValueError(f"{self.path}: no run there to resume; leave out --resume to begin one")
+            return files.check_place(self.path)
+        if not self.path.is_dir():
+            raise ValueError(f"{used}, or move it away")
+        unused, before = self._unused(), _options_of(self.path)
+        if before is None or not self.options.get("resume"):
+            if not unused:
+                cure = ", or move it away" if before is None else ", move it away, or --resume it"
+                raise ValueError(f"{used}{cure}")
+        elif unused and self._half_written("config.yaml"):
+            pass  # its options were never whole: it begins anew
+        else:
+            self._compare(before)
+            self.resumed = True
+        files.check_place(self.path / "config.yaml")
+
+    def _compare(self, before: dict[str, Any]) -> None:
         changed = [
             f"{name} was {before.get(name)!r} and is {self.options.get(name)!r}"
             for name in sorted({*before, *self.options} - set(FREE))
@@ -72,23 +93,63 @@ class RunFolder:
         ]
         if changed:
             raise ValueError(f"{self.path}: a run goes on as it began, but {'; '.join(changed)}; give its own options")
-        self.resumed = True
+
+    def _unused(self) -> bool:
+        """Whether all that is in the folder is of a run's first moments: no step logged or saved, and no file of others."""
+        names = {file.name for file in self.path.iterdir() if not file.name.startswith(files.PART)}
+        if names - FIRST or self.read("metrics.jsonl"):
+            return False
+        saved = self.path / "checkpoints"
+        if saved.exists() and any(file.name.isdecimal() for file in saved.iterdir()):
+            return False
+        if "about.json" in names:
+            return '"command": "rlhf' in _text(self.path / "about.json") or self._half_written("about.json")
+        return "config.yaml" not in names or self._half_written("config.yaml")
+
+    def _half_written(self, name: str) -> bool:
+        """Whether a file is cut off, as versions before this one could leave it: what is there is how ours begins."""
+        ours = self._config({**self.options, "resume": False}) if name == "config.yaml" else ABOUT
+        return ours.startswith(text := _text(self.path / name)) and text != ours
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Makes the folder, describes the run in it, and holds it, so that no other process works there meanwhile.
+
+        Where an error or a signal ends the run before anything is logged or saved, a folder made here is removed.
+
+        Raises: ValueError where another process is at work in it.
+        """
+        made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _held(self.path):
+            if not self.resumed and not self._unused():
+                raise ValueError(f"{self.path}: another run began here meanwhile; choose another --output")
+            try:
+                self.describe()
+                if not self.resumed:
+                    (self.path / "metrics.jsonl").unlink(missing_ok=True)  # half a line, at most
+                yield
+            except BaseException:
+                if made and self._unused():
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
 
     def describe(self) -> None:
-        """Writes `config.yaml` and `about.json`, unless the run goes on."""
-        if not self.resumed:
-            (self.path / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False), encoding="utf-8")
+        """Writes `about.json` and then `config.yaml`, which says that the folder is a run's; those that are there stay."""
+        if not self.resumed or not self._knows_about():
             self.write("about.json", about())
-
-    def withdraw(self) -> None:
-        """Takes away what a run has written that ends before its first step, so that the folder can be used again."""
         if not self.resumed:
-            for name in ("config.yaml", "about.json", "metrics.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            with suppress(OSError):
-                self.path.rmdir()
+            files.write(self.path / "config.yaml", self._config(self.options))
+
+    def _knows_about(self) -> bool:
+        try:
+            return "versions" in json.loads(_text(self.path / "about.json"))
+        except ValueError:
+            return False
+
+    @staticmethod
+    def _config(options: Mapping[str, Any]) -> str:
+        return yaml.safe_dump(dict(options), sort_keys=False)
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -102,16 +163,17 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Leaves out the lines of `metrics.jsonl` beyond a step: a resumed run takes those steps again."""
         kept = [json.dumps(row) + "\n" for row in self.read("metrics.jsonl") if row["step"] <= step]
-        (self.path / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+        files.write(self.path / "metrics.jsonl", "".join(kept))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Appends one JSON line to a file of the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file of the folder."""
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        files.write(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSON-lines file of the folder, none if it is missing; a last line that was cut off is left out."""
@@ -122,8 +184,8 @@ class RunFolder:
         import pyarrow
         import pyarrow.parquet
 
-        (self.path / "samples").mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table(dict(table)), self.path / "samples" / f"{step:08d}.parquet")
+        with files.replacing(self.path / "samples" / f"{step:08d}.parquet") as part:
+            pyarrow.parquet.write_table(pyarrow.table(dict(table)), part)
 
     def plot(self, names: tuple[str, ...]) -> None:
         """`curves.png`: logged figures by step."""
@@ -146,7 +208,7 @@ class RunFolder:
             + "\n".join(f"- {name} {version}" for name, version in known["versions"].items())
             + "\n"
         )
-        (self.path / "README.md").write_text(text, encoding="utf-8")
+        files.write(self.path / "README.md", text)
 
 
 def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,20 +271,8 @@ def plot(folders: list[Path], target: Path, names: tuple[str, ...]) -> None:
         axis.set(title=name.replace("_", " "), xlabel="step")
     if len(runs) > 1:
         figure.axes[0].legend(fontsize=7)
-    figure.savefig(target, dpi=120)
-
-
-@contextmanager
-def renewed(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when it is whole."""
-    new, old = (folder.with_name(f"{folder.name}.{which}") for which in ("new", "old"))
-    for left in (new, old):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    yield new
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with files.replacing(target) as part:
+        figure.savefig(part, dpi=120)
 
 
 def model_of(name: str) -> str:
@@ -250,4 +300,49 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    """The rows of a JSON-lines file; a last line that was cut off is left out."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}; mend the line or take it out") from None
+    return rows
+
+
+def _options_of(folder: Path) -> dict[str, Any] | None:
+    """What config.yaml of a run's folder says; None where there is none, or it is no mapping."""
+    try:
+        return yaml_files.load(folder / "config.yaml")
+    except (OSError, ValueError):
+        return None
+
+
+def _text(file: Path) -> str:
+    """A file's text, "" where it is missing."""
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A folder that no other process of this machine holds; it is let go when this one ends, however it does.
+
+    Several processes that compute together are one run and share its folder: they do not hold it.
+
+    Raises: ValueError where another holds it.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+    lock = folder / LOCK
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another process is at work in it; wait for it, or choose another --output") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

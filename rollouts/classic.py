@@ -211,6 +211,7 @@ def by_length(
     Returns: batches from the shortest to the longest, as (indices of the prompts, `Prompts`).
 
     Raises: ValueError on no prompts, rows below 1, and a prompt without tokens or longer than all buckets; it names the prompt.
+      TypeError for texts, which are tokenised first.
 
     >>> [(i.tolist(), batch.tokens.tolist()) for i, batch in by_length([[7, 8, 9], [5], [6]], (1, 4))]
     [([1, 2], [[5], [6]]), ([0], [[0, 7, 8, 9]])]
@@ -271,6 +272,8 @@ def _pad_left(rollout: Rollout, width: int) -> Rollout:
 def _ids(prompts) -> tuple[list[list[int]], dict | None]:
     """The tokens of every prompt, and what they are conditioned on."""
     if not isinstance(prompts, Prompts):
+        if isinstance(prompts, str) or any(isinstance(ids, str) for ids in prompts):
+            raise TypeError("prompts must be lists of token ids, but are texts; give tokenizer(text).input_ids of each")
         return [list(ids) for ids in prompts], None
     tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
     return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)], prompts.inputs

@@ -18,10 +18,10 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rlhf import cli, runs, tasks, track
+from rlhf import cli, runs, tasks, track, trl_names
 from rlhf.checkpoint import Checkpoints
 from rlhf.models import huggingface
-from rlhf.options import TRL, options_of
+from rlhf.options import options_of
 from rlhf.recipes import q_heads, setup
 
 HERE = Path(__file__).parent / "bad_inputs"
@@ -210,7 +210,7 @@ def test_a_run_of_ilql_answers_by_its_values(base, tmp_path):
     q_heads.save(tmp_path / "run" / q_heads.FILE, {**params, "target": target})
     ask = ["--dataset", "task:reverse", "--dataset_size", "4", "--max_new_tokens", "3", "--num_samples", "1"]
     for model, same in ((tmp_path / "run", True), (tmp_path / "run" / "model", False)):
-        assert cli.main(["eval", str(model), *ask, "--output", str(tmp_path / "answers.jsonl")]) == 0
+        assert cli.main(["eval", str(model), *ask, "--output", str(tmp_path / "answers.jsonl"), "--overwrite"]) == 0
         answers = [json.loads(line)["completion"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert (set(answers) == {"kkk"}) == same
 
@@ -237,7 +237,8 @@ def test_every_name_of_trl_is_an_option_here():
     known = set()
     for fn in (importlib.import_module(module).main for module, _ in cli.COMMANDS.values() if ".recipes." in module):
         known |= set(options_of(fn))
-    assert set(TRL.values()) <= known, set(TRL.values()) - known
+    names = trl_names.RENAMED | trl_names.TARGETS
+    assert set(names.values()) <= known, set(names.values()) - known
 
 
 def test_options_from_a_file_and_from_the_command_line(tmp_path, capsys):

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # module prefix -> floor; the longest prefix counts
-    "rlhf.cli": 4, "rlhf.options": 4, "rlhf.tools": 4, "rlhf.demo": 4, "rlhf.__main__": 4,
+    "rlhf.cli": 4, "rlhf.options": 4, "rlhf.trl_names": 4, "rlhf.tools": 4, "rlhf.demo": 4, "rlhf.__main__": 4,
     "rlhf.recipes": 3, "rlhf.plan": 3,
     "rlhf.train": 2, "rlhf.loop": 2, "rlhf.runs": 2, "rlhf.track": 2, "rlhf.checkpoint": 2, "rlhf.metrics": 2,
     "rlhf.averages": 2, "rlhf.interrupts": 2,
     "rlhf.data": 2, "rlhf.tasks": 2, "rlhf.rollouts": 2,
     "rlhf.models": 1, "rlhf.adapters": 1, "rlhf.peft_files": 1, "rlhf.sharding": 1,
-    "rlhf.losses": 0, "rlhf.lm": 0, "rlhf.ranges": 0, "rlhf.yaml_files": 0,
+    "rlhf.losses": 0, "rlhf.lm": 0, "rlhf.ranges": 0, "rlhf.yaml_files": 0, "rlhf.files": 0,
 }  # fmt: skip
 ROOMS = [p for p in FLOORS if FLOORS[p] == 0]
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from rlhf import averages, loop, runs
+from rlhf import averages, files, loop, runs
 from rlhf.checkpoint import Checkpoints
 from rlhf.interrupts import told_to_stop
 from rlhf.loop import Training, fit
@@ -172,18 +172,25 @@ def test_nobody_need_hear_that_it_stops(number, monkeypatch):
 
 
 def test_a_folder_is_renewed_whole(tmp_path):
-    model, old, new = (tmp_path / name for name in ("model", "model.old", "model.new"))
-    for content in ("first", "second"):
-        for left in (old, new):
-            left.mkdir(exist_ok=True)
+    model, old, new = (tmp_path / name for name in ("model", ".part.old.model", ".part.new.model"))
+    for content, killed in (("first", [new]), ("second", [old, new])):
+        for left in killed:
+            left.mkdir()
             (left / "left").touch()
-        with runs.renewed(model) as fresh:
+        with files.renewed(model) as fresh:
             assert not fresh.exists()
             fresh.mkdir()
             (fresh / "content").write_text(content)
             assert model.exists() == (content == "second")
         assert [file.name for file in tmp_path.iterdir()] == ["model"]
         assert [file.read_text() for file in model.iterdir()] == [content]
+
+
+def test_a_folder_whose_place_was_not_taken_yet_is_put_back(tmp_path):
+    (tmp_path / ".part.old.model").mkdir()
+    with pytest.raises(RuntimeError), files.renewed(tmp_path / "model"):
+        raise RuntimeError("killed before the new one is whole")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_run_of_fewer_rows_than_it_had_is_over(tmp_path):

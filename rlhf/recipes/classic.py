@@ -48,7 +48,7 @@ def ppo_step(
       knobs: of `ppo.objective`: clip, value_clip, value_coef.
 
     Raises: from `step`, ValueError for unequal numbers of queries, responses and scores, for one without tokens, for a token
-      that the model has not, and for more tokens than `length`.
+      that the model has not, and for more tokens than `length`; TypeError for texts, which are tokenised first.
     """
     if (lm.encode is not None) != (seq2seq is not None):
         has = "an encoder" if lm.encode else "no encoder"
@@ -103,9 +103,9 @@ def rows_of(
     """
     if len(queries) != len(responses):
         raise ValueError(f"{len(queries)} queries but {len(responses)} responses; give one each")
-    for name, texts in (("query", queries), ("response", responses)):
-        if empty := [i for i, tokens in enumerate(texts) if not len(tokens)]:
-            raise ValueError(f"{name} {empty[0]} has no tokens; give at least one")
+    for name, several in (("query", queries), ("response", responses)):
+        for i, tokens in enumerate(several):
+            _check_tokens(f"{name} {i}", tokens)
     whole = [
         data.Tokenized([*map(int, query), *map(int, response)], [False] * len(query) + [True] * len(response))
         for query, response in zip(queries, responses, strict=True)
@@ -115,3 +115,14 @@ def rows_of(
         raise ValueError(f"a query with its response has {longest} tokens, but length is {length}; raise it, or sample fewer")
     rows = data.batch(whole, length=length) if seq2seq is None else seq2seq.batch(whole, length=length)
     return jax.tree.map(jnp.asarray, rows)
+
+
+def _check_tokens(name: str, tokens: Any) -> None:
+    if isinstance(tokens, str) or np.asarray(tokens).dtype.kind in "UO":
+        raise TypeError(f"{name} is text, but must be a list of token ids; give tokenizer(text).input_ids")
+    if np.ndim(tokens) != 1:
+        raise TypeError(f"{name} has shape {list(np.shape(tokens))}, but must be a list of token ids; give one list each")
+    if not len(tokens):
+        raise ValueError(f"{name} has no tokens; give at least one")
+    if np.asarray(tokens).dtype.kind not in "iu":
+        raise TypeError(f"{name} holds {np.asarray(tokens).dtype}, but must be a list of token ids, whole numbers")

@@ -18,7 +18,7 @@ from rlhf.ranges import Length, Share, Temperature, checked
 from rlhf.recipes import online, setup, sft
 from rlhf.recipes.online import Sampling
 from rlhf.rollouts import Batch, Prompts
-from rlhf.runs import RunFolder
+from rlhf.runs import RunFolder, model_of
 
 
 def objective(lm: LM, teacher: LM, *, vocab_size: int | None = None, beta: float = 0.5, temperature: float = 1.0) -> Callable:
@@ -101,7 +101,7 @@ def main(
 
     Args:
       output: a new folder for the run.
-      teacher: a model with the same tokenizer: a folder, or a name on the Hugging Face Hub.
+      teacher: a model with the same tokenizer: a run's folder, a model's, or a name on the Hugging Face Hub.
       beta: between the two directions of the divergence: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher).
       lmbda: the share of steps on answers that the student draws itself; the others are on the rows' completions.
       seq_kd: the others are on answers that the teacher draws.
@@ -112,6 +112,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
+    teacher = model_of(teacher)
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
     tokenizer = model.tokenizer()
     size, eos_ids = common_vocabulary(tokenizer, model.model, teacher), online.ends(model.model, tokenizer)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import adapters, averages, data, peft_files, tasks
+from rlhf import adapters, averages, data, files, peft_files, tasks
 from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
@@ -23,7 +23,7 @@ from rlhf.models.huggingface_config import decoder_of
 from rlhf.models.vocabulary import resized
 from rlhf.ranges import INT32, Share, at_least, between, check_fields
 from rlhf.rollouts import Batch, Prompts
-from rlhf.runs import renewed
+from rlhf.runs import model_of
 from rlhf.train import TrainState, reference, train_step
 
 
@@ -32,7 +32,7 @@ class Model:
     """The model: where it comes from, how it computes, and what of it is trained.
 
     Args:
-      model: a folder with config.json and model.safetensors, or a name on the Hugging Face Hub.
+      model: a model's folder or a run's, or a name on the Hub.
       dtype: of the computation; what is trained has float32 masters.
       remat: what the backward pass computes again instead of keeping it.
       lora_rank: train adapters of this rank instead of the whole model; 0: the whole.
@@ -126,6 +126,7 @@ class Model:
 
     def __post_init__(self):
         check_fields(self)
+        object.__setattr__(self, "model", model_of(self.model))
         if self.dora and not self.lora_rank:
             raise ValueError(f"lora_rank {self.lora_rank} with dora {self.dora}; DoRA is of adapters, give --lora_rank 16")
 
@@ -260,12 +261,12 @@ class Policy(NamedTuple):
         whole = self.whole(state.params, state.context)
         lm, head = (whole, None) if self.head is None else (whole["lm"], whole["head"])
         if self.frozen is not None:
-            with renewed(folder / "adapter") as new:
+            with files.renewed(folder / "adapter") as new:
                 peft_files.save(new, self.lm, lm, huggingface.model_type(self.source), base=self.source)
             if not over:
                 return
             lm = adapters.merge(lm)
-        with renewed(folder / "model") as new:
+        with files.renewed(folder / "model") as new:
             dtype = huggingface.stored_dtype(self.source)
             huggingface.save(new, self.lm, lm, head=head, like=self.source, tokenizer=tokenizer, dtype=dtype)
 

@@ -6,12 +6,12 @@ import jax
 
 from rlhf import data, rollouts
 from rlhf.ranges import Seed, checked
-from rlhf.recipes.online import Sampling
+from rlhf.recipes.online import Drawing
 from rlhf.tools import saved
 
 
 @checked
-def main(model: str, sampling: Sampling, *, eos_token: str | None = None, seed: Seed = 0) -> None:
+def main(model: str, drawing: Drawing, *, eos_token: str | None = None, seed: Seed = 0) -> None:
     """Answers line after line; a model without a chat template goes on with each line.  An empty line ends it.
 
     Args:
@@ -26,8 +26,8 @@ def main(model: str, sampling: Sampling, *, eos_token: str | None = None, seed: 
         row = {"prompt": messages if own.tokenizer.chat_template else line}
         lay_out = own.seq2seq.prompts if own.seq2seq else data.prompts
         prompts = lay_out(data.tokenize_prompts(own.tokenizer, [row]))
-        key, sampler = jax.random.key(seed + number), sampling.sampler()
-        rollout = own.answer(prompts, key, sampler, max_new_tokens=sampling.max_new_tokens)
+        key, sampler = jax.random.key(seed + number), drawing.sampler()
+        rollout = own.answer(prompts, key, sampler, max_new_tokens=drawing.max_new_tokens)
         answer = rollouts.text.completions(own.tokenizer, rollout)[0]
         messages.append({"role": "assistant", "content": answer})
         print(answer, flush=True)

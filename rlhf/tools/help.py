@@ -1,17 +1,53 @@
 """Where people from other systems find what they know."""
 
-from typing import Literal
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from rlhf.options import TRL
-from rlhf.ranges import checked
+from rlhf import trl_names
+from rlhf.options import options_of
 
 
-@checked
 def main(topic: Literal["trl"] = "trl") -> None:
-    """Lists option names of TRL that work here, and what they are called.
+    """Lists option names of TRL that work here, what they are called, and where defaults differ.
 
     Args:
       topic: whose names.
     """
-    for theirs, ours in TRL.items():
-        print(f"  --{theirs:<32}--{ours}")
+    print(f"Names of {topic.upper()}'s options that work here, on the command line and in --config files:\n")
+    for theirs, ours in sorted((trl_names.RENAMED | trl_names.TARGETS).items()):
+        translated = theirs in trl_names.RULES and theirs not in trl_names.ALWAYS
+        print(f"  --{theirs:<32}--{ours}{' (translated)' if translated else ''}")
+    print(f"\nTranslated so that the same numbers mean the same: {NOTES}\n")
+    print("Defaults that differ, ours and TRL 1.16's:")
+    _table("every recipe", trl_names.differences(trl_names.TRAINER, defaults_of("sft")))
+    for command, defaults in trl_names.DEFAULTS.items():
+        gone = " (gone from TRL 1.16; as in the last that had it)" if command in trl_names.GONE else ""
+        _table(f"rlhf {command}{gone}", trl_names.differences(defaults, defaults_of(command)))
+
+
+def _table(title: str, rows: Mapping[str, tuple[Any, Any]]) -> None:
+    print(f"\n  {title}{'' if rows else ': none of its own'}")
+    for name, (ours, theirs) in rows.items():
+        print(f"    --{name:<24}{_shown(ours):<14}{_shown(theirs)}")
+
+
+NOTES = """
+--batch_size is the whole batch of a step, in prompts or rows: TRL's is per_device_train_batch_size x
+gradient_accumulation_steps (x devices), and in GRPO and RLOO counts completions, of which num_generations are one prompt.
+--steps counts batches of completions where one is several updates; max_steps counts updates.  warmup_steps below 1 is a
+share, here --warmup_ratio.  epsilon is both --clip_low and --clip_high.  Training is in float32 unless --dtype bfloat16
+(TRL: bf16); what is trained has float32 masters.""".strip()
+
+
+def defaults_of(command: str) -> dict[str, Any]:
+    """Every option of a command with its default, from its signature; None where it must be given."""
+    from rlhf.cli import COMMANDS
+
+    options = options_of(importlib.import_module(COMMANDS[command][0]).main)
+    return {name: None if option.needed else option.default for name, option in options.items()}
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

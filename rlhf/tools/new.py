@@ -4,7 +4,7 @@ from typing import Annotated
 
 import jax
 
-from rlhf import tasks
+from rlhf import files, tasks
 from rlhf.models import TransformerConfig, huggingface, transformer
 from rlhf.ranges import Seed, between, checked
 
@@ -18,6 +18,7 @@ def main(
     num_layers: Annotated[int, between(1, 1024)] = 2,
     num_heads: Annotated[int, between(1, 1024)] = 4,
     seed: Seed = 0,
+    overwrite: bool = False,
 ) -> None:
     """Writes a new model with random weights, to be trained from scratch.
 
@@ -28,9 +29,12 @@ def main(
       num_layers: of the transformer.
       num_heads: that attend, in every layer.
       seed: of the weights.
+      overwrite: write over the folder if it holds a model.
     """
     if hidden_size % (2 * num_heads):
         raise ValueError(f"hidden_size {hidden_size} is not {num_heads} heads of one even size; change --num_heads")
+    files.check_output_folder(output, overwrite=overwrite)
     tokenizer = tasks.find(task).tokenizer()
     lm = transformer(TransformerConfig(len(tokenizer), hidden_size, num_layers, num_heads, 4 * hidden_size, tied=True))
-    huggingface.save(output, lm, lm.init(jax.random.key(seed)), tokenizer=tokenizer, family="llama")
+    with files.renewed(output) as folder:
+        huggingface.save(folder, lm, lm.init(jax.random.key(seed)), tokenizer=tokenizer, family="llama")

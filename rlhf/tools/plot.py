@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from rlhf import runs
+from rlhf import files, runs
 from rlhf.ranges import at_least, checked
 
 
@@ -13,6 +13,7 @@ def main(
     *,
     output: str = "curves.png",
     figures: Annotated[list[str], at_least(1)] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Draws what runs have logged, one panel a figure and one line a run.
 
@@ -20,7 +21,9 @@ def main(
       folders: of the runs.
       output: the picture.
       figures: names in metrics.jsonl; null: loss, reward and accuracy, as far as they are there.
+      overwrite: write over the picture if it exists.
     """
+    files.check_output(output, inputs=folders, overwrite=overwrite)
     names = figures or ["loss", "reward", "accuracy", "margin", "kl_to_reference", "eval_loss"]
     runs.plot([Path(folder) for folder in folders], Path(output), tuple(names))
     print(output)

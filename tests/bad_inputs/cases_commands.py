@@ -179,7 +179,7 @@ CASES: list[tuple[str, list[str], str]] = [
     (
         "grpo loss sapo epsilon 0.1",
         [*GRPO, *TASK, "--loss", "sapo", "--epsilon", "0.1"],
-        "clip_low means nothing to sapo, whose knobs are tau_pos",
+        "clip_high means nothing to sapo, whose knobs are tau_pos",
     ),
     ("grpo loss grop", [*GRPO, *TASK, "--loss", "grop"], "loss 'grop' is not known; did you mean grpo?"),
     ("grpo reward [acuracy]", [*GRPO, *TASK, "--reward", "[acuracy]"], "reward 'acuracy' is not known; did you mean accuracy?"),

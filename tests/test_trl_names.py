@@ -1,0 +1,273 @@
+"""TRL's names: the same numbers mean the same, or the difference is said; what is listed is what signatures say."""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import re
+import textwrap
+import types
+
+import pytest
+import yaml
+
+from rlhf import cli, trl_names
+from rlhf.options import options_of
+
+MAINS = {name: importlib.import_module(module).main for name, (module, _) in cli.COMMANDS.items()}
+RECIPES = [name for name, (module, _) in cli.COMMANDS.items() if ".recipes." in module]
+NEEDED = {"model": "m", "dataset": "d", "output": "o", "teacher": "t"}
+
+
+def needed(command: str, theirs: str = "") -> list[str]:
+    """What the command must be given, unless that is among what is typed."""
+    names = [name for name in NEEDED if name in options_of(MAINS[command])]
+    if "output_dir" in theirs or "resume_from_checkpoint runs" in theirs or "--output " in theirs:
+        names.remove("output")
+    return [f"--{name}={NEEDED[name]}" for name in names]
+
+
+def printed(capsys, command: str, *words: str, theirs: str = "") -> tuple[dict, str]:
+    """The options as resolved, and what was said."""
+    with pytest.raises(SystemExit):
+        assert cli.main([command, *needed(command, theirs), *words, "--print_config"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    return yaml.safe_load(said.out), said.err
+
+
+def as_file(words: list[str]) -> dict:
+    """The same as a config file has it."""
+    found: dict = {}
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            found[name] = [value] if value else []
+        else:
+            found[name].append(word)
+    return {name: yaml.safe_load(f"[{', '.join(values)}]" if len(values) > 1 else (values or ["true"])[0])
+            for name, values in found.items()}  # fmt: skip
+
+
+SAME = [  # command, TRL's, ours, what is said
+    ("sft", "--per_device_train_batch_size 4", dict(batch_size=4, micro_batches=1), ""),
+    ("sft", "--per_device_train_batch_size 4 --gradient_accumulation_steps 2", dict(batch_size=8, micro_batches=2), ""),
+    ("sft", "--gradient_accumulation_steps 4", dict(batch_size=32, micro_batches=4), ""),
+    ("sft", "--batch_size 6 --micro_batches 3", dict(batch_size=6, micro_batches=3), ""),
+    ("dpo", "--per-device-train-batch-size=2 --micro_batches 2", dict(batch_size=2, micro_batches=2), ""),
+    ("grpo", "--per_device_train_batch_size 16", dict(batch_size=2), "16 completions a step are 2 prompts here"),
+    ("grpo", "--per_device_train_batch_size 6 --gradient_accumulation_steps 2 --num_generations 4",
+     dict(batch_size=3, micro_batches=1, num_samples=4), "taken in 1 parts, not 2, to the same end"),
+    ("rloo", "--per_device_train_batch_size 6", dict(batch_size=3), "6 completions a step are 3 prompts here"),
+    ("rloo", "--per_device_train_batch_size 6 --num_samples 3", dict(batch_size=2), ""),
+    ("grpo", "--per_device_train_batch_size 8 --steps_per_generation 4", dict(batch_size=4, mini_batches=4), "32 completions"),
+    ("grpo", "--per_device_train_batch_size 8 --generation_batch_size 16", dict(batch_size=2, mini_batches=2), ""),
+    ("grpo", "--max_steps 12 --num_iterations 3", dict(steps=4, updates_per_batch=3), "are 4 steps here, each of 3 updates"),
+    ("ppo", "--per_device_train_batch_size 4 --num_ppo_epochs 2", dict(batch_size=4, updates_per_batch=2), ""),
+    ("online_dpo", "--per_device_train_batch_size 4", dict(batch_size=4), ""),
+    ("sft", "--max_steps -1", dict(steps=None), ""),
+    ("sft", "--max_steps 7", dict(steps=7), ""),
+    ("sft", "--report_to none", dict(track=[]), ""),
+    ("sft", "--report_to all", dict(), ""),
+    ("sft", "--lr_scheduler_type constant_with_warmup --warmup_steps 5", dict(schedule="constant", warmup_steps=5), ""),
+    ("sft", "--lr_scheduler_type cosine_with_restarts", dict(schedule="cosine"), ""),
+    ("sft", "--lr_scheduler_type constant", dict(schedule="constant"), ""),
+    ("sft", "--warmup_steps 0.1", dict(warmup_steps=0, warmup_ratio=0.1), ""),
+    ("sft", "--warmup_steps 3.0", dict(warmup_steps=3), ""),
+    ("sft", "--warmup_ratio 0.1", dict(warmup_ratio=0.1), ""),
+    ("sft", "--resume_from_checkpoint true", dict(resume=True), ""),
+    ("sft", "--resume_from_checkpoint", dict(resume=True), ""),
+    ("sft", "--resume_from_checkpoint false", dict(resume=False), ""),
+    ("sft", "--resume_from_checkpoint runs/a", dict(resume=True, output="runs/a"), ""),
+    ("sft", "--output_dir runs/a --resume_from_checkpoint runs/a/checkpoint-500", dict(resume=True, output="runs/a"),
+     "goes on from its newest checkpoint"),
+    ("sft", "--bf16", dict(dtype="bfloat16"), ""),
+    ("sft", "--bf16 false", dict(dtype="float32"), ""),
+    ("sft", "--torch_dtype bfloat16", dict(dtype="bfloat16"), ""),
+    ("sft", "--dtype torch.bfloat16", dict(dtype="bfloat16"), ""),
+    ("sft", "--fp16 false", dict(dtype="float32"), ""),
+    ("sft", "--gradient_checkpointing", dict(remat="full"), ""),
+    ("sft", "--gradient_checkpointing false", dict(remat="none"), ""),
+    ("sft", "--use_peft", dict(lora_rank=16, lora_alpha=32.0), ""),
+    ("sft", "--use_peft --lora_r 4 --lora_dropout 0", dict(lora_rank=4), ""),
+    ("sft", "--use_peft false --lora_r 4", dict(lora_rank=0), ""),
+    ("sft", "--lora_r 4 --use_dora", dict(lora_rank=4, dora=True), "trains adapters here, without --use_peft too"),
+    ("sft", "--packing", dict(packing="bfd"), ""),
+    ("sft", "--packing true --packing_strategy bfd_split", dict(packing="split"), ""),
+    ("sft", "--packing wrapped", dict(packing="wrapped"), ""),
+    ("sft", "--eval_strategy steps --eval_steps 5 --logging_steps 2 --save_steps 3 --save_total_limit 1",
+     dict(eval_every=5, log_every=2, save_every=3, keep=1), ""),
+    ("sft", "--save_strategy no", dict(save_every=0), ""),
+    ("sft", "--optim adamw_torch", dict(), ""),
+    ("grpo", "--use_vllm --num_generations 4", dict(num_samples=4), "use_vllm changes nothing here"),
+    ("grpo", "--epsilon 0.1", dict(clip_low=0.1, clip_high=0.1), ""),
+    ("grpo", "--epsilon 0.1 --epsilon_high 0.3", dict(clip_low=0.1, clip_high=0.3), ""),
+    ("grpo", "--loss_type dapo", dict(loss="dapo"), "--clip_high 0.2 is TRL's"),
+    ("grpo", "--loss_type dapo --epsilon 0.2", dict(loss="dapo", clip_high=0.2), ""),
+    ("grpo", "--importance_sampling_level token --scale_rewards group", dict(), ""),
+    ("dpo", "--loss_type exo_pair", dict(loss=["exo"]), ""),
+    ("dpo", "--loss_type sigmoid bco_pair sft", dict(loss=["sigmoid", "bco_pair", "sft"]), ""),
+    ("dpo", "--loss_type [sigmoid,nca_pair]", dict(loss=["sigmoid", "nca"]), ""),
+    ("kto", "--loss_type apo_zero_unpaired", dict(loss="apo_zero"), ""),
+    ("reward", "--center_rewards_coefficient 0.01", dict(center_coef=0.01), ""),
+    ("ppo", "--gamma 0.9 --vf_coef 0.2", dict(discount=0.9, value_coef=0.2), ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "theirs", "ours", "note"), SAME, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_same_numbers_mean_the_same(command, theirs, ours, note, capsys, tmp_path):
+    found, said = printed(capsys, command, *theirs.split(), theirs=theirs)
+    assert {name: found[name] for name in ours} == ours
+    assert note in said
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(as_file(theirs.split())))
+    again, said = printed(capsys, command, "--config", str(tmp_path / "run.yaml"), theirs=theirs)
+    assert again == found
+    assert note in said
+
+
+REFUSED = [  # command, TRL's, what is said
+    ("sft", "--batch_size 8 --gradient_accumulation_steps 2", "--batch_size is the whole batch; give --micro_batches 2"),
+    ("sft", "--batch_size 8 --per_device_train_batch_size 2", "are both the batch; give one of them"),
+    ("grpo", "--per_device_train_batch_size 12", "12 completions a step are no whole groups of num_generations 8"),
+    ("grpo", "--max_steps 5 --num_iterations 2", "give a multiple of 2, or --steps"),
+    ("grpo", "--per_device_train_batch_size 8 --gradient_accumulation_steps 4 --steps_per_generation 6", "give multiples"),
+    ("grpo", "--per_device_train_batch_size 0", "--per_device_train_batch_size must be a whole number, at least 1, but is 0"),
+    ("grpo", "--gradient_accumulation_steps x", "--gradient_accumulation_steps must be a whole number, at least 1, but is 'x'"),
+    ("sft", "--lr_scheduler_type polynomial", "--lr_scheduler_type 'polynomial' is not here; give one of linear, cosine"),
+    ("sft", "--lr_scheduler_type constant --warmup_steps 5", "constant has no warm-up in TRL; give constant_with_warmup"),
+    ("sft", "--warmup_steps 3 --warmup_ratio 0.5", "are one warm-up; give one of them"),
+    ("sft", "--resume_from_checkpoint runs/b --output runs/a", "a run goes on in its own folder; give --output runs/b"),
+    ("sft", "--fp16", "nothing is computed in float16 here; give --dtype bfloat16"),
+    ("sft", "--torch_dtype auto", "--torch_dtype (here dtype) must be one of float32, bfloat16, but is 'auto'"),
+    ("sft", "--lora_dropout 0.05", "adapters have no dropout here"),
+    ("sft", "--report_to mlflow", "--report_to"),
+    ("sft", "--optim sgd", "all train with AdamW here"),
+    ("sft", "--push_to_hub", "rlhf export RUN --push NAME"),
+    ("sft", "--overwrite_output_dir", "a run is never written over"),
+    ("sft", "--packing_strategy bfd", "TRL packs with packing true alone"),
+    ("sft", "--save_strategy epoch", "--save_strategy 'epoch' is not here"),
+    ("grpo", "--scale_rewards none", "--loss dr_grpo here"),
+    ("grpo", "--importance_sampling_level sequence", "--loss gspo here"),
+    ("sft", "--num_generations 8", "--num_generations (here --num_samples) is no option of rlhf sft"),
+    ("sft", "--epsilon 0.2", "--epsilon (here --clip_low) is no option of rlhf sft"),
+    ("sft", "--reward_funcs exact", "--reward_funcs (here --reward) is no option of rlhf sft"),
+    ("grpo", "--reward_funcs a --reward b", "are both --reward; give one of them"),
+    ("sft", "--bf16 --dtype float32", "are both --dtype; give one of them"),
+]
+
+
+@pytest.mark.parametrize(("command", "theirs", "message"), REFUSED, ids=lambda x: x)
+def test_what_does_not_carry_over_is_refused_with_the_cure(command, theirs, message, capsys, tmp_path):
+    assert cli.main([command, *needed(command, theirs), *theirs.split()]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+    assert all(line.startswith(f"rlhf {command}: ") for line in said)
+
+
+GARBAGE = [None, True, -1, 0, 1.5, 1e300, float("nan"), float("inf"), "", "x", [], ["a", "b"], [[]], {}, {"a": 1}, "1" * 40]
+
+
+def test_values_that_cannot_be_are_one_line(capsys, tmp_path):
+    for name in (*trl_names.RULES, "num_generations", "save_total_limit"):
+        for value in GARBAGE:
+            (tmp_path / "run.yaml").write_text(yaml.safe_dump({name: value}))
+            with contextlib.suppress(SystemExit):  # after --print_config
+                assert cli.main(["grpo", *needed("grpo"), "--config", str(tmp_path / "run.yaml"), "--print_config"]) == 2
+            assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_is_typed_wins_over_a_file_by_whichever_name(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("per_device_train_batch_size: 4\ngradient_accumulation_steps: 2\nmax_steps: 9\n")
+    config = ["--config", str(tmp_path / "run.yaml")]
+    for words, ours in (
+        ([], dict(batch_size=8, micro_batches=2, steps=9)),
+        (["--batch_size", "3"], dict(batch_size=3, micro_batches=1, steps=9)),
+        (["--per_device_train_batch_size", "5"], dict(batch_size=10, micro_batches=2, steps=9)),
+        (["--gradient_accumulation_steps", "1"], dict(batch_size=4, micro_batches=1, steps=9)),
+        (["--micro_batches", "4"], dict(batch_size=8, micro_batches=4, steps=9)),
+        (["--steps", "2"], dict(batch_size=8, steps=2)),
+    ):
+        found, _ = printed(capsys, "sft", *config, *words)
+        assert {name: found[name] for name in ours} == ours
+
+
+def test_a_suggestion_is_another_option_that_the_command_has(capsys):
+    everywhere = set().union(*(options_of(main) for main in MAINS.values())) | set(trl_names.known({}) or trl_names.RENAMED)
+    for command, main in MAINS.items():
+        has = options_of(main)
+        for name in sorted(everywhere - set(has) - set(trl_names.known(has)) - set(trl_names.IDLE) - set(trl_names.RULES)):
+            assert cli.main([command, f"--{name}", "1"]) == 2
+            said = capsys.readouterr().err
+            assert f"--{name}" in said
+            for suggested in re.findall(r"did you mean --(\w+)", said):
+                assert suggested != name
+                assert suggested in {*has, *trl_names.known(has)}, (command, name)
+
+
+# --- rlhf help trl -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_defaults_is_what_the_signatures_say(capsys):
+    assert cli.main(["help", "trl"]) == 0
+    shown = capsys.readouterr().out
+    assert "--per_device_train_batch_size" in shown
+    tables = re.findall(r"^  (?:rlhf )?(\w+)[^\n]*\n((?:    --.*\n)*)", shown.split("TRL 1.16's:")[1], re.MULTILINE)
+    assert {name for name, _ in tables} == {"every", *trl_names.DEFAULTS}
+    for name, rows in tables:
+        defaults = {option: x.default for option, x in options_of(MAINS["sft" if name == "every" else name]).items()}
+        theirs = trl_names.TRAINER if name == "every" else trl_names.DEFAULTS[name]
+        listed = dict(re.findall(r"--(\w+) +(\S+)", rows))
+        for option, value in theirs.items():
+            if option in defaults and defaults[option] != value:
+                assert yaml.safe_load(listed.pop(option).replace("e-0", ".0e-0")) == pytest.approx(defaults[option])
+        assert not listed
+
+
+def test_every_command_of_trl_has_its_defaults_listed_by_our_names():
+    assert set(trl_names.DEFAULTS) == set(RECIPES) - {"rft", "ilql"}  # trlX's
+    for command, theirs in trl_names.DEFAULTS.items():
+        unknown = set(theirs) - set(options_of(MAINS[command]))
+        assert unknown <= {"loss", "top_k"}, command  # has no choice of them
+
+
+# --- options are read ----------------------------------------------------------------------------------------------------
+
+
+def reached(fn) -> list:
+    """A function, and those of ours that it names, and so on; with methods of the classes named."""
+    found, left = [], [inspect.unwrap(fn)]
+    while left:
+        one = left.pop()
+        if one in found:
+            continue
+        found.append(one)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(one)))):
+            named = resolved(node, one)
+            parts = [part for kind in named.__mro__ for part in vars(kind).values()] if inspect.isclass(named) else [named]
+            of_ours = [inspect.unwrap(part.fget if isinstance(part, property) else part) for part in parts
+                       if isinstance(part, types.FunctionType | property)]  # fmt: skip
+            left += [part for part in of_ours if is_written(part)]
+    return found
+
+
+def is_written(fn) -> bool:
+    """Whether a function is ours, and no dataclass made it or checks itself in it."""
+    return (fn.__module__ or "").startswith("rlhf") and fn.__code__.co_filename[0] != "<" and fn.__name__ != "__post_init__"
+
+
+def resolved(node, fn):
+    if isinstance(node, ast.Name):
+        return fn.__globals__.get(node.id)
+    if isinstance(node, ast.Attribute):
+        return getattr(resolved(node.value, fn), node.attr, None) if isinstance(node.value, ast.Name | ast.Attribute) else None
+    return None
+
+
+@pytest.mark.parametrize("command", MAINS)
+def test_every_option_of_every_command_is_read(command):
+    trees = [ast.parse(textwrap.dedent(inspect.getsource(f))) for f in reached(MAINS[command])]
+    attributes = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {node.id for node in ast.walk(trees[0]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for name, option in options_of(MAINS[command]).items():
+        if name == "resume":  # through `locals()`, in RunFolder
+            continue
+        assert name in (names if option.of is None else attributes), f"--{name} of rlhf {command} is read nowhere"
