@@ -1,6 +1,8 @@
 """Text in, text out: the glue to a `transformers` tokenizer."""
 
+import re
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -121,7 +123,7 @@ def _framed(tokenizer, without: tuple) -> Callable[[str], list[int]]:
 
 def _reader(tokenizer) -> Callable:
     """`(text, add_special_tokens) -> encoding`; it raises what `encoder` says."""
-    lost = _lost_letters(tokenizer)
+    lost = _lost_letter(tokenizer)
 
     def read(text: str, special: bool):
         if len(text) > CHARACTERS:
@@ -132,11 +134,11 @@ def _reader(tokenizer) -> Callable:
             half = f"{text[error.start]!r} at character {error.start}"
             raise ValueError(f"a text has half a letter, {half} (a surrogate without its other half); remove it") from None
         try:
-            encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=lost is not None)
+            encoding = tokenizer(text, add_special_tokens=special)
         except Exception as error:  # the backend has no kind of its own for it
             letter = next((letter for letter in dict.fromkeys(text) if _fails(tokenizer, letter)), None)
             raise ValueError(_lacking(text, letter) if letter else f"{error}, in {text!r:.60}") from None
-        if lost and (letter := lost(text, encoding)):
+        if letter := lost(text):
             raise ValueError(_lacking(text, letter))
         return encoding
 
@@ -159,27 +161,30 @@ def _lacking(text: str, letter: str) -> str:
     )
 
 
-def _lost_letters(tokenizer) -> Callable | None:
-    """`(text, encoding) -> the first letter that byte-pair encoding leaves out`; None where it leaves out none."""
+def _lost_letter(tokenizer) -> Callable[[str], str | None]:
+    """`(text) -> the first letter that byte-pair encoding leaves out without a word`, None where it leaves out none."""
     backend = tokenizer.backend_tokenizer
-    model, normalizer = backend.model, backend.normalizer
+    model, normalizer, splitter = backend.model, backend.normalizer, backend.pre_tokenizer
     if type(model).__name__ != "BPE" or model.unk_token is not None or model.byte_fallback:
-        return None
-    vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_decoder)
-    bytewise = "ByteLevel" in str(backend.pre_tokenizer)
-    absent = {byte for letter, byte in BYTES.items() if bytewise and letter not in vocabulary}
-    if bytewise and not absent:
-        return None
+        return lambda text: None
+    vocabulary = tokenizer.get_vocab()
+    if "ByteLevel" in str(splitter) and not set(BYTES) - set(vocabulary):
+        return lambda text: None
+    begin, end = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
+    added = re.compile(
+        "|".join(map(re.escape, sorted(filter(None, tokenizer.added_tokens_encoder), key=len, reverse=True))) or "(?!)"
+    )
 
-    def lost(text: str, encoding) -> str | None:
-        covered = np.zeros(len(text) + 1, bool)
-        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            covered[start:end] |= not bytewise or token in added
-        for at in np.flatnonzero(~covered[:-1]).tolist():
-            letter = text[at]
-            gone = absent & set(letter.encode()) if bytewise else not letter.isspace()
-            if gone and (normalizer is None or normalizer.normalize_str(letter).strip()):
-                return letter
-        return None
+    @cache
+    def known(letter: str) -> bool:
+        text = letter if normalizer is None else normalizer.normalize_str(letter)
+        pieces = [text] if splitter is None else [piece for piece, _ in splitter.pre_tokenize_str(text)]
+        forms = lambda symbol: {symbol, begin + symbol, symbol + end, begin + symbol + end}
+        return all(forms(symbol) & vocabulary.keys() for piece in pieces for symbol in piece)
+
+    def lost(text: str) -> str | None:
+        if all(map(known, set(text))):
+            return None
+        return next((letter for letter in added.sub("", text) if not known(letter)), None)
 
     return lost

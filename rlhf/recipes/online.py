@@ -77,8 +77,7 @@ class Asking(setup.Data):
     """The rows whose prompts are answered.
 
     Args:
-      max_prompt_length: leave out rows whose prompt has more tokens, since all prompts are as wide as the longest; they are
-        not cut, as a prompt without its beginning or end is another.  null: none.
+      max_prompt_length: leave out rows with longer prompts, since all are padded to the longest; null: none.
     """
 
     max_prompt_length: Length | None = None

@@ -40,8 +40,7 @@ class Model:
       dora: adapters with a magnitude.
       resize_embeddings: grow the embedding to the tokenizer's length; new tokens begin as the mean of the others.  Adapters do
         not train it, and theirs fit a base that is grown likewise.
-      eos_token: the token that ends an answer, where the tokenizer's files name none or another, such as <|im_end|>; it is
-        saved with the model.  null: what they name.
+      eos_token: the token that ends an answer; null: what the tokenizer's files name.
     """
 
     model: str
