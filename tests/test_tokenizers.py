@@ -202,8 +202,8 @@ def test_what_the_tokenizer_drops_on_purpose_is_no_lost_letter():
 
 def test_texts_of_absurd_length_and_half_letters_are_refused(monkeypatch):
     tokenizer = bytewise(eos_token="</s>")
-    with pytest.raises(ValueError, match="row 1: a text has half a letter, '.ud83d' at character 1"):
-        data.tokenize_texts(tokenizer, [{"text": "a"}, {"text": "a\ud83d"}])
+    with pytest.raises(ValueError, match="prompt 1: a text has half a letter, '.ud83d' at character 1"):
+        rollouts.text.encode(tokenizer, ["a", "a\ud83d"])
     monkeypatch.setattr(text, "CHARACTERS", 5)
     with pytest.raises(ValueError, match="row 1: a text has 6 characters, but 5 are the most; cut it"):
         data.tokenize_texts(tokenizer, [{"text": "a"}, {"text": "a" * 6}])

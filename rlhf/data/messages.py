@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf.data.types import Row, is_messages
+from rlhf.data.values import of_json
 
 TOOL_ROLES = ("tool", "function", "ipython", "environment", "observation")  # whose content may be an object
 WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # one of them is enough
@@ -210,8 +211,8 @@ def _object(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
+        found = of_json(value)
+    except ValueError:
         return value
     return found if isinstance(found, dict) else value
 
@@ -237,6 +238,6 @@ def _parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return of_json(value)
+    except ValueError as error:
         raise ValueError(f"{name} is a text, but not JSON ({str(error)[:80]}): {value!r:.60}") from None

@@ -46,7 +46,7 @@ def render(conversations: Sequence[Conversation]) -> list[Rendered]:
 
     Returns: as many, in their order.  One that takes too long is the last, and those after it are left out.
 
-    Raises: ValueError, RecursionError for what JSON cannot hold, such as messages inside themselves.
+    Raises: TypeError, ValueError, RecursionError for what JSON cannot hold, such as messages inside themselves.
 
     >>> hello = Conversation("{{ messages[0].content | upper }}", [{"role": "user", "content": "hello"}], {})
     >>> refused = hello._replace(template="{{ raise_exception('no ' ~ messages[0].role ~ ' here') }}")

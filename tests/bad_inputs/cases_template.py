@@ -28,7 +28,7 @@ ROWS = {  # file -> its second row, and what is said of it
     "number": ({"messages": [SAY("user", 5)]}, "row 1: message 0: content must be text, or parts with text, but is 5"),
     "null": ({"messages": [SAY("user", None)]}, "row 1: message 0 of role 'user' has no content"),
     "object": ({"messages": [SAY("assistant", {"a": 1})]}, "row 1: message 0: content must be text"),
-    "role": ({"messages": [SAY(None, "a")]}, "row 1: message 0: role must be a text"),
+    "role": ({"messages": [SAY(None, "a")]}, "row 1: messages must be a string or messages"),
     "calls": ({"messages": [SAY("assistant", "a") | {"tool_calls": "add"}]}, "row 1: message 0: tool_calls must be a"),
     "lost_call": (
         {"messages": [*CHAT[:1], SAY("assistant", "a") | {"tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}]},
@@ -38,7 +38,7 @@ ROWS = {  # file -> its second row, and what is said of it
     "tool_defs": ({"messages": CHAT, "tools": None, "tool_defs": 5}, "row 1: tool_defs must be a list of JSON schemas"),
     "kwargs": ({"messages": CHAT, "chat_template_kwargs": {"tokenize": False}}, "row 1: chat_template_kwargs has tokenize"),
     "letter": ({"messages": [SAY("user", "Ö")]}, "row 1: the tokenizer has no token for 'Ö'"),
-    "half": ({"messages": [SAY("user", "a\ud83d")]}, "row 1: a text has half a letter"),
+    "half": ({"messages": [SAY("user", "a\ud83d")]}, "half of a surrogate pair"),
 }  # fmt: skip
 SHORT = ["--steps", "1", "--batch_size", "2", "--output", "OUT"]
 CASES: list[tuple[str, list[str], str]] = [
@@ -60,7 +60,7 @@ CASES: list[tuple[str, list[str], str]] = [
     (
         "no length",
         ["grpo", "--model", "BASE", "--dataset", "TMP/prompts.jsonl", "--reward", "length", "--max_prompt_length", "0", *SHORT],
-        "max_prompt_length must be a whole number, at least 1 or null, but is 0",
+        "--max_prompt_length must be a whole number at least 1 and at most 1,000,000, or null, but is 0",
     ),
     (
         "an end token that is none",

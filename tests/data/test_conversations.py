@@ -7,6 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -132,15 +133,14 @@ def test_whatever_a_template_does_is_one_line_with_the_row(template, error, said
 
 
 def test_a_template_that_never_ends_is_ended(tokenizer, monkeypatch):
-    monkeypatch.setattr(render, "SECONDS", 0.2)
+    monkeypatch.setattr(render, "SECONDS", 0.1)
     render._WORKER.stop()
-    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     power = "{{ 7 ** (10 ** 9) }}"  # in one instruction, which no signal handler would interrupt
     calls = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}"
-    for template in (loops, power, calls):
+    for template in (power, calls):
         tokenizer.chat_template, start = template, time.monotonic()
         with pytest.raises(
-            ValueError, match="row 0: the chat template fails on it: it takes longer than 0.2 s, which is the mo"
+            ValueError, match="row 0: the chat template fails on it: it takes longer than 0.1 s, which is the mo"
         ):
             data.tokenize_prompts(tokenizer, [{"prompt": [SAY("user", "so")]}] * 300)
         assert time.monotonic() - start < 20
@@ -237,6 +237,10 @@ def test_what_a_tool_returned_may_be_an_object_that_the_template_writes_as_json(
     ("columns", "error"),
     [
         ({"tools": "[{"}, "row 0: tools is a text, but not JSON"),
+        (
+            {"tools": "[" * 200 + "]" * 200},
+            "row 0: tools is a text, but not JSON .lists and objects inside each other more than",
+        ),
         ({"tools": 5}, "row 0: tools must be a list of JSON schemas, but is 5"),
         ({"tool_defs": [5]}, "row 0: tool_defs must be a list of JSON schemas, but holds 5"),
         ({"chat_template_kwargs": [1]}, "row 0: chat_template_kwargs must be an object"),
@@ -245,7 +249,6 @@ def test_what_a_tool_returned_may_be_an_object_that_the_template_writes_as_json(
         ({"messages": [{"role": 5, "content": "a"}]}, "row 0: message 0: role must be a text"),
         ({"messages": [SAY("assistant", "a") | {"tool_calls": "x"}]}, "row 0: message 0: tool_calls must be a list of calls"),
         ({"messages": [SAY("assistant", "a") | {"tool_calls": [5]}]}, "row 0: message 0: a tool call must be an object"),
-        ({"messages": [SAY("user", "a\ud800")]}, "row 0: a text has half a letter, '.ud800'"),
     ],
 )
 def test_what_no_template_can_mean_is_refused_with_its_row(columns, error, tokenizer):
@@ -253,13 +256,12 @@ def test_what_no_template_can_mean_is_refused_with_its_row(columns, error, token
         read(tokenizer, {"messages": [SAY("user", "so")], **columns})
 
 
-def test_messages_nested_without_end_are_refused(tokenizer):
-    deep: list = []
-    for _ in range(100_000):
-        deep = [deep]
+def test_messages_that_no_process_can_be_sent_are_refused(tokenizer):
     good = {"messages": [SAY("user", "so")]}
-    with pytest.raises(ValueError, match="row 1: its messages cannot be given to a template"):
-        read(tokenizer, good, {"messages": [SAY("user", "so") | {"extra": deep}]})
+    with pytest.raises(ValueError, match="row 1: its messages cannot be given to a template .Exceeds the limit"):
+        read(tokenizer, good, {"messages": [SAY("user", "so") | {"extra": 10**5000}]})
+    tokenizer.chat_template = CHATML
+    assert read(tokenizer, {"messages": [SAY("user", "so") | {"seen": np.int64(3), "of": object()}]}) == read(tokenizer, good)
 
 
 def test_special_tokens_in_messages_and_tools_left_out_are_told(tokenizer):
