@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 2.0  # of computing, for one conversation; a usual one takes a thousandth
+SECONDS = 1.0  # of computing, for one conversation; a usual one takes a thousandth
 CHARACTERS = 16_000_000  # of a text; more than any model reads
 MEMORY = 2**30  # bytes, for the template alone
 BATCH = 128  # conversations sent together
