@@ -17,7 +17,7 @@ from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_row
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
-from rlhf.models import classifier_head, huggingface
+from rlhf.models import huggingface
 from rlhf.models.config import EncoderDecoderConfig
 from rlhf.models.huggingface_config import decoder_of
 from rlhf.models.vocabulary import resized
@@ -68,12 +68,41 @@ class Model:
         lm, params, tokenizer = huggingface.load(self.model, **self.precision())
         return resized(lm, params, len(tokenizer)) if self.resize_embeddings else (lm, params)
 
+    def load_classifier(self, labels: int, *, of_tokens: bool, seed: int) -> tuple[LM, Head, Any]:
+        """A trunk and a head to train.  Raises: as `rlhf.models.huggingface.load_for_classification`."""
+        lm, head, params, tokenizer = huggingface.load_for_classification(
+            self.model, labels, of_tokens=of_tokens, key=jax.random.key(seed), **self.precision()
+        )
+        if self.resize_embeddings:
+            lm, trunk = resized(lm, params["lm"], len(tokenizer))
+            params = params | {"lm": trunk}
+        return lm, head, params
+
+    def encoder(self, length: int) -> int | None:
+        """Of an encoder the most tokens that it reads, at most `length`; None for others.
+
+        Raises: ValueError for an encoder-decoder, which is no classifier here.
+        """
+        config = huggingface.read_config(self.model)
+        if isinstance(config, EncoderDecoderConfig):
+            raise ValueError(
+                f"{self.model} is an encoder-decoder, which cannot be a reward model or classifier here; take a decoder "
+                "(Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT)"
+            )
+        return None if config.causal else min(length, config.max_positions or length)
+
     def seq2seq(self, tokenizer: Any) -> data.Seq2Seq | None:
         """How an encoder-decoder reads rows; None for other models.
 
         Raises: ValueError where config.json does not say what its decoder starts with.
         """
-        if not isinstance(huggingface.read_config(self.model), EncoderDecoderConfig):
+        config = huggingface.read_config(self.model)
+        if not decoder_of(config).causal:
+            raise ValueError(
+                f"{self.model} is an encoder ({huggingface.model_type(self.model)}), which writes no text; `rlhf reward` and "
+                "`rlhf prm` take it, other commands a decoder (Llama, Qwen, …) or an encoder-decoder (T5, BART)"
+            )
+        if not isinstance(config, EncoderDecoderConfig):
             return None
         start = huggingface.decoder_start(self.model)
         if start is None:
@@ -282,11 +311,21 @@ def policy(options: Model, seed: int) -> Policy:
 
 
 def reward_model(options: Model, seed: int) -> tuple[Policy, Head]:
-    """Loads the model as the trunk of a reward model with a head that starts at 0, and without a bias, as Hugging Face has it.
+    """Loads a reward model to be trained: with its own head where it has one, else with one that starts at 0.
 
-    Raises: as `rlhf.load`.
+    Raises: as `rlhf.models.huggingface.load_for_classification`.
     """
-    return with_head(options, seed, partial(classifier_head, labels=1, scale=0.0))
+    return classifier(options, seed, 1)
+
+
+def classifier(options: Model, seed: int, labels: int, *, of_tokens: bool = False) -> tuple[Policy, Head]:
+    """Loads a classifier to be trained, of whole texts or of tokens.
+
+    Raises: as `rlhf.models.huggingface.load_for_classification`.
+    """
+    lm, head, params = options.load_classifier(labels, of_tokens=of_tokens, seed=seed)
+    trained, frozen = options.trained(params["lm"], seed)
+    return Policy(lm, {"lm": trained, "head": params["head"]}, frozen, options.model, head), head
 
 
 def with_head(options: Model, seed: int, make: Callable[[int], Head]) -> tuple[Policy, Head]:
