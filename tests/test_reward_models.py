@@ -146,7 +146,7 @@ def test_what_reward_writes_is_read_again_and_by_transformers(trained, name):
 
 def test_reward_goes_on_from_its_own_output_and_reads_conversations(trained):
     run = trained / f"run_{ENCODERS[0]}"
-    argv = ["reward", "--model", str(run / "model"), "--dataset", str(trained / "chats.jsonl"), *SHORT]
+    argv = ["reward", "--model", str(run), "--dataset", str(trained / "chats.jsonl"), *SHORT]
     argv += ["--packing", "bfd", "--batch_size", "2"]
     assert cli.main([*argv, "--output", str(trained / "again")]) == 0
     before, after = (huggingface.load_classifier(folder / "model")[2]["head"] for folder in (run, trained / "again"))

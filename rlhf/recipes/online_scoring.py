@@ -66,7 +66,7 @@ class Scoring:
         Raises: ValueError for a reward that is not known or cannot be imported, a column that it needs and the questions lack,
           and a model that is no reward model.
         """
-        own: Any = jax.jit(tasks.find(source.dataset).score) if source.generated else None
+        own: Any = jax.jit(_of_task(tasks.find(source.dataset))) if source.generated else None
         names = self.reward or []
         if not names and own is None:
             known = f"{', '.join([*REWARDS, MATH])}, the folder of a reward model, or module:function"
@@ -169,6 +169,11 @@ class Judge:
         else:
             what = "all answers to a prompt had the same reward"
         print(f"{what} in the last {RECENT} steps: there is nothing to learn from that", file=sys.stderr)
+
+
+def _of_task(task: Any) -> Callable:
+    """A task's score, which reads prompts beside the answers, also where an encoder has read them."""
+    return lambda rollout: task.score(rollouts.joined(rollout))
 
 
 def is_model(name: str) -> bool:

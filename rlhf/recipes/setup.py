@@ -18,7 +18,7 @@ from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import huggingface
-from rlhf.models.config import EncoderDecoderConfig
+from rlhf.models.config import Config, EncoderDecoderConfig
 from rlhf.models.huggingface_config import decoder_of
 from rlhf.models.vocabulary import resized
 from rlhf.ranges import INT32, Share, at_least, between, check_fields
@@ -91,18 +91,30 @@ class Model:
             )
         return None if config.causal else min(length, config.max_positions or length)
 
-    def seq2seq(self, tokenizer: Any) -> data.Seq2Seq | None:
-        """How an encoder-decoder reads rows; None for other models.
+    def check_decoder(self) -> None:
+        """Raises ValueError for an encoder and an encoder-decoder: in recipes for decoders alone, before they read data."""
+        if isinstance(self._writer(), EncoderDecoderConfig):
+            raise ValueError(
+                f"{self.model} is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone.  "
+                "sft, dpo, cpo, orpo, grpo, rloo, ppo, online_dpo, xpo and rft take both"
+            )
 
-        Raises: ValueError where config.json does not say what its decoder starts with.
-        """
+    def _writer(self) -> Config:
+        """The config of a model that writes text."""
         config = huggingface.read_config(self.model)
         if not decoder_of(config).causal:
             raise ValueError(
                 f"{self.model} is an encoder ({huggingface.model_type(self.model)}), which writes no text; `rlhf reward` and "
                 "`rlhf prm` take it, other commands a decoder (Llama, Qwen, …) or an encoder-decoder (T5, BART)"
             )
-        if not isinstance(config, EncoderDecoderConfig):
+        return config
+
+    def seq2seq(self, tokenizer: Any) -> data.Seq2Seq | None:
+        """How an encoder-decoder reads rows; None for other models.
+
+        Raises: ValueError where config.json does not say what its decoder starts with.
+        """
+        if not isinstance(self._writer(), EncoderDecoderConfig):
             return None
         start = huggingface.decoder_start(self.model)
         if start is None:
@@ -120,11 +132,6 @@ class Model:
         config = decoder_of(whole)
         parts = [x for x in jax.tree.leaves(rows, is_leaf=_has_tokens) if _has_tokens(x)]
         sources = [Batch(mask=None, **part.inputs) for part in parts if getattr(part, "inputs", None) is not None]
-        if isinstance(whole, EncoderDecoderConfig) and len(sources) < len(parts):
-            raise ValueError(
-                f"{self.model} is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone.  "
-                "sft, dpo, cpo, orpo, grpo, rloo, ppo, online_dpo, xpo and nash_md take both"
-            )
         number = max(config.vocab_size, len(tokenizer) if self.resize_embeddings else 0)
         behind = [more] * len(parts) + [0] * len(sources)
         for part, more in zip([*parts, *sources], behind, strict=True):
