@@ -121,6 +121,8 @@ def load_for_classification(
         )
     lm, head = configs.lm_of(config), _head(config, family, labels, of_tokens)
     stored = tuple(row for row in rows if row.name in tensors)
+    outputs = {row.name for row in family.rows(config) if row.leaves.startswith("unembedding")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in outputs}
     params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config)), "head": (head, stored)}, mesh)
     fresh = head.init(jax.random.key(0) if key is None else key)
     fresh["weight"] = jnp.zeros_like(fresh["weight"])
@@ -410,9 +412,7 @@ def _read(
     leaves = {name: _leaves(part) for name, (part, _) in parts.items()}
     shapes = {name: {path: leaf.shape for path, leaf in leaves[name].items()} for name in parts}
     places = {name: mapping.places(rows, shapes[name], config) for name, (_, rows) in parts.items()}
-    outputs = [row.name for row in family.rows(config) if row.leaves.startswith("unembedding")]
-    spare = outputs if not last.unembeds else _outputs(family.rows(config)) if last.tied else []
-    unused = lambda name: re.search(family.ignored, name) or name in spare
+    unused = lambda name: re.search(family.ignored, name) or (last.tied and name in _outputs(family.rows(config)))
     if found := mapping.problems([(places[name], shapes[name]) for name in parts], tensors, unused):
         hints = {
             "score.": "load_classifier reads models with a head",
