@@ -57,6 +57,7 @@ from rlhf.rollouts.types import Prompts as Prompts
 from rlhf.rollouts.types import Rollout as Rollout
 from rlhf.rollouts.types import batch_of as batch_of
 from rlhf.rollouts.types import check_ids as check_ids
+from rlhf.rollouts.types import joined as joined
 from rlhf.rollouts.types import pair_rows as pair_rows
 from rlhf.rollouts.types import whole_rows as whole_rows
 from rlhf.rollouts.workers import in_worker as in_worker

@@ -8,6 +8,7 @@ scorable.  Completions are texts, or lists of messages, whose contents count.
 import inspect
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
@@ -282,6 +283,35 @@ def model_text_reward(lm: LM, head: Head, params, tokenizer, *, max_length: int)
         return [float(s) if fit else None for s, fit in zip(scores, fits, strict=True)]
 
     return reward
+
+
+def score_rows(lm: LM, head: Head, params, rows: Sequence[Sequence[int]], *, max_length: int | None = None) -> np.ndarray:
+    """What a reward model says of texts in its own tokens.
+
+    Args:
+      lm, head: a trunk and a head of one number.
+      params: `{"lm": …, "head": …}`.
+      rows: B lists of token ids; an empty one is not scorable.
+      max_length: the most tokens it reads, such as its learned positions: of a longer text the first and the last ones; None:
+        all.
+
+    Returns: `[B]` float32, NaN for an empty row.
+
+    Raises: ValueError where the head gives more than one number a row.
+    """
+    if max_length is not None:
+        rows = [row if len(row) <= max_length else [row[0], *row[len(row) - max_length + 1 :]] for row in rows]
+    longest = max((len(row) for row in rows), default=1) or 1
+    width = 1 << max(longest - 1, 15).bit_length()  # few widths, so that few programs compile
+    width = width if max_length is None else min(width, max_length)
+    tokens, real = np.zeros((2, len(rows), width), np.int32)
+    real[:, 0] = 1  # an empty row is one token of padding
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        real[number, : len(row)] = 1
+    batch = whole_rows(tokens, real.astype(bool))
+    scores = np.asarray(_classify(lm, head, params, batch.tokens, batch.positions, batch.segment_ids, None))
+    return np.where([len(row) > 0 for row in rows], scores, np.float32("nan"))
 
 
 def _of_rollout(lm, head, params, rollout: Rollout) -> Array:

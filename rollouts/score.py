@@ -134,7 +134,8 @@ def classify(
     if head.reads == "every":
         return head.apply(params["head"], hidden)
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)
-    first = jnp.pad(last[:, :-1] + 1, ((0, 0), (1, 0)))
+    after = jnp.minimum(last[:, :-1] + 1, tokens.shape[1] - 1)  # of segments that a row has not, a column that exists
+    first = jnp.pad(after, ((0, 0), (1, 0)))
     read = jnp.take_along_axis(hidden, (first if head.reads == "first" else last)[:, :, None], axis=1)
     return head.apply(params["head"], read.reshape(-1, hidden.shape[-1]))
 

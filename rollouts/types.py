@@ -161,3 +161,40 @@ def whole_rows(tokens: Array, real: Array, mask: Array | None = None) -> Batch:
     """
     positions = jnp.where(real, jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     return Batch(tokens, real if mask is None else mask, positions, real.astype(jnp.int32))
+
+
+def joined(rollout: Rollout) -> Rollout:
+    """An encoder-decoder's rollout as a decoder's: what its encoder read, then what was sampled; others as they are.
+
+    For what reads prompts and completions as one text, such as the score of a generated task.
+
+    Args:
+      rollout: `[B, T]` with `inputs` `[B, S]`.
+
+    Returns: `[B, S + T]` without inputs.
+
+    >>> one = jnp.ones((1, 3), bool)
+    >>> rows = whole_rows(jnp.array([[0, 8, 9]]), one, one.at[0, 0].set(False))
+    >>> inputs = {"tokens": jnp.array([[5, 6, 0]]), "segment_ids": jnp.array([[1, 1, 0]])}
+    >>> joined(Rollout(*rows[:4], 0.0 * one, 0.0 * one, one[:, 0], jnp.float32(1.0), inputs)).tokens.tolist()
+    [[0, 5, 6, 0, 8, 9]]
+    """
+    if not rollout.inputs or "tokens" not in rollout.inputs:
+        return rollout
+    read, real = jnp.asarray(rollout.inputs["tokens"]), jnp.asarray(rollout.inputs["segment_ids"]) != 0
+    order = jnp.argsort(real, axis=1, stable=True)  # padding first
+    read, real = jnp.take_along_axis(read, order, axis=1), jnp.take_along_axis(real, order, axis=1)
+    nothing = jnp.zeros(read.shape, jnp.float32)
+    beside = lambda before, x: jnp.concatenate([before.astype(x.dtype), x], axis=1)
+    rows = whole_rows(
+        beside(read, jnp.where(rollout.mask, rollout.tokens, 0)), beside(real, rollout.mask), beside(nothing, rollout.mask)
+    )
+    return rollout._replace(
+        tokens=rows.tokens,
+        mask=rows.mask,
+        positions=rows.positions,
+        segment_ids=rows.segment_ids,
+        logprobs=beside(nothing, rollout.logprobs),
+        sampling_logprobs=beside(nothing, rollout.sampling_logprobs),
+        inputs=None,
+    )

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf import cli, data, rollouts
+from rlhf import cli, data, rollouts, tasks
 from rlhf.models import huggingface, scalar_head
-from rlhf.recipes import classic, pairs, setup, sft
+from rlhf.recipes import classic, pairs, rft, setup, sft
 from rlhf.runs import metrics_of
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -122,7 +122,7 @@ def test_what_reads_an_encoder_decoder_says_what_it_was_asked(folders, tmp_path,
         ("sft", ["--packing", "bfd"], "packing bfd: an encoder-decoder takes one prompt with its answer a row"),
         ("sft", ["--completion_only", "false"], "an encoder-decoder, which only reads prompts"),
         ("dpo", ["--packing", "bfd"], "packing bfd: an encoder-decoder takes one prompt"),
-        ("reward", [], "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"),
+        ("reward", [], "is an encoder-decoder, which cannot be a reward model or classifier here"),
         ("kto", [], "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"),
     ],
 )
@@ -159,3 +159,57 @@ def test_classic_steps_take_queries_and_responses(folders):
     assert np.isfinite(seen["loss"])
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, state.params["lm"])
     assert moved["encoder"]["layers"]["q"] > 0
+
+
+def test_what_reads_prompts_with_answers_reads_them_of_an_encoder_too():
+    """The score of a generated task is that of the same rollout of a decoder; so are its prompts as texts."""
+    task, tokenizer = tasks.find("task:reverse"), tasks.find("task:reverse").tokenizer()
+    row = tasks.load("task:reverse", tasks.demonstrations, 1, seed=0)[0]
+    prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    tokenized = data.Tokenized(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+    def rollout_of(rows):
+        nothing = jnp.zeros(rows.tokens.shape)
+        return rollouts.Rollout(
+            rows.tokens,
+            rows.mask,
+            rows.positions,
+            rows.segment_ids,
+            nothing,
+            nothing,
+            jnp.ones(1, bool),
+            jnp.float32(1),
+            rows.inputs,
+        )
+
+    of_decoder = rollout_of(data.batch([tokenized]))
+    of_encoder = rollout_of(data.Seq2Seq((0,), ()).batch([tokenized]))
+    assert task.score(of_decoder).tolist() == [1.0]
+    assert task.score(of_encoder).tolist() != [1.0]
+    assert task.score(rollouts.joined(of_encoder)).tolist() == [1.0]
+    assert rollouts.joined(of_decoder) is of_decoder
+    texts = rollouts.text.prompts(tokenizer, of_encoder)
+    assert (
+        texts == rollouts.text.prompts(tokenizer, of_decoder) == rollouts.text.prompts(tokenizer, rollouts.joined(of_encoder))
+    )
+
+
+def test_answers_that_are_kept_keep_what_the_encoder_read():
+    read = np.array([[5, 6], [7, 8], [5, 6]])
+    inputs = {"tokens": read, "positions": np.array([[0, 1]] * 3), "segment_ids": np.ones_like(read)}
+    rows = rollouts.whole_rows(np.array([[0, 9]] * 3), np.ones((3, 2), bool), np.array([[False, True]] * 3))
+    rollout = rollouts.Rollout(
+        np.asarray(rows.tokens), np.asarray(rows.mask), np.asarray(rows.positions), np.asarray(rows.segment_ids),
+        None, None, None, None, inputs,
+    )  # fmt: skip
+    chosen = rft.distinct(rollout, np.arange(3))
+    assert chosen.tolist() == [0, 1]  # the same answer to another prompt is another row
+    (batch,) = rft.dealt(rollout, chosen, 1)
+    np.testing.assert_array_equal(batch.inputs["tokens"], read[:2])
+
+
+@pytest.mark.parametrize("recipe", ["kto", "bco", "ilql", "nash_md"])
+def test_recipes_of_decoders_say_so_before_they_read_data(folders, recipe, capsys):
+    argv = [recipe, "--model", str(folders / "t5"), "--dataset", "nowhere.jsonl", "--output", str(folders / "never")]
+    assert cli.main(argv) == 2
+    assert "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone" in capsys.readouterr().err

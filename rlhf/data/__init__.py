@@ -9,6 +9,7 @@ from rlhf.data.conversions import as_messages as as_messages
 from rlhf.data.conversions import extract_prompt as extract_prompt
 from rlhf.data.conversions import from_sharegpt as from_sharegpt
 from rlhf.data.conversions import implicit_prompt as implicit_prompt
+from rlhf.data.conversions import joined as joined
 from rlhf.data.conversions import language_modelling as language_modelling
 from rlhf.data.conversions import prompt_completion as prompt_completion
 from rlhf.data.conversions import prompt_only as prompt_only
@@ -29,15 +30,18 @@ from rlhf.data.read import stream_rows as stream_rows
 from rlhf.data.rows import encode_rows as encode_rows
 from rlhf.data.rows import preference_pairs as preference_pairs
 from rlhf.data.seq2seq import Seq2Seq as Seq2Seq
+from rlhf.data.template import contents as contents
 from rlhf.data.template import tokenize_completions as tokenize_completions
 from rlhf.data.template import tokenize_prompts as tokenize_prompts
 from rlhf.data.template import tokenize_steps as tokenize_steps
 from rlhf.data.template import tokenize_texts as tokenize_texts
+from rlhf.data.template import tokenize_whole as tokenize_whole
 from rlhf.data.tokenized import Steps as Steps
 from rlhf.data.tokenized import Tokenized as Tokenized
 from rlhf.data.tokenized import Truncated as Truncated
 from rlhf.data.tokenized import aligned as aligned
 from rlhf.data.tokenized import batch as batch
+from rlhf.data.tokenized import fitted as fitted
 from rlhf.data.tokenized import mismatched as mismatched
 from rlhf.data.tokenized import pairs as pairs
 from rlhf.data.tokenized import prompts as prompts

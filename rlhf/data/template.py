@@ -19,7 +19,7 @@ from rlhf.data.conversions import joined
 from rlhf.data.messages import normalised
 from rlhf.data.tokenized import Steps, Tokenized
 from rlhf.data.types import LANGUAGE_MODELLING, PROMPT_ONLY, STEPWISE, Row, Type, checked
-from rlhf.rollouts.text import encoder, in_row, starting
+from rlhf.rollouts.text import encoder, framed, in_row, starting
 
 
 def tokenize_texts(tokenizer, rows: Iterable[Row], *, assistant_only: bool = False) -> list[Tokenized]:
@@ -74,6 +74,59 @@ def tokenize_completions(
     rows = _checked(rows, Type(f"prompt and {column}", names), names)
     starts, whole = [row["prompt"] for row in rows], [joined(row["prompt"], row[column]) for row in rows]
     return _tokenized(tokenizer, rows, starts, whole, assistant_only, completion_only, imitated)
+
+
+def tokenize_whole(tokenizer, rows: Iterable[Row], *, column: str = "completion") -> list[Tokenized]:
+    """A prompt with what follows as a classifying encoder reads it: one text, in the tokenizer's special tokens.
+
+    A tokenizer without a chat template writes the contents of messages one below the other.
+
+    Args:
+      tokenizer: of `transformers`.
+      rows: with `column`, and `prompt` unless the column begins with it.
+      column: `completion`; `chosen`, `rejected` for the sides of preferences.
+
+    Returns: one `Tokenized` a row, its mask True everywhere.
+
+    Raises: ValueError for other rows, and messages that the template refuses or leaves out.
+
+    >>> from rlhf.tasks import reviews
+    >>> tokenize_whole(reviews.tokenizer(), [{"prompt": "the film", "completion": " is great ."}])[0].tokens
+    [1, 83, 35, 47, 40, 4]
+    """
+    rows = list(rows)
+    names = ("prompt", column) if any(row.get("prompt") is not None for row in rows) else (column,)
+    rows = _checked(rows, Type(" and ".join(names), names), names)
+    whole = [joined(row["prompt"], row[column]) if len(names) > 1 else row[column] for row in rows]
+    if tokenizer.chat_template is None:
+        texts = [in_row("row", number, contents, value) for number, value in enumerate(whole)]
+    else:
+        chats = [number for number, value in enumerate(whole) if not isinstance(value, str)]
+        wanted: list[tuple[int, Row, list, dict]] = [(number, rows[number], whole[number], {}) for number in chats]
+        rendered = dict(zip(chats, conversations.rendered(tokenizer, wanted), strict=True))
+        texts = [rendered[number].text if number in rendered else value for number, value in enumerate(whole)]
+    read = framed(tokenizer)
+    ids = [in_row("row", number, read, text) for number, text in enumerate(texts)]
+    return [Tokenized(tokens, [True] * len(tokens)) for tokens in ids]
+
+
+def contents(value: Any) -> str:
+    """A text as it is; what messages say, one below the other, for tokenizers without a chat template.
+
+    Args:
+      value: a text or messages.
+
+    Raises: ValueError for a message without text, such as a call of a tool.
+
+    >>> contents([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
+    '1 + 1?\\n2'
+    """
+    if isinstance(value, str):
+        return value
+    for message in value:
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"a message of {message['role']} has no text, and the tokenizer no chat template that writes it")
+    return "\n".join(message["content"] for message in value)
 
 
 def tokenize_prompts(tokenizer, rows: Iterable[Row]) -> list[list[int]]:

@@ -64,6 +64,25 @@ def truncate(*sides: Sequence[Any], length: int) -> Truncated:
     return Truncated(shorter, np.array(kept), sum(n > 0 for n in lost), sum(lost), len(sides[0]) - len(kept))
 
 
+def fitted(row: Any, length: int) -> Any:
+    """A text's first token and its last ones: what classifiers read of one that is too long, since the answer comes last.
+
+    Args:
+      row: a `Tokenized` or `Steps`.
+      length: the most tokens it may keep.
+
+    Raises: ValueError where length is below 2.
+
+    >>> fitted(Tokenized([1, 5, 6, 7], [False, False, True, True]), 3).tokens
+    [1, 6, 7]
+    """
+    if length < 2:
+        raise ValueError(f"length must be at least 2 tokens, a text's first and its last, but is {length}")
+    if len(row.tokens) <= length:
+        return row
+    return row._make([*field[:1], *field[len(field) - length + 1 :]] for field in row)
+
+
 def batch(rows: Sequence[Any], *, length: int | None = None) -> Batch:
     """Sequences side by side, padded on the right.
 

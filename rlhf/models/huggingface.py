@@ -29,6 +29,7 @@ from rlhf.sharding import shardings
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER = (FAST, *BESIDE, *OLDER)
 VALUE_HEAD = (Tensor("v_head.summary.weight", "weight", lead=True), Tensor("v_head.summary.bias", "bias", lead=True))  # TRL's
+OLD_NORMS = {"gamma": "weight", "beta": "bias"}  # of files from before PyTorch's names, such as bert-base-uncased's
 SHARD = 5_000_000_000  # bytes of a file when a model is written
 READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # what a name of the Hub is downloaded for
 
@@ -75,22 +76,83 @@ def load_classifier(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None
 
     Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`.  `rollouts.classify` reads texts with them.
 
-    Raises: as `load`.
+    Raises: as `load`; ValueError for an encoder-decoder.
     """
-    fields = {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False}
-    folder, hf, family, config, tensors = _found(path_or_name, fields)
-    of_tokens = any(name.endswith("ForTokenClassification") for name in hf.architectures or ())
-    lm, trunk = configs.lm_of(config), configs.decoder_of(config)
-    head = classifier_head(
+    folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields)
+    of_tokens = _of_tokens(hf)
+    lm, head = configs.lm_of(config), _head(config, family, hf.num_labels, of_tokens)
+    parts = {"lm": (lm, family.rows(config)), "head": (head, family.head_rows(of_tokens))}
+    return lm, head, _read(folder, family, config, tensors, parts, mesh), _tokenizer(folder)
+
+
+def load_for_classification(
+    path_or_name, labels: int, *, of_tokens: bool = False, key: Any = None, dtype: Any = jnp.float32,
+    mesh: Mesh | None = None, **fields,
+):  # fmt: skip
+    """As `load_classifier`, to be trained: of the head what the files have is taken, and the rest is new.
+
+    So transformers does it: a language model gets a new head, an encoder keeps the pooler that it was pre-trained with, and a
+    classifier goes on from its own.  New labels begin at 0, an inner layer at random.  An output matrix is left out.
+
+    Args:
+      path_or_name: a decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT), with a head or without.
+      labels: numbers a text; 1 for a reward.
+      of_tokens: a classifier of every token, such as a process reward model, rather than of whole texts.
+      key: of what is random; None: `jax.random.key(0)`.
+      dtype, mesh, fields: as in `load`.
+
+    Returns: `(lm, head, params, tokenizer)` as `load_classifier`.
+
+    Raises: as `load`; ValueError for an encoder-decoder, and a classifier of another kind or with other labels.
+    """
+    folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields)
+    rows = family.head_rows(of_tokens)
+    found = next((row.name for row in (*family.head, *rows) if row.leaves == "weight" and row.name in tensors), None)
+    if found and _of_tokens(hf) != of_tokens:
+        kinds = {True: "tokens", False: "whole texts"}
+        raise ValueError(
+            f"{folder} is a classifier of {kinds[not of_tokens]} ({found}), but one of {kinds[of_tokens]} is wanted; give the "
+            "model that it was made from"
+        )
+    if found and (had := tensors[found].shape[0]) != labels:
+        raise ValueError(
+            f"{folder} is a classifier with {had} labels ({found}), but {labels} {'is' if labels == 1 else 'are'} wanted; "
+            f"give the model that it was made from, or a classifier with {labels}"
+        )
+    lm, head = configs.lm_of(config), _head(config, family, labels, of_tokens)
+    stored = tuple(row for row in rows if row.name in tensors)
+    outputs = {row.name for row in family.rows(config) if row.leaves.startswith("unembedding")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in outputs}
+    params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config)), "head": (head, stored)}, mesh)
+    fresh = head.init(jax.random.key(0) if key is None else key)
+    fresh["weight"] = jnp.zeros_like(fresh["weight"])
+    return lm, head, params | {"head": fresh | params["head"]}, _tokenizer(folder)
+
+
+def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any]):
+    """As `_found`, of a model without an output matrix."""
+    config = read_config(path_or_name)
+    if not isinstance(config, TransformerConfig):
+        raise ValueError(
+            f"{path_or_name} is an encoder-decoder ({model_type(path_or_name)}), which cannot be a classifier here; take a "
+            "decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT)"
+        )
+    return _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False})
+
+
+def _head(trunk: TransformerConfig, family: Family, labels: int, of_tokens: bool) -> Head:
+    return classifier_head(
         trunk.hidden_size,
-        hf.num_labels,
+        labels,
         bias=of_tokens or not trunk.causal,
-        inner=family.head_inner,
+        inner=None if of_tokens else family.head_inner,
         reads="every" if of_tokens else "last" if trunk.causal else "first",
         dtype=trunk.param_dtype,
     )
-    parts = {"lm": (lm, family.rows(config)), "head": (head, family.head)}
-    return lm, head, _read(folder, family, config, tensors, parts, mesh), _tokenizer(folder)
+
+
+def _of_tokens(hf) -> bool:
+    return any(name.endswith("ForTokenClassification") for name in hf.architectures or ())
 
 
 def load_with_value(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields):
@@ -241,8 +303,10 @@ def save(
     tensors = list(mapping.write(mapping.places(known.rows(config), shapes, config), flat, heads))
     if head is not None:
         leaves = mapping.flat(_with_labels(head))
-        tensors += mapping.write(mapping.places(known.head, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
-        hf.update(_of_classifier(hf, known, leaves))
+        of_tokens = ("bias",) in leaves and ("inner",) not in leaves
+        rows = known.head_rows(of_tokens)
+        tensors += mapping.write(mapping.places(rows, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
+        hf.update(_of_classifier(hf, known, leaves, of_tokens))
         if tokenizer is not None and configs.decoder_of(config).causal:  # encoders are read at their first token
             hf.pad_token_id = _padding(tokenizer)
     if value_head is not None:
@@ -323,13 +387,12 @@ def _with_labels(head: Params) -> Params:
     return {"weight": head["weight"][:, None]}
 
 
-def _of_classifier(hf, family: Family, leaves: Mapping) -> dict:
+def _of_classifier(hf, family: Family, leaves: Mapping, of_tokens: bool) -> dict:
     """Fields of a config that say what kind of classifier a model is, where they do not yet."""
-    if any(name.endswith("Classification") for name in hf.architectures or ()):
+    task, labels = "Token" if of_tokens else "Sequence", leaves[("weight",)].shape[-1]
+    if any(name.endswith(f"For{task}Classification") for name in hf.architectures or ()):
         return {}
     stem = re.sub("(ForCausalLM|LMHeadModel|Model)$", "", family.architecture)
-    of_tokens = ("bias",) in leaves and family.head_inner is None
-    task, labels = "Token" if of_tokens else "Sequence", leaves[("weight",)].shape[-1]
     return {"architectures": [f"{stem}For{task}Classification"], "num_labels": labels}
 
 
@@ -353,6 +416,7 @@ def _read(
     if found := mapping.problems([(places[name], shapes[name]) for name in parts], tensors, unused):
         hints = {
             "score.": "load_classifier reads models with a head",
+            "classifier.": "load_classifier reads models with a head",
             "v_head.": "load_with_value reads models with a value head",
         }
         hint = next((f"; {cure}" for name, cure in hints.items() if "head" not in parts and name in found), "")
@@ -389,6 +453,7 @@ def _misfits(flat: Mapping, wanted: Mapping) -> list[str]:
 def _full_name(name: str, family: Family, config: Config) -> str:
     """A tensor's name with the trunk's prefix, which files of the trunk alone leave out."""
     names = {row.name for row in (*family.rows(config), *family.head)}
+    name = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda old: OLD_NORMS[old[0]], name)
     numbered = re.sub(r"\.\d+\.", ".{}.", family.prefix + name)
     return family.prefix + name if numbered in names or re.search(family.ignored, family.prefix + name) else name
 

@@ -51,6 +51,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
+    model.check_decoder()
     begun = {"rewards": moments.running().init()}
     unpaired.check(objective(beta=beta), begun)
     tokenizer = model.tokenizer()

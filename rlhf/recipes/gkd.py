@@ -112,6 +112,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
+    model.check_decoder()
     teacher = model_of(teacher)
     sampling = Sampling(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature)
     tokenizer = model.tokenizer()

@@ -137,6 +137,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
+    model.check_decoder()
     follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
     tokenizer = model.tokenizer()
     eos_ids = online.ends(model.model, tokenizer)

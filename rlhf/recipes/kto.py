@@ -63,6 +63,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
+    model.check_decoder()
     compare = objective(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     unpaired.check(compare)
     tokenizer = model.tokenizer()

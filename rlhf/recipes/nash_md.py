@@ -88,6 +88,7 @@ def main(
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
+    model.check_decoder()
     begin = online_steps.start(run, model, source, training, scoring, drawing, rows=training.batch_size)
     policy = setup.policy(model, training.seed)
     params_of = online.params_of(policy)

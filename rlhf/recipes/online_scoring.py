@@ -15,13 +15,11 @@ import numpy as np
 from rlhf import losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.interrupts import Stopped
-from rlhf.models import huggingface
 from rlhf.ranges import at_least, between, check_fields
-from rlhf.recipes import setup
+from rlhf.recipes import reward_models, setup
 from rlhf.rollouts import Rollout, reward_functions, rewards
 from rlhf.rollouts.rewards import Rewards
 from rlhf.rollouts.workers import CallFailed, InWorker, Worker, in_worker
-from rlhf.runs import model_of
 
 REWARDS = {
     "accuracy": reward_functions.numeric_accuracy,
@@ -40,8 +38,9 @@ class Scoring:
     """What answers are worth.
 
     Args:
-      reward: accuracy, exact, math (by math-verify), reasoning_accuracy, think_format, length, the folder of a reward model
-        with the policy's tokenizer, or a function of your own as module:function; null for a generated task's own score.
+      reward: accuracy, exact, math (by math-verify), reasoning_accuracy, think_format, length, the folder of a reward model,
+        which reads texts where its tokenizer is another than the policy's, or a function of your own as module:function; null
+        for a generated task's own score.
       reward_weights: of each reward; null: 1 each.
       reward_clip: rewards are cut to ± this; null: they are not.
       missing_end_penalty: what an answer loses that was cut before its end.
@@ -65,9 +64,9 @@ class Scoring:
         Where something else rewards the answers to a generated task, its own score is the figure `task_score`.
 
         Raises: ValueError for a reward that is not known or cannot be imported, a column that it needs and the questions lack,
-          and a reward model with another tokenizer.
+          and a model that is no reward model.
         """
-        own: Any = jax.jit(tasks.find(source.dataset).score) if source.generated else None
+        own: Any = jax.jit(_of_task(tasks.find(source.dataset))) if source.generated else None
         names = self.reward or []
         if not names and own is None:
             known = f"{', '.join([*REWARDS, MATH])}, the folder of a reward model, or module:function"
@@ -81,8 +80,8 @@ class Scoring:
         functions = {name: function(name, self.reward_timeout) for name in names if not is_model(name)}
         for name, reward in functions.items():
             _check(name, reward, questions)
-        folders = {name: _folder(name, tokenizer) for name in names if is_model(name)}
-        models = [(weighted[name], _of_model(name, folder)) for name, folder in folders.items()]
+        found = {name: reward_models.find(name, tokenizer) for name in names if is_model(name)}
+        models = [(weighted[name], reward_models.judge(model)) for name, model in found.items()]
         texts = rewards.combine(functions, weights={name: weighted[name] for name in functions}) if functions else None
         return Judge(self, tokenizer, models, texts, own)
 
@@ -172,6 +171,11 @@ class Judge:
         print(f"{what} in the last {RECENT} steps: there is nothing to learn from that", file=sys.stderr)
 
 
+def _of_task(task: Any) -> Callable:
+    """A task's score, which reads prompts beside the answers, also where an encoder has read them."""
+    return lambda rollout: task.score(rollouts.joined(rollout))
+
+
 def is_model(name: str) -> bool:
     """Whether a reward's name is a folder's or the Hub's."""
     return ":" not in name and ("/" in name or Path(name).is_dir())
@@ -252,32 +256,6 @@ def _check(name: str, reward: Callable, questions: Sequence[Sequence[Row]]) -> N
                 f"reward {name!r} needs {', '.join(lacking)}, but it is given {', '.join(given)}; "
                 f"name a column so, as in --columns '{{{hint}: {lacking[0]}}}'"
             )
-
-
-def _folder(name: str, tokenizer: Any) -> str:
-    """A run's model, or the folder itself; its tokens must be the policy's."""
-    folder = model_of(name)
-    vocabulary, other = tokenizer.get_vocab(), huggingface.load_tokenizer(folder).get_vocab()
-    if other != vocabulary:
-        raise ValueError(
-            f"reward {name}: its tokenizer has {len(other)} tokens, of which {len(other.items() & vocabulary.items())} are the "
-            f"policy's {len(vocabulary)}; train a reward model with the policy's tokenizer"
-        )
-    return folder
-
-
-def _of_model(name: str, folder: str) -> Callable:
-    try:
-        lm, head, params, _ = huggingface.load_classifier(folder)
-    except ValueError as error:
-        raise ValueError(f"reward {name}: {error}; is it a reward model, as `rlhf reward` writes them?") from None
-    reward = reward_functions.model_reward(lm, head, params)
-
-    def score(rollout: Rollout, columns: Mapping[str, list], samples: int):
-        scores = reward(rollout)
-        return scores, {f"rewards/{name}/mean": scores.mean()}
-
-    return score
 
 
 def _scored(

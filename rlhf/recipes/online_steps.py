@@ -54,9 +54,9 @@ def start(
         cut = f"{mini_batches} mini-batches of {training.micro_batches} equal parts, {epochs} times"
         raise ValueError(f"a step's {rows} rows cannot be taken in {cut}; change --mini_batches or --batch_size")
     tokenizer = model.tokenizer()
+    seq2seq = model.seq2seq(tokenizer)
     eos_ids = online.ends(model.model, tokenizer)
     asked, held_out = source.rows(tasks.prompts)
-    seq2seq = model.seq2seq(tokenizer)
     limits: dict[str, Any] = dict(most=source.max_prompt_length, say=run.say)
     train = online.Questions.of(tokenizer, asked, seq2seq, **limits)
     test = online.Questions.of(tokenizer, held_out, seq2seq, **limits) if held_out else None

@@ -49,6 +49,19 @@ def lay_out(
     return Pairs(**{name: jax.tree.map(together, getattr(arrays, name)) for name in fields})
 
 
+def lay_out_whole(tokenizer, rows: list[Row], packing: str, length: int, say: Callable) -> Pairs:
+    """Preference rows as an encoder reads them; what is cut is said."""
+    rows = list(data.checked(rows, data.IMPLICIT_PREFERENCE))
+    apart = lambda row: {**row, "prompt": None} if data.repeats_prompt(row) else row
+    rows = list(data.each(rows, apart))
+    whole = [data.tokenize_whole(tokenizer, rows, column=column) for column in COLUMNS]
+    sides = [[data.fitted(row, length) for row in side] for side in whole]
+    lost = [len(row.tokens) - length for side in whole for row in side if len(row.tokens) > length]
+    if lost:
+        say(f"{len(lost)} sequences lost {sum(lost)} tokens beyond {length}, after their first")
+    return data.best_fit_pairs(*sides, length=2 * length) if packing == "bfd" else data.pairs(*sides)
+
+
 def _aligned_is_narrower(rows: list[Tokenized], together: int) -> bool:
     """Whether fewer columns are read, those in common once, where prompts end together than where rows begin together."""
     prompts, lengths = (np.array(x) for x in zip(*((row.mask.index(True), len(row.tokens)) for row in rows), strict=True))

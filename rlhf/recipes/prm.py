@@ -8,7 +8,6 @@ from rlhf import data, losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training, fit
-from rlhf.models import classifier_head
 from rlhf.ranges import Length, checked
 from rlhf.recipes import setup
 from rlhf.rollouts.types import Array
@@ -54,7 +53,8 @@ def lay_out(tokenizer, rows: list[Row], separator: str, packing: str, length: in
     steps = kept.sides[0]
     arranged = partial(data.best_fit, length=length) if packing == "bfd" else data.batch
     labels = arranged([step._replace(tokens=step.labels) for step in steps]).tokens  # they lie as their tokens do
-    return Solutions(*arranged(steps)[:4], labels)
+    arrays = arranged(steps)
+    return Solutions(arrays.tokens, arrays.mask, arrays.positions, arrays.segment_ids, labels)
 
 
 @checked
@@ -76,16 +76,16 @@ def main(
     """
     run = RunFolder(output, options=locals())
     tokenizer = model.tokenizer()
+    length = model.encoder(max_length) or max_length
     generated = source.dataset.startswith(tasks.PREFIX)
     if step_separator is None:
         step_separator = tasks.find(source.dataset).step_separator if generated else "\n"
     train, test = source.laid_out(
-        tasks.stepwise, lambda rows: lay_out(tokenizer, rows, step_separator, packing, max_length, run.say)
+        tasks.stepwise, lambda rows: lay_out(tokenizer, rows, step_separator, packing, length, run.say)
     )
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)
-    head_of = lambda size: classifier_head(size, 2, bias=True, reads="every")
-    judge, head = setup.with_head(model, training.seed, head_of)
+    judge, head = setup.classifier(model, training.seed, 2, of_tokens=True)
     loss_fn, prepared = judge.of_whole(objective(judge.lm, head)), partial(prepare, last_step_only=last_step_only)
 
     _, figures = fit(

@@ -26,6 +26,9 @@ def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
 
 def scores(lm: LM, head: Head, params, batch: Batch | Rollout, *, max_segments: int = 1, shared: SharedPrefix | None = None):
     """The reward of every sequence, `[B * max_segments]`; `params` is `{"lm": …, "head": …}`."""
+    if head.reads == "first":  # an encoder: nothing is the same where what follows differs, so that nothing is shared
+        where = dict(positions=batch.positions, segment_ids=batch.segment_ids, max_segments=max_segments)
+        return rollouts.classify(lm, head, params, batch.tokens, **where)
     knobs = dict(heads={"reward": (head, params["head"])}, max_segments=max_segments, shared=shared)
     return rollouts.score_batch(lm, params["lm"], batch, **knobs).last_value["reward"]
 
@@ -52,20 +55,26 @@ def main(
 ) -> dict[str, float]:  # fmt: skip
     """Reward modelling: teaches a model to give the better of two answers the higher number (Bradley and Terry).
 
-    Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the prompt.
+    Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the prompt.  The model is a
+    language model, an encoder (BERT, RoBERTa, DistilBERT), or a reward model that is trained further.
 
     Args:
       output: a new folder for the run.
-      max_length: tokens of a prompt with its answer; longer ones are cut.
+      max_length: tokens of a prompt with its answer; longer ones are cut, for an encoder after their first token.
       packing: several pairs in a row: bfd (best fit).
       center_coef: pulls the two rewards of a pair towards a sum of 0.
       resume: go on with the run in the folder.
     """
     run = RunFolder(output, options=locals())
     tokenizer = model.tokenizer()
-    train, test = source.laid_out(
-        tasks.preferences, lambda rows: pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, imitated=False)
-    )
+    read_whole = model.encoder(max_length)
+
+    def lay_out(rows):
+        if read_whole is not None:
+            return pairs_of.lay_out_whole(tokenizer, rows, packing, read_whole, run.say)
+        return pairs_of.lay_out(tokenizer, rows, packing, max_length, run.say, imitated=False)
+
+    train, test = source.laid_out(tasks.preferences, lay_out)
     total = training.total_steps(len(train.tokens), judged=test is not None)
     model.check(tokenizer, train, test)
     most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)

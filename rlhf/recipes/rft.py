@@ -28,7 +28,8 @@ def kept(rewards, percentile: float, *, best_only: bool = False):
 
 def distinct(rollout: Rollout, rows: np.ndarray) -> np.ndarray:
     """The first of each prompt and answer among these rows, in their order."""
-    written = np.concatenate([rollout.tokens, rollout.mask, rollout.segment_ids], axis=1)[rows]
+    read = [] if rollout.inputs is None else [rollout.inputs["tokens"], rollout.inputs["segment_ids"]]
+    written = np.concatenate([rollout.tokens, rollout.mask, rollout.segment_ids, *read], axis=1)[rows]
     return rows[np.sort(np.unique(written, axis=0, return_index=True)[1])]
 
 
@@ -43,7 +44,11 @@ def dealt(rollout: Rollout, rows: np.ndarray, number: int, micro_batches: int = 
     room = number * micro_batches * 2 ** (share - 1).bit_length()
     index, real = np.resize(rows, room), np.arange(room) < len(rows)
     batch = Batch(
-        rollout.tokens[index], rollout.mask[index] & real[:, None], rollout.positions[index], rollout.segment_ids[index]
+        tokens=rollout.tokens[index],
+        mask=rollout.mask[index] & real[:, None],
+        positions=rollout.positions[index],
+        segment_ids=rollout.segment_ids[index],
+        inputs=setup.select(rollout.inputs, index),
     )
     return [setup.select(batch, slice(i, None, number)) for i in range(number)]
 

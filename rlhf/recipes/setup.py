@@ -17,8 +17,8 @@ from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_row
 from rlhf.data.types import Row
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
-from rlhf.models import classifier_head, huggingface
-from rlhf.models.config import EncoderDecoderConfig
+from rlhf.models import huggingface
+from rlhf.models.config import Config, EncoderDecoderConfig
 from rlhf.models.huggingface_config import decoder_of
 from rlhf.models.vocabulary import resized
 from rlhf.ranges import INT32, Share, at_least, between, check_fields
@@ -67,12 +67,53 @@ class Model:
         lm, params, tokenizer = huggingface.load(self.model, **self.precision())
         return resized(lm, params, len(tokenizer)) if self.resize_embeddings else (lm, params)
 
+    def load_classifier(self, labels: int, *, of_tokens: bool, seed: int) -> tuple[LM, Head, Any]:
+        """A trunk and a head to train.  Raises: as `rlhf.models.huggingface.load_for_classification`."""
+        lm, head, params, tokenizer = huggingface.load_for_classification(
+            self.model, labels, of_tokens=of_tokens, key=jax.random.key(seed), **self.precision()
+        )
+        if self.resize_embeddings:
+            lm, trunk = resized(lm, params["lm"], len(tokenizer))
+            params = params | {"lm": trunk}
+        return lm, head, params
+
+    def encoder(self, length: int) -> int | None:
+        """Of an encoder the most tokens that it reads, at most `length`; None for others.
+
+        Raises: ValueError for an encoder-decoder, which is no classifier here.
+        """
+        config = huggingface.read_config(self.model)
+        if isinstance(config, EncoderDecoderConfig):
+            raise ValueError(
+                f"{self.model} is an encoder-decoder, which cannot be a reward model or classifier here; take a decoder "
+                "(Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT)"
+            )
+        return None if config.causal else min(length, config.max_positions or length)
+
+    def check_decoder(self) -> None:
+        """Raises ValueError for an encoder and an encoder-decoder: in recipes for decoders alone, before they read data."""
+        if isinstance(self._writer(), EncoderDecoderConfig):
+            raise ValueError(
+                f"{self.model} is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone.  "
+                "sft, dpo, cpo, orpo, grpo, rloo, ppo, online_dpo, xpo and rft take both"
+            )
+
+    def _writer(self) -> Config:
+        """The config of a model that writes text."""
+        config = huggingface.read_config(self.model)
+        if not decoder_of(config).causal:
+            raise ValueError(
+                f"{self.model} is an encoder ({huggingface.model_type(self.model)}), which writes no text; `rlhf reward` and "
+                "`rlhf prm` take it, other commands a decoder (Llama, Qwen, …) or an encoder-decoder (T5, BART)"
+            )
+        return config
+
     def seq2seq(self, tokenizer: Any) -> data.Seq2Seq | None:
         """How an encoder-decoder reads rows; None for other models.
 
         Raises: ValueError where config.json does not say what its decoder starts with.
         """
-        if not isinstance(huggingface.read_config(self.model), EncoderDecoderConfig):
+        if not isinstance(self._writer(), EncoderDecoderConfig):
             return None
         start = huggingface.decoder_start(self.model)
         if start is None:
@@ -90,11 +131,6 @@ class Model:
         config = decoder_of(whole)
         parts = [x for x in jax.tree.leaves(rows, is_leaf=_has_tokens) if _has_tokens(x)]
         sources = [Batch(mask=None, **part.inputs) for part in parts if getattr(part, "inputs", None) is not None]
-        if isinstance(whole, EncoderDecoderConfig) and len(sources) < len(parts):
-            raise ValueError(
-                f"{self.model} is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone.  "
-                "sft, dpo, cpo, orpo, grpo, rloo, ppo, online_dpo, xpo and nash_md take both"
-            )
         number = max(config.vocab_size, len(tokenizer) if self.resize_embeddings else 0)
         behind = [more] * len(parts) + [0] * len(sources)
         for part, more in zip([*parts, *sources], behind, strict=True):
@@ -281,11 +317,21 @@ def policy(options: Model, seed: int) -> Policy:
 
 
 def reward_model(options: Model, seed: int) -> tuple[Policy, Head]:
-    """Loads the model as the trunk of a reward model with a head that starts at 0, and without a bias, as Hugging Face has it.
+    """Loads a reward model to be trained: with its own head where it has one, else with one that starts at 0.
 
-    Raises: as `rlhf.load`.
+    Raises: as `rlhf.models.huggingface.load_for_classification`.
     """
-    return with_head(options, seed, partial(classifier_head, labels=1, scale=0.0))
+    return classifier(options, seed, 1)
+
+
+def classifier(options: Model, seed: int, labels: int, *, of_tokens: bool = False) -> tuple[Policy, Head]:
+    """Loads a classifier to be trained, of whole texts or of tokens.
+
+    Raises: as `rlhf.models.huggingface.load_for_classification`.
+    """
+    lm, head, params = options.load_classifier(labels, of_tokens=of_tokens, seed=seed)
+    trained, frozen = options.trained(params["lm"], seed)
+    return Policy(lm, {"lm": trained, "head": params["head"]}, frozen, options.model, head), head
 
 
 def with_head(options: Model, seed: int, make: Callable[[int], Head]) -> tuple[Policy, Head]:

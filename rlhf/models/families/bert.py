@@ -88,18 +88,20 @@ def _head(inner: str, labels: str) -> tuple[Tensor, ...]:
     )
 
 
-IGNORED = r"position_ids$|^(bert|roberta)\.pooler\.|^cls\."
+TOKEN_HEAD = (Tensor("classifier.weight", "weight", transpose=True), Tensor("classifier.bias", "bias"))
+IGNORED = r"position_ids$|^(bert|roberta)\.pooler\.|^cls\.|^lm_head\.|^vocab_"  # of masked language models
 FAMILIES = {
     "bert": Family(
         "BertModel", "bert.", _tensors("bert", "encoder.layer", BERT, BERT_NORMS), _read_bert,
-        ignored=IGNORED, head=_head("bert.pooler.dense", "classifier"), head_inner="tanh",
+        ignored=IGNORED, head=_head("bert.pooler.dense", "classifier"), head_inner="tanh", token_head=TOKEN_HEAD,
     ),
     "roberta": Family(
         "RobertaModel", "roberta.", _tensors("roberta", "encoder.layer", BERT, BERT_NORMS), _read_roberta,
         ignored=IGNORED, head=_head("classifier.dense", "classifier.out_proj"), head_inner="tanh",
+        token_head=TOKEN_HEAD,
     ),
     "distilbert": Family(
         "DistilBertModel", "distilbert.", _tensors("distilbert", "transformer.layer", DISTILBERT, DISTILBERT_NORMS),
-        _read_distilbert, ignored=r"position_ids$", head=_head("pre_classifier", "classifier"), head_inner="relu",
+        _read_distilbert, ignored=IGNORED, head=_head("pre_classifier", "classifier"), head_inner="relu", token_head=TOKEN_HEAD,
     ),
 }  # fmt: skip

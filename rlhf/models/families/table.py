@@ -33,9 +33,13 @@ class Family(NamedTuple):
     only: Mapping[str, tuple] = NOTHING  # fields of transformers' config, and what they may be
     head: tuple[Tensor, ...] = (Tensor("score.weight", "weight", transpose=True), Tensor("score.bias", "bias"))
     head_inner: str | None = None  # activation of a layer before the labels; None: there is none
+    token_head: tuple[Tensor, ...] | None = None  # of classifiers of tokens, where it is another; without an inner layer
 
     def rows(self, config: TransformerConfig | EncoderDecoderConfig) -> tuple[Tensor, ...]:
         return self.tensors(config) if callable(self.tensors) else self.tensors
+
+    def head_rows(self, of_tokens: bool) -> tuple[Tensor, ...]:
+        return self.token_head if of_tokens and self.token_head else self.head
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------------
