@@ -9,18 +9,32 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.losses._common import Array, check_positive
 
 
+@documented
 class CoefficientState(NamedTuple):
-    """The current coefficient."""
+    """The current coefficient.
 
-    coef: Array  # [] float32, what the loss or the reward multiplies by
-    pushed: Array  # [] float32, what the next step pushes; entropy's is `coef` while the entropy is too low, and 0 otherwise
+    Attributes:
+      coef: [] float32, what the loss or the reward multiplies by.
+      pushed: [] float32, what the next step pushes; entropy's is `coef` while the entropy is too low, and 0
+        otherwise.
+    """
+
+    coef: Array
+    pushed: Array
 
 
+@documented
 class Controller(NamedTuple):
-    """`init() -> state` and `update(state, observed) -> state`; no gradient flows through either."""
+    """`init() -> state` and `update(state, observed) -> state`; no gradient flows through either.
+
+    Attributes:
+      init: () -> state.
+      update: (state, observed) -> state.
+    """
 
     init: Callable[[], CoefficientState]
     update: Callable[..., CoefficientState]

@@ -6,19 +6,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.losses._common import Array, centered, check_shapes, constant, rounding
 
 
+@documented
 class MomentsState(NamedTuple):
-    """What has been seen so far; all arrays, so that a change never retraces."""
+    """What has been seen so far; all arrays, so that a change never retraces.
 
-    number: Array  # [] float32, numbers seen
-    mean: Array  # [] float32, their mean, 0 before the first
-    variance: Array  # [] float32, with Bessel's correction, 1 before the second
+    Attributes:
+      number: [] float32, numbers seen.
+      mean: [] float32, their mean, 0 before the first.
+      variance: [] float32, with Bessel's correction, 1 before the second.
+    """
+
+    number: Array
+    mean: Array
+    variance: Array
 
 
+@documented
 class Moments(NamedTuple):
-    """`init() -> state`, `update(state, values, mask) -> state`, and `scale(state, values) -> (x - mean) / √(var + eps)`."""
+    """`init() -> state`, `update(state, values, mask) -> state`, and `scale(state, values) -> (x - mean) / √(var + eps)`.
+
+    Attributes:
+      init: () -> state.
+      update: (state, values, mask) -> state.
+      scale: (state, values) -> scaled values.
+    """
 
     init: Callable[[], MomentsState]
     update: Callable[..., MomentsState]

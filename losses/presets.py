@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.losses import groups, policy, ratios, segments
 from rlhf.losses import weights as reduction
 from rlhf.losses.advantages import gae, returns, token_rewards, whiten
@@ -28,12 +29,19 @@ SEQUENCE_LEVEL = (policy.gspo, policy.luspo, policy.gmpo, ratios.sequence_log_ra
 TOKEN_SUMS = (reduction.token_mean, reduction.sequence_sum, reduction.constant)
 
 
+@documented
 class Objective(NamedTuple):
-    """An algorithm; every function also takes `segment_ids=`, `[B, T]` int32, for packed rows."""
+    """An algorithm; every function also takes `segment_ids=`, `[B, T]` int32, for packed rows.
 
-    advantages: Callable  # (rewards [P, G], mask [B, T]) -> [B, T]; `ppo`: as `gae`; some take `penalties [B, T]`
-    loss: Callable  # (logprobs, old_logprobs, advantages, mask), all [B, T] -> [B, T]
-    weights: Callable  # (mask [B, T]) -> [B, T]
+    Attributes:
+      advantages: (rewards [P, G], mask [B, T]) -> [B, T]; `ppo`: as `gae`; some take `penalties [B, T]`.
+      loss: (logprobs, old_logprobs, advantages, mask), all [B, T] -> [B, T].
+      weights: (mask [B, T]) -> [B, T].
+    """
+
+    advantages: Callable
+    loss: Callable
+    weights: Callable
 
 
 def objective(advantages: Callable, loss: Callable, weights: Callable, **knobs) -> Objective:

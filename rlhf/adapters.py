@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.models.linear import linear
 from rlhf.models.quantized import BLOCKS as BLOCKS
 from rlhf.models.quantized import QuantizedWeight
@@ -20,20 +21,30 @@ from rlhf.ranges import between, checked
 Array = jax.Array
 
 
+@documented
 class LoRAWeight(NamedTuple):
     """Stands where a matrix W stood, as `W + s A B`  (LoRA, arXiv:2106.09685, eq. 3).
 
     With a magnitude m, as `m (W + s A B) / ‖W + s A B‖`, the norm over the inputs of each output and without a gradient (DoRA,
     arXiv:2402.09353, eq. 5 and section 4.3).  Leading axes (layers, experts) are those of every field: slices are whole.
+
+    Attributes:
+      base: [.., in, out], the frozen W.
+      a: [.., in, r]; None in `frozen`.
+      b: [.., r, out]; None in `frozen`.
+      scale: [..] float32, s.
+      magnitude: [.., out], m of DoRA.
+      key: [..] of the dropout; None: without.
+      rate: [..] float32, share of the adapter's inputs that is dropped.
     """
 
-    base: Any  # [.., in, out], the frozen W
-    a: Any  # [.., in, r]; None in `frozen`
-    b: Any  # [.., r, out]; None in `frozen`
-    scale: Array  # [..] float32, s
-    magnitude: Any = None  # [.., out], m of DoRA
-    key: Any = None  # [..] of the dropout; None: without
-    rate: Any = None  # [..] float32, share of the adapter's inputs that is dropped
+    base: Any
+    a: Any
+    b: Any
+    scale: Array
+    magnitude: Any = None
+    key: Any = None
+    rate: Any = None
 
     def matmul(self, x: Array) -> Array:
         """`x [N, in]` times the adapted matrix, `[N, out]` in the dtype of `x`; no matrix `[in, out]` is made."""

@@ -7,13 +7,21 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.losses.offline import polyak
 from rlhf.ranges import Share, Steps, Strength, between, checked
 from rlhf.train import TrainState, reference
 
 
+@documented
 class Average(NamedTuple):
-    """An average in the making: `init(params) -> state`, `update(state, params) -> state`, `value(state, params) -> params`."""
+    """An average in the making: `init(params) -> state`, `update(state, params) -> state`, `value(state, params) -> params`.
+
+    Attributes:
+      init: (params) -> state.
+      update: (state, params) -> state, after a step.
+      value: (state, params) -> the averaged parameters.
+    """
 
     init: Callable
     update: Callable
@@ -36,11 +44,18 @@ def ema(*, decay: Share = 0.99) -> Average:
     return Average(reference, partial(polyak, rate=1 - decay), lambda state, params: state)
 
 
+@documented
 class BemaState(NamedTuple):
-    """What BEMA keeps."""
+    """What BEMA keeps.
 
-    updates: jax.Array  # [] int32, how many
-    start: Any  # θ_0
+    Attributes:
+      updates: [] int32, how many.
+      start: θ_0.
+      ema: like params, the exponential moving average.
+    """
+
+    updates: jax.Array
+    start: Any
     ema: Any
 
 

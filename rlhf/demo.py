@@ -19,6 +19,7 @@ from rich.table import Table
 
 from rlhf import data, files, losses, rollouts
 from rlhf.checkpoint import Checkpoints
+from rlhf.fields import documented
 from rlhf.lm import LM, Head
 from rlhf.loop import run_steps
 from rlhf.models import TransformerConfig, huggingface, scalar_head, transformer
@@ -34,18 +35,35 @@ PROMPT_LENGTH, NEW_TOKENS = 7, 16
 STEPS = {"sft": 400, "reward": 60, "ppo": 20, "grpo": 18, "dpo": 50}
 
 
+@documented
 class Task(NamedTuple):
-    """What the demo trains on."""
+    """What the demo trains on.
+
+    Attributes:
+      tokenizer: of the grammar's words.
+      corpus: whole reviews.
+      pairs: positive against negative, and whole against garbled.
+      held_out: pairs that are not trained on.
+      prompts: starts of reviews, without sentiment.
+    """
 
     tokenizer: Any
-    corpus: rollouts.Batch  # whole reviews
-    pairs: rollouts.Pairs  # positive against negative, and whole against garbled
+    corpus: rollouts.Batch
+    pairs: rollouts.Pairs
     held_out: rollouts.Pairs
-    prompts: rollouts.Prompts  # starts of reviews, without sentiment
+    prompts: rollouts.Prompts
 
 
+@documented
 class Models(NamedTuple):
-    """A policy; a reward model and a critic are heads on trunks of the same shape."""
+    """A policy; a reward model and a critic are heads on trunks of the same shape.
+
+    Attributes:
+      config: of the language model.
+      lm: the policy.
+      value_head: of the critic.
+      reward_head: of the reward model.
+    """
 
     config: TransformerConfig
     lm: LM

@@ -11,32 +11,52 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
+
 Params = Any
 
 
+@documented
 class LM(NamedTuple):
-    """A language model.  Two models built alike compare and hash equal, so that they share their compilations."""
+    """A language model.  Two models built alike compare and hash equal, so that they share their compilations.
 
-    init: Callable  # (key) -> params, plain arrays
-    axes: Callable  # () -> pytree like params; a leaf is a tuple of logical axis names, or None
-    hidden: Callable  # (params, tokens [B, T], *, positions, segment_ids, cache=None, inputs=None) -> ([B, T, D], cache, aux)
-    unembed: Callable  # (params, hidden [..., D]) -> logits [..., V], at least float32
-    init_cache: Callable  # (batch, length) -> cache; batch on axis 0 of every leaf; a longer one begins as a shorter one
-    encode: Callable | None = None  # encoder-decoders: (params, inputs) -> the encoded form of inputs
-    unstack: Callable | None = None  # (params) -> params in the form that `hidden` with a cache reads fastest, again and again
-    shares: bool = False  # whether `hidden` takes `shared`, a `SharedPrefix`, and reads it once
+    Attributes:
+      init: (key) -> params, plain arrays.
+      axes: () -> pytree like params; a leaf is a tuple of logical axis names, or None.
+      hidden: (params, tokens [B, T], *, positions, segment_ids, cache=None, inputs=None) -> ([B, T, D], cache,
+        aux).
+      unembed: (params, hidden [..., D]) -> logits [..., V], at least float32.
+      init_cache: (batch, length) -> cache; batch on axis 0 of every leaf; a longer one begins as a shorter one.
+      encode: encoder-decoders: (params, inputs) -> the encoded form of inputs.
+      unstack: (params) -> params in the form that `hidden` with a cache reads fastest, again and again.
+      shares: whether `hidden` takes `shared`, a `SharedPrefix`, and reads it once.
+    """
+
+    init: Callable
+    axes: Callable
+    hidden: Callable
+    unembed: Callable
+    init_cache: Callable
+    encode: Callable | None = None
+    unstack: Callable | None = None
+    shares: bool = False
 
 
+@documented
 class SharedPrefix(NamedTuple):
     """Rows in groups that have their first columns in common: a prompt's samples, the two answers of a pair.
+
+    Attributes:
+      rows: of a group, one after another; 1: every row by itself.
+      own: the last columns, in which they differ.
 
     >>> shared, x = SharedPrefix(rows=2, own=1), jnp.array([[5, 6, 7], [5, 6, 8]])
     >>> shared.once(x).tolist(), shared.whole(shared.once(x)).tolist()
     ([[5, 6, 7, 8]], [[5, 6, 7], [5, 6, 8]])
     """
 
-    rows: int = 1  # of a group, one after another; 1: every row by itself
-    own: int = 0  # the last columns, in which they differ
+    rows: int = 1
+    own: int = 0
 
     def fitting(self, rows: int, parts: int) -> "SharedPrefix":
         """With as many rows to a group as can stay together where so many rows are cut into equal parts; at worst one.
@@ -67,13 +87,21 @@ class SharedPrefix(NamedTuple):
 ALONE = SharedPrefix()  # nothing is shared
 
 
+@documented
 class Head(NamedTuple):
-    """A value head, a reward head: numbers from hidden states."""
+    """A value head, a reward head: numbers from hidden states.
 
-    init: Callable  # (key) -> params
-    axes: Callable  # () -> pytree like params
-    apply: Callable  # (params, hidden [..., D]) -> [...], or [..., K] for K labels
-    reads: str = "last"  # the token by which a text is judged: "last", "first" (encoders), or "every" one by itself
+    Attributes:
+      init: (key) -> params.
+      axes: () -> pytree like params.
+      apply: (params, hidden [..., D]) -> [...], or [..., K] for K labels.
+      reads: the token by which a text is judged: "last", "first" (encoders), or "every" one by itself.
+    """
+
+    init: Callable
+    axes: Callable
+    apply: Callable
+    reads: str = "last"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,18 +5,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 
+
+@documented
 class Ratio(NamedTuple):
-    """`total / count`, both summed first."""
+    """`total / count`, both summed first.
 
-    total: Any  # [] float32
-    count: Any  # [] float32
+    Attributes:
+      total: [] float32.
+      count: [] float32.
+    """
+
+    total: Any
+    count: Any
 
 
+@documented
 class Max(NamedTuple):
-    """The largest value seen."""
+    """The largest value seen.
 
-    value: Any  # [] float32
+    Attributes:
+      value: [] float32.
+    """
+
+    value: Any
 
 
 def _is_metric(x) -> bool:

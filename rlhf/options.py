@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rlhf import files, ranges, trl_names, yaml_files
+from rlhf.fields import documented
 from rlhf.trl_names import Given
 
 OURS = ("config", "print_config", "help")  # options of every command
@@ -28,14 +29,23 @@ class Mistake(ValueError):
     """What the user typed cannot be; the message says why and what would do."""
 
 
+@documented
 class Option(NamedTuple):
-    """What is known of an option."""
+    """What is known of an option.
 
-    hint: Any  # its type, with its range
-    default: Any  # inspect.Parameter.empty where it must be given
-    text: str  # what it is
-    group: str  # what it stands with
-    of: str | None  # the function's parameter that is a dataclass of which it is a field
+    Attributes:
+      hint: its type, with its range.
+      default: inspect.Parameter.empty where it must be given.
+      text: what it is.
+      group: what it stands with.
+      of: the function's parameter that is a dataclass of which it is a field.
+    """
+
+    hint: Any
+    default: Any
+    text: str
+    group: str
+    of: str | None
 
     @property
     def needed(self) -> bool:

@@ -14,13 +14,22 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from rlhf.fields import documented
+
 FLOAT32 = 3.4e38  # numbers beyond it are infinite on a device
 INT32 = 2**31 - 1
 LONGEST = 80  # letters of a value that a message shows
 
 
+@documented
 class Range(NamedTuple):
     """An interval of finite numbers; open where `above` or `below` says so.  Beside a list, it is of its entries' number.
+
+    Attributes:
+      low: the lower bound.
+      high: the upper bound.
+      above: low itself is outside.
+      below: high itself is outside.
 
     >>> 0.5 in Range(0, 1), 1 in Range(0, 1, below=True), str(Range(0, 1, below=True)), str(Range(0, above=True))
     (True, False, 'at least 0 and below 1', 'above 0')
@@ -28,8 +37,8 @@ class Range(NamedTuple):
 
     low: float = -FLOAT32
     high: float = FLOAT32
-    above: bool = False  # low itself is outside
-    below: bool = False  # high itself is outside
+    above: bool = False
+    below: bool = False
 
     def __contains__(self, value: Any) -> bool:
         if not isinstance(value, int | float | np.number):

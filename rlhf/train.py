@@ -8,18 +8,28 @@ import jax.numpy as jnp
 import optax
 
 from rlhf import metrics as metrics_lib
+from rlhf.fields import documented
 
 Array = jax.Array
 
 
+@documented
 class TrainState(NamedTuple):
-    """A whole run: save this pytree, and what comes after is the same bit for bit."""
+    """A whole run: save this pytree, and what comes after is the same bit for bit.
 
-    step: Array  # [] int32, steps taken, skipped ones included
-    params: Any  # what is trained, nothing else
+    Attributes:
+      step: [] int32, steps taken, skipped ones included.
+      params: what is trained, nothing else.
+      opt_state: the optimizer's own.
+      key: [] the run's key; steps fold their number into it.
+      context: what the objective needs and does not train: reference params, KL coefficient, …
+    """
+
+    step: Array
+    params: Any
     opt_state: Any
-    key: Array  # [] the run's key; steps fold their number into it
-    context: Any = ()  # what the objective needs and does not train: reference params, KL coefficient, …
+    key: Array
+    context: Any = ()
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array, context: Any = ()) -> TrainState:

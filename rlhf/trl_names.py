@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.fields import documented
+
 RENAMED = {  # what TRL's users type -> what it is here, with the same value
     "model_name_or_path": "model",
     "dataset_name": "dataset",
@@ -68,6 +70,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "generati
 PEFT = dict(lora_rank=16)  # TRL's, where adapters are asked for
 
 
+@documented
 class Given(NamedTuple):
     """What was given for an option.
 
@@ -82,6 +85,7 @@ class Given(NamedTuple):
     words: bool = False
 
 
+@documented
 class Command(NamedTuple):
     """What a rule may look at.
 

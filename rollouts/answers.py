@@ -6,12 +6,20 @@ import unicodedata
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from rlhf.fields import documented
 from rlhf.rollouts import exact
 from rlhf.rollouts.exact import Unreadable, Value
 
 
+@documented
 class Number(NamedTuple):
-    """A number as it was written: `50%` is 50 with `percent`, `$5` is 5 with the unit `dollar`."""
+    """A number as it was written: `50%` is 50 with `percent`, `$5` is 5 with the unit `dollar`.
+
+    Attributes:
+      value: of the number.
+      percent: whether a % stands behind it.
+      unit: what else stands behind it.
+    """
 
     value: Value
     percent: bool = False

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.rollouts import text
 from rlhf.rollouts.filtering import concatenate, group_scores, take_groups, take_samples
@@ -17,11 +18,17 @@ BUCKETS = tuple(64 * 2**i for i in range(12))  # tokens, up to 131,072
 PER_TOKEN = ("tokens", "mask", "positions", "segment_ids", "logprobs", "sampling_logprobs")
 
 
+@documented
 class Best(NamedTuple):
-    """What `best_of_n` returns."""
+    """What `best_of_n` returns.
 
-    rollout: Rollout  # [P * keep, T], each prompt's best first
-    scores: Array  # [P, keep] float32, NaN where fewer samples could be scored
+    Attributes:
+      rollout: [P * keep, T], each prompt's best first.
+      scores: [P, keep] float32, NaN where fewer samples could be scored.
+    """
+
+    rollout: Rollout
+    scores: Array
 
 
 def sample_length(key: Array, low: int, high: int) -> Array:

@@ -10,12 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.rollouts import samplers
 from rlhf.rollouts.types import Array, Prompts, check_prompts
 
 
+@documented
 class Settings(NamedTuple):
-    """What a compiled program depends on."""
+    """What a compiled program depends on.
+
+    Attributes:
+      max_new_tokens: the most tokens of a completion.
+      num_samples: completions a prompt.
+      eos_ids: tokens that end a completion.
+      pad_id: the token of padding.
+    """
 
     max_new_tokens: int
     num_samples: int
@@ -23,20 +32,37 @@ class Settings(NamedTuple):
     pad_id: int
 
 
+@documented
 class Rows(NamedTuple):
-    """Completions in the making; N new tokens at most, T columns."""
+    """Completions in the making; N new tokens at most, T columns.
 
-    tokens: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32, of what stands before the first new token
-    logprobs: Array  # [B, N] float32, of new tokens, of softmax(logits / temperature)
-    sampling_logprobs: Array  # [B, N] float32, where the sampler has transforms; else they are the same
-    chances: Array  # [B, N] float32 in [0, 1), what decides each new token
-    start: Array  # [B] int32, column of the first new token
-    first: Array  # [B] int32, its position: how many tokens stand before it
-    new: Array  # [B] int32, new tokens so far
-    last: Array  # [B] int32, the token sampled last
-    stop: Array  # [B] int32, state of the stop strings' automaton
-    finished: Array  # [B] bool, ended by an end token or a stop string
+    Attributes:
+      tokens: [B, T] int32.
+      segment_ids: [B, T] int32, of what stands before the first new token.
+      logprobs: [B, N] float32, of new tokens, of softmax(logits / temperature).
+      sampling_logprobs: [B, N] float32, where the sampler has transforms; else they are the same.
+      chances: [B, N] float32 in [0, 1), what decides each new token.
+      start: [B] int32, column of the first new token.
+      first: [B] int32, its position: how many tokens stand before it.
+      new: [B] int32, new tokens so far.
+      last: [B] int32, the token sampled last.
+      stop: [B] int32, state of the stop strings' automaton.
+      finished: [B] bool, ended by an end token or a stop string.
+      cache: of the model.
+      inputs: arrays [B, ...] that the tokens are conditioned on.
+    """
+
+    tokens: Array
+    segment_ids: Array
+    logprobs: Array
+    sampling_logprobs: Array
+    chances: Array
+    start: Array
+    first: Array
+    new: Array
+    last: Array
+    stop: Array
+    finished: Array
     cache: Any
     inputs: Any
 
@@ -53,14 +79,25 @@ def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     return Settings(max_new_tokens, num_samples, tuple(eos_ids), pad_id)
 
 
+@documented
 class Decoder(NamedTuple):
-    """What a decoding loop is made of; `decode` is `hear` and `emit` one after the other."""
+    """What a decoding loop is made of; `decode` is `hear` and `emit` one after the other.
 
-    read: Callable  # (prompts [P, L], keys [B]) -> rows, B = P * num_samples, and the hidden states [B, D] of their last tokens
-    widen: Callable  # (rows, columns) -> rows, with a cache of so many columns; `read` leaves one as wide as the prompts
-    hear: Callable  # (rows, tokens, segment_ids, positions: [B, K], padded on the left) -> rows, hidden states of the last ones
-    emit: Callable  # (rows, hidden states [B, D]) -> rows with a token more
-    decode: Callable  # (rows) -> rows that have read their last token, with a token more
+    Attributes:
+      read: (prompts [P, L], keys [B]) -> rows, B = P * num_samples, and the hidden states [B, D] of their last
+        tokens.
+      widen: (rows, columns) -> rows, with a cache of so many columns; `read` leaves one as wide as the prompts.
+      hear: (rows, tokens, segment_ids, positions: [B, K], padded on the left) -> rows, hidden states of the last
+        ones.
+      emit: (rows, hidden states [B, D]) -> rows with a token more.
+      decode: (rows) -> rows that have read their last token, with a token more.
+    """
+
+    read: Callable
+    widen: Callable
+    hear: Callable
+    emit: Callable
+    decode: Callable
 
 
 def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:

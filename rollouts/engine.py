@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.ranges import Count, between, checked
 from rlhf.rollouts.score import score_batch
@@ -34,17 +35,31 @@ from rlhf.rollouts.types import Array, Prompts, Rollout, check_prompts
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, which double, and before any
 
 
+@documented
 class Engine(NamedTuple):
-    """A server, and how it is asked."""
+    """A server, and how it is asked.
+
+    Attributes:
+      url: of the server.
+      model: who answers: the name of a base model or of an adapter.
+      send: (path, JSON) -> the answer's text; RuntimeError when it has failed for good.
+      concurrency: requests under way at a time.
+    """
 
     url: str
-    model: str  # who answers: the name of a base model or of an adapter
-    send: Callable[[str, dict], str]  # (path, JSON) -> the answer's text; RuntimeError when it has failed for good
-    concurrency: int  # requests under way at a time
+    model: str
+    send: Callable[[str, dict], str]
+    concurrency: int
 
 
+@documented
 class Failure(NamedTuple):
-    """A row that no attempt has filled."""
+    """A row that no attempt has filled.
+
+    Attributes:
+      row: of the prompt.
+      error: what went wrong.
+    """
 
     row: int
     error: str

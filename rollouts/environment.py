@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.rollouts.calls import Outcome, event_loop, together
 from rlhf.rollouts.generate import generate as _generate
@@ -19,31 +20,56 @@ from rlhf.rollouts.samplers import Sampler
 from rlhf.rollouts.types import Array, Prompts, Rollout
 
 
+@documented
 class Turn(NamedTuple):
-    """What an environment answers to a completion."""
+    """What an environment answers to a completion.
 
-    state: Any  # of this conversation, for its next step; a step that fails leaves the old one in place
-    observation: str | Sequence[int] | None = None  # text or token ids that the policy reads before its next turn
-    reward: float | None = 0.0  # of this turn; None: it could not be scored
-    done: bool = False  # the conversation is over; its observation is not read
-    error: str | None = None  # what went wrong, for `Played.errors`
+    Attributes:
+      state: of this conversation, for its next step; a step that fails leaves the old one in place.
+      observation: text or token ids that the policy reads before its next turn.
+      reward: of this turn; None: it could not be scored.
+      done: the conversation is over; its observation is not read.
+      error: what went wrong, for `Played.errors`.
+    """
+
+    state: Any
+    observation: str | Sequence[int] | None = None
+    reward: float | None = 0.0
+    done: bool = False
+    error: str | None = None
 
 
+@documented
 class Environment(NamedTuple):
-    """What a policy talks to.  Rows run side by side: a plain function in a thread, an async one on one event loop."""
+    """What a policy talks to.  Rows run side by side: a plain function in a thread, an async one on one event loop.
 
-    reset: Callable  # (row) -> state, for every sample of a prompt
-    step: Callable  # (state, completion_ids: list[int], completion_text: str) -> Turn
+    Attributes:
+      reset: (row) -> state, for every sample of a prompt.
+      step: (state, completion_ids: list[int], completion_text: str) -> Turn.
+    """
+
+    reset: Callable
+    step: Callable
 
 
+@documented
 class Played(NamedTuple):
-    """Conversations as a `Rollout`, and what the environment made of them."""
+    """Conversations as a `Rollout`, and what the environment made of them.
 
-    rollout: Rollout  # [B, T], observations are outside the mask; finished: the environment was done, and no limit had cut
-    rewards: Array  # [B, T] float32, each turn's on its last sampled token; NaN: could not be scored, and so is the row's sum
-    turns: Array  # [B] int32, turns that were sampled
-    states: list  # B states, the last of each conversation
-    errors: list[list[str]]  # B lists of what went wrong, and in which turn
+    Attributes:
+      rollout: [B, T], observations are outside the mask; finished: the environment was done, and no limit had cut.
+      rewards: [B, T] float32, each turn's on its last sampled token; NaN: could not be scored, and so is the row's
+        sum.
+      turns: [B] int32, turns that were sampled.
+      states: B states, the last of each conversation.
+      errors: B lists of what went wrong, and in which turn.
+    """
+
+    rollout: Rollout
+    rewards: Array
+    turns: Array
+    states: list
+    errors: list[list[str]]
 
 
 def play(

@@ -8,16 +8,23 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from rlhf.fields import documented
+
 LONGEST = 300  # characters of an expression
 DEEPEST = 12  # parentheses in parentheses
 BITS = 20_000  # of a power
 SQUARE = 10**10  # the largest number that is searched for square factors
 
 
+@documented
 class Surd(NamedTuple):
-    """`Σ factor · √n`, irrational."""
+    """`Σ factor · √n`, irrational.
 
-    terms: tuple[tuple[int, Fraction], ...]  # n without square factors, ascending; factors other than 0
+    Attributes:
+      terms: n without square factors, ascending; factors other than 0.
+    """
+
+    terms: tuple[tuple[int, Fraction], ...]
 
     def __float__(self) -> float:
         return math.fsum(float(factor) * math.sqrt(n) for n, factor in self.terms)

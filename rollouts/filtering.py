@@ -13,27 +13,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.losses import groups as _groups
 from rlhf.rollouts.types import Array, Prompts, Rollout, is_here
 
 
+@documented
 class Report(NamedTuple):
-    """Where the groups of `dynamic_sampling` went: `kept + surplus + dropped_…` were sampled.  Python integers."""
+    """Where the groups of `dynamic_sampling` went: `kept + surplus + dropped_…` were sampled.  Python integers.
 
-    rounds: int  # chunks of prompts that were used up
-    kept: int  # informative groups in the result
-    surplus: int  # informative groups that it had no room for
-    dropped_high: int  # groups without a difference, all of them good
-    dropped_low: int  # groups without a difference, all of them bad
-    dropped_unscored: int  # groups with fewer than two scored samples
-    short: int  # groups of the result that fill it up, their masks False and their rewards NaN
+    Attributes:
+      rounds: chunks of prompts that were used up.
+      kept: informative groups in the result.
+      surplus: informative groups that it had no room for.
+      dropped_high: groups without a difference, all of them good.
+      dropped_low: groups without a difference, all of them bad.
+      dropped_unscored: groups with fewer than two scored samples.
+      short: groups of the result that fill it up, their masks False and their rewards NaN.
+    """
+
+    rounds: int
+    kept: int
+    surplus: int
+    dropped_high: int
+    dropped_low: int
+    dropped_unscored: int
+    short: int
 
 
+@documented
 class Collected(NamedTuple):
-    """What `dynamic_sampling` returns."""
+    """What `dynamic_sampling` returns.
 
-    rows: Any  # as `sample` returned them, groups * num_samples rows
-    rewards: np.ndarray  # [groups, num_samples] float32
+    Attributes:
+      rows: as `sample` returned them, groups * num_samples rows.
+      rewards: [groups, num_samples] float32.
+      report: what was kept and what was not.
+    """
+
+    rows: Any
+    rewards: np.ndarray
     report: Report
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.ranges import INT32, Share, between, checked
 from rlhf.rollouts.filtering import num_rows
 from rlhf.rollouts.types import Array
@@ -17,15 +18,28 @@ from rlhf.rollouts.types import Array
 NEVER = -1e4  # far below the logarithm of any weight
 
 
+@documented
 class CurriculumState(NamedTuple):
-    """What is known of every prompt; arrays, so that it is saved and restored with the run."""
+    """What is known of every prompt; arrays, so that it is saved and restored with the run.
 
-    pass_rate: Array  # [N] float32, a running mean; one half before the first update
-    count: Array  # [N] int32, updates
+    Attributes:
+      pass_rate: [N] float32, a running mean; one half before the first update.
+      count: [N] int32, updates.
+    """
+
+    pass_rate: Array
+    count: Array
 
 
+@documented
 class Curriculum(NamedTuple):
-    """`init() -> state`, `update(state, index, passed) -> state` and `sample(state, key, n) -> index`: pure, they jit."""
+    """`init() -> state`, `update(state, index, passed) -> state` and `sample(state, key, n) -> index`: pure, they jit.
+
+    Attributes:
+      init: () -> state.
+      update: (state, index, passed) -> state.
+      sample: (state, key, n) -> index.
+    """
 
     init: Callable[[], CurriculumState]
     update: Callable[..., CurriculumState]
@@ -131,21 +145,37 @@ def choose(key: Array, weights, n: int) -> Array:
     return jax.lax.top_k(noise + jnp.where(some, jnp.log(jnp.where(some, weights, 1.0)), NEVER), n)[1]
 
 
+@documented
 class Buffer(NamedTuple):
-    """Rows of earlier steps.  A step is one call of `add`."""
+    """Rows of earlier steps.  A step is one call of `add`.
 
-    rows: Any  # pytree of [C, ...]; leaves without axes, such as a temperature, belong to all rows and are the last ones added
-    priority: Array  # [C] float32, minus infinity where a slot is empty
-    added: Array  # [C] int32, the step in which a row was added
-    step: Array  # [] int32, steps so far
+    Attributes:
+      rows: pytree of [C, ...]; leaves without axes, such as a temperature, belong to all rows and are the last ones
+        added.
+      priority: [C] float32, minus infinity where a slot is empty.
+      added: [C] int32, the step in which a row was added.
+      step: [] int32, steps so far.
+    """
+
+    rows: Any
+    priority: Array
+    added: Array
+    step: Array
 
 
+@documented
 class Drawn(NamedTuple):
-    """Rows that `sample` drew."""
+    """Rows that `sample` drew.
 
-    rows: Any  # pytree of [n, ...]
-    index: Array  # [n] int32, their slots, for new priorities: buffer.priority.at[index].set(…)
-    real: Array  # [n] bool, False where there was nothing to draw: put it into the rows' mask
+    Attributes:
+      rows: pytree of [n, ...].
+      index: [n] int32, their slots, for new priorities: buffer.priority.at[index].set(…).
+      real: [n] bool, False where there was nothing to draw: put it into the rows' mask.
+    """
+
+    rows: Any
+    index: Array
+    real: Array
 
 
 def init(rows: Any, capacity: int) -> Buffer:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf import losses
+from rlhf.fields import documented
 from rlhf.rollouts.calls import GRACE, in_thread, told_from_outside
 from rlhf.rollouts.reward_worker import describe, listed, shown, taken
 from rlhf.rollouts.types import Array, Rollout
@@ -32,34 +33,63 @@ class Unreachable(ConnectionError):
     """Raised by a reward function when what it asks does not answer: no row is at fault, so rows are not tried one by one."""
 
 
+@documented
 class Failure(NamedTuple):
-    """What went wrong in a reward function."""
+    """What went wrong in a reward function.
+
+    Attributes:
+      name: of the reward.
+      row: None: the call on the whole batch.
+      message: what went wrong.
+    """
 
     name: str
-    row: int | None  # None: the call on the whole batch
+    row: int | None
     message: str
 
 
+@documented
 class Failed(NamedTuple):
-    """What a reward function may return in the place of a reward that it could not make, where it knows why."""
+    """What a reward function may return in the place of a reward that it could not make, where it knows why.
+
+    Attributes:
+      reason: why there is no reward.
+    """
 
     reason: str
 
 
+@documented
 class Rewards(NamedTuple):
-    """What `score_texts` returns, on the host."""
+    """What `score_texts` returns, on the host.
 
-    values: np.ndarray  # [B, K] float32, NaN = not scorable; of per-token rewards the sum
-    names: tuple[str, ...]  # K
-    weights: np.ndarray  # [K] float32
-    total: np.ndarray  # [B] float32, Σ weight · value over what is scorable; NaN where nothing is
-    per_token: dict[str, list[np.ndarray | None]]  # name -> B of [sampled tokens] float32, for functions that return lists
+    Attributes:
+      values: [B, K] float32, NaN = not scorable; of per-token rewards the sum.
+      names: K.
+      weights: [K] float32.
+      total: [B] float32, Σ weight · value over what is scorable; NaN where nothing is.
+      per_token: name -> B of [sampled tokens] float32, for functions that return lists.
+      failures: of rewards on rows.
+      reasons: name -> B, what went wrong on the row; None where nothing did.
+    """
+
+    values: np.ndarray
+    names: tuple[str, ...]
+    weights: np.ndarray
+    total: np.ndarray
+    per_token: dict[str, list[np.ndarray | None]]
     failures: list[Failure]
-    reasons: dict[str, list[str | None]]  # name -> B, what went wrong on the row; None where nothing did
+    reasons: dict[str, list[str | None]]
 
 
+@documented
 class Combination(NamedTuple):
-    """Reward functions and their weights; itself a reward function, of the weighted sum."""
+    """Reward functions and their weights; itself a reward function, of the weighted sum.
+
+    Attributes:
+      functions: name -> reward function.
+      weights: name -> weight.
+    """
 
     functions: dict[str, RewardFunction]
     weights: dict[str, float]

@@ -15,28 +15,46 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rlhf import ranges
+from rlhf.fields import documented
 
 Array = jax.Array
 BLOCK = 32  # probabilities that are summed at a time when a token is drawn
 
 
+@documented
 class Sampler(NamedTuple):
-    """How the next token is drawn from logits."""
+    """How the next token is drawn from logits.
 
-    temperature: Any = 1.0  # [] float, divides the logits
-    transforms: tuple[Callable, ...] = ()  # applied in order, after the temperature
+    Attributes:
+      temperature: [] float, divides the logits.
+      transforms: applied in order, after the temperature.
+    """
+
+    temperature: Any = 1.0
+    transforms: tuple[Callable, ...] = ()
 
 
+@documented
 class Step(NamedTuple):
-    """What a transform may look at beside the logits of the next token."""
+    """What a transform may look at beside the logits of the next token.
 
-    tokens: Array  # [B, T] int32, prompts and what was sampled so far
-    here: Array  # [B, T] bool, which of them are there yet, and no padding
-    sampled: Array  # [B, T] bool, which of those were sampled
-    column: Array  # [B] int32, where the next token will stand
-    new: Array  # [B] int32, tokens sampled so far
-    hidden: Array  # [B, D], what the logits were made from
-    temperature: Array  # [], that the logits were divided by
+    Attributes:
+      tokens: [B, T] int32, prompts and what was sampled so far.
+      here: [B, T] bool, which of them are there yet, and no padding.
+      sampled: [B, T] bool, which of those were sampled.
+      column: [B] int32, where the next token will stand.
+      new: [B] int32, tokens sampled so far.
+      hidden: [B, D], what the logits were made from.
+      temperature: [], that the logits were divided by.
+    """
+
+    tokens: Array
+    here: Array
+    sampled: Array
+    column: Array
+    new: Array
+    hidden: Array
+    temperature: Array
 
 
 def sampler(*transforms: Callable, temperature=1.0) -> Sampler:

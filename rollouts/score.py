@@ -8,18 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf import losses
+from rlhf.fields import documented
 from rlhf.lm import LM, Head, Params, SharedPrefix
 from rlhf.rollouts.types import Array, Batch, Rollout, check_ids
 
 
+@documented
 class Scored(NamedTuple):
-    """What `score` returns; column `t` speaks of `tokens[:, t]`."""
+    """What `score` returns; column `t` speaks of `tokens[:, t]`.
 
-    logprobs: Array  # [B, T] float32, log p(token | its sequence so far); 0 where not asked for, at starts and at padding
-    entropy: Array  # [B, T] float32, nats, of the distribution the token was drawn from; 0 where logprobs is
-    values: dict[str, Array]  # per head [B, T] float32: its output before the token was read; 0 at starts and at padding
-    last_value: dict[str, Array]  # per head [B * max_segments] float32: its output after a sequence's last token
-    aux: dict[str, Array]  # what the model reports of itself
+    Attributes:
+      logprobs: [B, T] float32, log p(token | its sequence so far); 0 where not asked for, at starts and at padding.
+      entropy: [B, T] float32, nats, of the distribution the token was drawn from; 0 where logprobs is.
+      values: per head [B, T] float32: its output before the token was read; 0 at starts and at padding.
+      last_value: per head [B * max_segments] float32: its output after a sequence's last token.
+      aux: what the model reports of itself.
+    """
+
+    logprobs: Array
+    entropy: Array
+    values: dict[str, Array]
+    last_value: dict[str, Array]
+    aux: dict[str, Array]
 
 
 def score(

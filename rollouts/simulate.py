@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.rollouts import samplers
 from rlhf.rollouts.decoding import (
@@ -27,23 +28,40 @@ from rlhf.rollouts.decoding import (
 from rlhf.rollouts.types import Array, Prompts, Rollout
 
 
+@documented
 class Reply(NamedTuple):
-    """What an environment answers to a turn of one conversation."""
+    """What an environment answers to a turn of one conversation.
 
-    state: Any  # of the conversation, for its next step: a pytree of arrays whose shapes stay
-    tokens: Array  # [O] int32, what the policy reads before its next turn
-    mask: Array  # [O] bool, which of them are there
-    reward: Any = 0.0  # [] float, of this turn
-    done: Any = False  # [] bool, the conversation is over, and its tokens are not read
+    Attributes:
+      state: of the conversation, for its next step: a pytree of arrays whose shapes stay.
+      tokens: [O] int32, what the policy reads before its next turn.
+      mask: [O] bool, which of them are there.
+      reward: [] float, of this turn.
+      done: [] bool, the conversation is over, and its tokens are not read.
+    """
+
+    state: Any
+    tokens: Array
+    mask: Array
+    reward: Any = 0.0
+    done: Any = False
 
 
+@documented
 class Simulated(NamedTuple):
-    """Conversations as a `Rollout`, and what the environment made of them."""
+    """Conversations as a `Rollout`, and what the environment made of them.
 
-    rollout: Rollout  # [B, T], replies are outside the mask; finished: the environment was done, and no limit had cut
-    rewards: Array  # [B, T] float32, each turn's on its last sampled token
-    turns: Array  # [B] int32, turns that were sampled
-    states: Any  # [B, ...], the last of each conversation
+    Attributes:
+      rollout: [B, T], replies are outside the mask; finished: the environment was done, and no limit had cut.
+      rewards: [B, T] float32, each turn's on its last sampled token.
+      turns: [B] int32, turns that were sampled.
+      states: [B, ...], the last of each conversation.
+    """
+
+    rollout: Rollout
+    rewards: Array
+    turns: Array
+    states: Any
 
 
 class _Talks(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from rlhf.fields import documented
 from rlhf.rollouts.calls import Outcome, attempt
 from rlhf.rollouts.environment import Environment, Turn, shorten
 
@@ -17,26 +18,45 @@ JSON_TYPES: dict[Any, str] = {
 PYTHON_TYPES: dict[str, tuple] = {name: (kind,) for kind, name in JSON_TYPES.items()} | {"number": (int, float)}
 
 
+@documented
 class Call(NamedTuple):
-    """A tool call that a parser found."""
+    """A tool call that a parser found.
+
+    Attributes:
+      name: of the tool.
+      arguments: name -> value.
+    """
 
     name: str
-    arguments: dict  # name -> value
+    arguments: dict
 
 
+@documented
 class Answer(NamedTuple):
-    """What came of a call."""
+    """What came of a call.
+
+    Attributes:
+      name: of the tool.
+      text: that the policy reads.
+      error: what went wrong; None: nothing.
+    """
 
     name: str
-    text: str  # that the policy reads
+    text: str
     error: str | None
 
 
+@documented
 class Talk(NamedTuple):
-    """A conversation in a tool environment."""
+    """A conversation in a tool environment.
 
-    row: Any  # what `reset` got
-    messages: tuple[dict, ...] = ()  # role "assistant" or "tool", content; a tool's also has its name
+    Attributes:
+      row: what `reset` got.
+      messages: role "assistant" or "tool", content; a tool's also has its name.
+    """
+
+    row: Any
+    messages: tuple[dict, ...] = ()
 
 
 def tool(fn: Callable) -> dict:

@@ -6,17 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.lm import LM
 
 Array = Any  # of JAX, or of NumPy on its way to the device
 
 
+@documented
 class Prompts(NamedTuple):
-    """Token prompts, padded anywhere."""
+    """Token prompts, padded anywhere.
 
-    tokens: Array  # [P, L] int32
-    mask: Array  # [P, L] bool, True on real tokens
-    inputs: dict | None = None  # arrays [P, ...] that the tokens are conditioned on
+    Attributes:
+      tokens: [P, L] int32.
+      mask: [P, L] bool, True on real tokens.
+      inputs: arrays [P, ...] that the tokens are conditioned on.
+    """
+
+    tokens: Array
+    mask: Array
+    inputs: dict | None = None
 
 
 def check_prompts(prompts: Prompts) -> None:
@@ -87,52 +95,92 @@ def is_here(x: Array) -> bool:
     return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
+@documented
 class Rollout(NamedTuple):
-    """Prompts, padded on the left, with their completions, padded on the right; a prompt's samples are contiguous."""
+    """Prompts, padded on the left, with their completions, padded on the right; a prompt's samples are contiguous.
 
-    tokens: Array  # [B, T] int32
-    mask: Array  # [B, T] bool, sampled by the policy
-    positions: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32, 0 = padding
-    logprobs: Array  # [B, T] float32, of softmax(logits / temperature): equals token_logprobs at that temperature
-    sampling_logprobs: Array  # [B, T] float32, of the distribution after all filters, for importance correction
-    finished: Array  # [B] bool, ended by an end token (False: cut at the length limit)
-    temperature: Array  # [] float32
+    Attributes:
+      tokens: [B, T] int32.
+      mask: [B, T] bool, sampled by the policy.
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32, 0 = padding.
+      logprobs: [B, T] float32, of softmax(logits / temperature): equals token_logprobs at that temperature.
+      sampling_logprobs: [B, T] float32, of the distribution after all filters, for importance correction.
+      finished: [B] bool, ended by an end token (False: cut at the length limit).
+      temperature: [] float32.
+      inputs: arrays [B, ...] that the tokens are conditioned on; None: nothing.
+    """
+
+    tokens: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+    logprobs: Array
+    sampling_logprobs: Array
+    finished: Array
+    temperature: Array
     inputs: dict | None = None
 
 
+@documented
 class Batch(NamedTuple):
-    """What an on-policy objective reads.  Fields that it does not use stay None."""
+    """What an on-policy objective reads.  Fields that it does not use stay None.
 
-    tokens: Array  # [B, T] int32
-    mask: Array  # [B, T] bool, True on trained tokens
-    positions: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32, 0 = padding
-    temperature: Any = 1.0  # [] float32
-    logprobs: Array | None = None  # [B, T] float32, of the policy that sampled
-    ref_logprobs: Array | None = None  # [B, T] float32, of the reference
-    values: Array | None = None  # [B, T] float32, when the batch was sampled
-    advantages: Array | None = None  # [B, T] float32
-    returns: Array | None = None  # [B, T] float32, targets of the values
-    weights: Array | None = None  # [B, T] float32, of the whole optimizer mini-batch
-    importance: Array | None = None  # [B, T] float32, π/μ of sampled tokens, which multiplies their loss; None: 1
+    Attributes:
+      tokens: [B, T] int32.
+      mask: [B, T] bool, True on trained tokens.
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32, 0 = padding.
+      temperature: [] float32.
+      logprobs: [B, T] float32, of the policy that sampled.
+      ref_logprobs: [B, T] float32, of the reference.
+      values: [B, T] float32, when the batch was sampled.
+      advantages: [B, T] float32.
+      returns: [B, T] float32, targets of the values.
+      weights: [B, T] float32, of the whole optimizer mini-batch.
+      importance: [B, T] float32, π/μ of sampled tokens, which multiplies their loss; None: 1.
+      inputs: arrays [B, ...] that the tokens are conditioned on; None: nothing.
+    """
+
+    tokens: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+    temperature: Any = 1.0
+    logprobs: Array | None = None
+    ref_logprobs: Array | None = None
+    values: Array | None = None
+    advantages: Array | None = None
+    returns: Array | None = None
+    weights: Array | None = None
+    importance: Array | None = None
     inputs: dict | None = None
 
 
+@documented
 class Pairs(NamedTuple):
     """Preference pairs: R rows of the leading axis travel together, `[chosen, rejected]` along K.
 
     Unpacked, a row is one pair: K = 2 rows of tokens with one sequence each.  Packed, K = 1 and segments 1, 2, 3, 4, … of a row
     are chosen, rejected, chosen, rejected, …
+
+    Attributes:
+      tokens: [R, K, T] int32.
+      mask: [R, K, T] bool, True on completion tokens.
+      positions: [R, K, T] int32.
+      segment_ids: [R, K, T] int32, 0 = padding.
+      ref_logprobs: [R, N, 2] float32, sequence log-probs under the reference; N pairs a row.
+      weights: [R, N] float32, of the whole optimizer mini-batch.
+      inputs: arrays [R, K, ...] that the tokens are conditioned on.
     """
 
-    tokens: Array  # [R, K, T] int32
-    mask: Array  # [R, K, T] bool, True on completion tokens
-    positions: Array  # [R, K, T] int32
-    segment_ids: Array  # [R, K, T] int32, 0 = padding
-    ref_logprobs: Array | None = None  # [R, N, 2] float32, sequence log-probs under the reference; N pairs a row
-    weights: Array | None = None  # [R, N] float32, of the whole optimizer mini-batch
-    inputs: dict | None = None  # arrays [R, K, ...] that the tokens are conditioned on
+    tokens: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+    ref_logprobs: Array | None = None
+    weights: Array | None = None
+    inputs: dict | None = None
 
 
 def pair_rows(pairs: Pairs) -> Batch:

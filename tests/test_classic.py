@@ -79,3 +79,20 @@ def test_what_does_not_fit_is_refused(queries, responses, scores, message):
     step = classic.ppo_step(LM, HEAD, OPTIMIZER, length=8)
     with pytest.raises(ValueError, match=message):
         step(None, queries, responses, jnp.asarray(scores))
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (["a text"], r"query 0 is text, but must be a list of token ids; give tokenizer\(text\).input_ids"),
+        ("a", "query 0 is text"),
+        ([["1", "2"]], "query 0 is text"),
+        ([1], r"query 0 has shape \[\], but must be a list of token ids"),
+        ([[[1, 2]]], r"query 0 has shape \[1, 2\]"),
+        ([[0.5]], "query 0 holds float64, but must be a list of token ids, whole numbers"),
+    ],
+)
+def test_texts_are_tokenised_first(queries, message):
+    step = classic.ppo_step(LM, HEAD, OPTIMIZER, length=8)
+    with pytest.raises(TypeError, match=message):
+        step(None, queries, [[1]], [0.0])

@@ -15,6 +15,7 @@ FLOORS = {  # module prefix -> floor; the longest prefix counts
     "rlhf.averages": 2, "rlhf.interrupts": 2,
     "rlhf.data": 2, "rlhf.tasks": 2, "rlhf.rollouts": 2,
     "rlhf.models": 1, "rlhf.adapters": 1, "rlhf.peft_files": 1, "rlhf.sharding": 1,
+    "rlhf.fields": -1,
     "rlhf.losses": 0, "rlhf.lm": 0, "rlhf.ranges": 0, "rlhf.yaml_files": 0, "rlhf.files": 0,
 }  # fmt: skip
 ROOMS = [p for p in FLOORS if FLOORS[p] == 0]
@@ -58,7 +59,7 @@ def test_every_module_has_a_floor_and_imports_point_down():
                 continue
             seen += 1
             assert FLOORS[other] <= FLOORS[room(name)], f"{name} imports {target}, which is on a higher floor"
-            assert FLOORS[room(name)] > 0, f"{name} is on floor 0 but imports {target}"
+            assert FLOORS[room(name)] > 0 or FLOORS[other] < 0, f"{name} is on floor 0 but imports {target}"
     assert seen > 20
 
 

@@ -1,5 +1,6 @@
 """Tokenizers of every make: what a token adds to a text, tokens that stand once, and letters that no token has."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def of_words(**knobs):
 SAVED = {file.parent.name: str(file) for file in CHECKPOINTS.glob("*/tokenizer.json")}
 UNIGRAM = models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("▁a", -2.0)], 0, False)
 TOKENIZERS = {
-    **{name: lambda file=file: PreTrainedTokenizerFast(tokenizer_file=file) for name, file in SAVED.items()},
+    **{name: partial(PreTrainedTokenizerFast, tokenizer_file=file) for name, file in SAVED.items()},
     "reverse": lambda: reverse.task().tokenizer(),
     "reviews": reviews.tokenizer,
     "bytewise": lambda: with_added(bytewise(merges=[("Ġ", "t"), ("Ã", "©"), ("a", "b")], eos_token="</s>")),

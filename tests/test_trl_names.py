@@ -7,6 +7,7 @@ import inspect
 import re
 import textwrap
 import types
+from typing import Any
 
 import pytest
 import yaml
@@ -163,7 +164,25 @@ def test_what_does_not_carry_over_is_refused_with_the_cure(command, theirs, mess
     assert all(line.startswith(f"rlhf {command}: ") for line in said)
 
 
-GARBAGE = [None, True, -1, 0, 1.5, 1e300, float("nan"), float("inf"), "", "x", [], ["a", "b"], [[]], {}, {"a": 1}, "1" * 40]
+NUMBERS: list[Any] = [-1, 0, 1.5, 1e300, float("nan"), float("inf"), "1" * 40]
+GARBAGE: list[Any] = [*NUMBERS, None, True, "", "x", [], ["a", "b"], [[]], {}, {"a": 1}]
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    ["a", "b"],
+    [[]],
+    {},
+    {"a": 1},
+    "1" * 40,
+]
 
 
 def test_values_that_cannot_be_are_one_line(capsys, tmp_path):
@@ -243,7 +262,7 @@ def reached(fn) -> list:
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(one)))):
             named = resolved(node, one)
             parts = [part for kind in named.__mro__ for part in vars(kind).values()] if inspect.isclass(named) else [named]
-            of_ours = [inspect.unwrap(part.fget if isinstance(part, property) else part) for part in parts
+            of_ours = [inspect.unwrap(part.fget or bool if isinstance(part, property) else part) for part in parts
                        if isinstance(part, types.FunctionType | property)]  # fmt: skip
             left += [part for part in of_ours if is_written(part)]
     return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rlhf.data import messages as of_messages
 from rlhf.data.render import Conversation, render
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.rollouts.stopping import special_tokens
 from rlhf.rollouts.text import in_row
 
@@ -26,12 +27,19 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 CURE = "change the row, or give the model a template that takes it"
 
 
+@documented
 class Rendered(NamedTuple):
-    """A conversation as text."""
+    """A conversation as text.
+
+    Attributes:
+      text: what the template made of it.
+      generations: where assistants speak, if the template marks it.
+      missed: what the template has left out that may be: tools, thinking.
+    """
 
     text: str
-    generations: Sequence[tuple[int, int]] = ()  # where assistants speak, if the template marks it
-    missed: tuple[str, ...] = ()  # what the template has left out that may be: tools, thinking
+    generations: Sequence[tuple[int, int]] = ()
+    missed: tuple[str, ...] = ()
 
 
 def goes_on(prompt: list[dict[str, Any]]) -> bool:

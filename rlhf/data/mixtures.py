@@ -6,14 +6,22 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.data.types import Row
+from rlhf.fields import documented
 
 
+@documented
 class Mixture(NamedTuple):
-    """Rows of several sources, and how they came together."""
+    """Rows of several sources, and how they came together.
 
-    rows: list[Row]  # source after source; `batch_indices` shuffles
-    taken: list[int]  # of each source
-    left_out: list[int]  # of each source
+    Attributes:
+      rows: source after source; `batch_indices` shuffles.
+      taken: of each source.
+      left_out: of each source.
+    """
+
+    rows: list[Row]
+    taken: list[int]
+    left_out: list[int]
 
 
 def mix(sources: Sequence[Sequence[Row]], fractions: Sequence[float], *, seed: int = 0) -> Mixture:

@@ -16,26 +16,42 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.fields import documented
+
 SECONDS = 1.0  # of computing, for one conversation; a usual one takes a thousandth
 CHARACTERS = 16_000_000  # of a text; more than any model reads
 MEMORY = 2**30  # bytes, for the template alone
 BATCH = 128  # conversations sent together
 
 
+@documented
 class Conversation(NamedTuple):
-    """What a template is given."""
+    """What a template is given.
+
+    Attributes:
+      template: the chat template, Jinja's text.
+      messages: of the conversation, each with role and content.
+      options: `tools`, `add_generation_prompt` and the like, and the template's own variables.
+    """
 
     template: str
     messages: list[dict[str, Any]]
-    options: dict[str, Any]  # `tools`, `add_generation_prompt` and the like, and the template's own variables
+    options: dict[str, Any]
 
 
+@documented
 class Rendered(NamedTuple):
-    """What a template makes of a conversation."""
+    """What a template makes of a conversation.
+
+    Attributes:
+      text: what the template made of it.
+      generations: where in the text the template's `{% generation %}` blocks stand.
+      error: why there is no text.
+    """
 
     text: str
-    generations: list[tuple[int, int]]  # where in the text the template's `{% generation %}` blocks stand
-    error: str | None  # why there is no text
+    generations: list[tuple[int, int]]
+    error: str | None
 
 
 def render(conversations: Sequence[Conversation]) -> list[Rendered]:

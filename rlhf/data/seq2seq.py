@@ -6,14 +6,21 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.data.tokenized import Tokenized, batch, prompts
+from rlhf.fields import documented
 from rlhf.rollouts import Batch, Prompts
 
 
+@documented
 class Seq2Seq(NamedTuple):
-    """The special tokens around a prompt and a completion, as transformers' encoder-decoders were trained with them."""
+    """The special tokens around a prompt and a completion, as transformers' encoder-decoders were trained with them.
 
-    start: tuple[int, ...]  # before a completion: the decoder's start token, and the begin token that a tokenizer adds (BART)
-    closing: tuple[int, ...]  # behind a prompt: the end token that a tokenizer adds
+    Attributes:
+      start: before a completion: the decoder's start token, and the begin token that a tokenizer adds (BART).
+      closing: behind a prompt: the end token that a tokenizer adds.
+    """
+
+    start: tuple[int, ...]
+    closing: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer, decoder_start: int) -> "Seq2Seq":

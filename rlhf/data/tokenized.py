@@ -6,32 +6,55 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.rollouts import Batch, Pairs, Prompts, whole_rows
 
 
+@documented
 class Tokenized(NamedTuple):
-    """A sequence."""
+    """A sequence.
+
+    Attributes:
+      tokens: token ids.
+      mask: True on trained tokens.
+    """
 
     tokens: list[int]
-    mask: list[bool]  # True on trained tokens
+    mask: list[bool]
 
 
+@documented
 class Steps(NamedTuple):
-    """A solution in steps, for a process reward model."""
+    """A solution in steps, for a process reward model.
+
+    Attributes:
+      tokens: token ids.
+      mask: True on the last token of every step.
+      labels: there 1 for a right step, 0 for a wrong one; 0 elsewhere.
+    """
 
     tokens: list[int]
-    mask: list[bool]  # True on the last token of every step
-    labels: list[int]  # there 1 for a right step, 0 for a wrong one; 0 elsewhere
+    mask: list[bool]
+    labels: list[int]
 
 
+@documented
 class Truncated(NamedTuple):
-    """What a length leaves of rows."""
+    """What a length leaves of rows.
 
-    sides: tuple[list[Any], ...]  # as given, without the rows removed
-    kept: np.ndarray  # [N] int, the index that each row left had among those given
-    rows_cut: int  # how many of the sequences left lost tokens
-    tokens_cut: int  # how many tokens they lost
-    rows_removed: int  # no trained token left, on one side or more
+    Attributes:
+      sides: as given, without the rows removed.
+      kept: [N] int, the index that each row left had among those given.
+      rows_cut: how many of the sequences left lost tokens.
+      tokens_cut: how many tokens they lost.
+      rows_removed: no trained token left, on one side or more.
+    """
+
+    sides: tuple[list[Any], ...]
+    kept: np.ndarray
+    rows_cut: int
+    tokens_cut: int
+    rows_removed: int
 
 
 def truncate(*sides: Sequence[Any], length: int) -> Truncated:

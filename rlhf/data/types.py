@@ -9,16 +9,24 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from rlhf.data.values import plain_row
+from rlhf.fields import documented
 
 Row = dict[str, Any]
 
 
+@documented
 class Type(NamedTuple):
-    """A type of data set by the columns that it needs."""
+    """A type of data set by the columns that it needs.
+
+    Attributes:
+      name: of the type.
+      texts: columns of a string, or of messages.
+      labels: the others.
+    """
 
     name: str
-    texts: tuple[str, ...]  # columns of a string, or of messages
-    labels: tuple[str, ...] = ()  # the others
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
 
 LANGUAGE_MODELLING = Type("language modelling", ("text",))  # its conversational column is called messages

@@ -6,15 +6,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
+
 Array = jax.Array
 
 
+@documented
 class Routing(NamedTuple):
-    """What a router did with each row's real tokens, summed over them; `losses.router_balance` reads it."""
+    """What a router did with each row's real tokens, summed over them; `losses.router_balance` reads it.
 
-    probs: Array  # [B, E] float32, the router's probabilities
-    choices: Array  # [B, E] float32, tokens sent to each expert
-    tokens: Array  # [B] float32, tokens routed
+    Attributes:
+      probs: [B, E] float32, the router's probabilities.
+      choices: [B, E] float32, tokens sent to each expert.
+      tokens: [B] float32, tokens routed.
+    """
+
+    probs: Array
+    choices: Array
+    tokens: Array
 
 
 def experts(

@@ -257,7 +257,7 @@ def save(
     """Writes a folder that `load`, transformers and vLLM read; config.json comes last, so that a folder with it is whole.
 
     Args:
-      folder: a new folder, or one without a config.json.
+      folder: a new folder, or one without a model's config.json and weights.
       lm, params: of `transformer`, `encoder_decoder` or `load`.
       head: parameters of a `classifier_head`, or of a `scalar_head` with bias 0: a reward model or classifier is written, and
         no output matrix.  Its config gets the tokenizer's padding, by which transformers finds where texts of a batch end;
@@ -285,8 +285,8 @@ def save(
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
     folder, config = Path(folder), configs.config_of(lm)
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} holds a model already (config.json); give a new folder")
+    if held := [file.name for name in ("config.json", "model*.safetensors", INDEX) for file in sorted(folder.glob(name))]:
+        raise FileExistsError(f"{folder} holds a model already ({held[0]}); give a new folder")
     fields = {"dtype": str(jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)), **fields}
     original = None if like is None else _folder(like)
     if original is None:

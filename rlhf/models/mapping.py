@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.lm import Params
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Tensor
@@ -18,12 +19,19 @@ Path = tuple[str, ...]
 TOLD = 20  # names of a kind in an error
 
 
+@documented
 class Place(NamedTuple):
-    """Where a tensor of the file belongs."""
+    """Where a tensor of the file belongs.
+
+    Attributes:
+      row: of the family's table.
+      leaves: paths of the leaves that the tensor holds.
+      at: index into stacked leaves: the layer's place and the expert's; () if they are not stacked.
+    """
 
     row: Tensor
     leaves: tuple[Path, ...]
-    at: tuple[int, ...]  # index into stacked leaves: the layer's place and the expert's; () if they are not stacked
+    at: tuple[int, ...]
 
 
 def places(rows: Sequence[Tensor], shapes: Mapping[Path, tuple[int, ...]], config: Config) -> dict[str, Place]:

@@ -6,17 +6,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.models.config import TransformerConfig
 from rlhf.models.huggingface_config import config_of
 from rlhf.models.transformer import rank
 
 
+@documented
 class Parted(NamedTuple):
-    """Stands where a stack of layers stood; the layers of the top follow those of the bottom."""
+    """Stands where a stack of layers stood; the layers of the top follow those of the bottom.
 
-    bottom: Any  # [layers below, ...]
-    top: Any  # [layers above, ...]
+    Attributes:
+      bottom: [layers below, ...].
+      top: [layers above, ...].
+    """
+
+    bottom: Any
+    top: Any
 
 
 def part(lm: LM, params: Params, *, top: int) -> tuple[Params, Params]:

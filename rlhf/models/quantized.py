@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.lm import Params
 from rlhf.models.stacks import rank
 
@@ -14,10 +15,15 @@ BLOCKS = r"(.*\.)?layers\.((cross_)?[qkvo]|gate|up|down)"
 TYPES = ("nf4", "int8")
 
 
+@documented
 class QuantizedWeight(NamedTuple):
-    """Stands where a matrix `[.., in, out]` stood; leading axes (layers) are those of every field: slices are whole."""
+    """Stands where a matrix `[.., in, out]` stood; leading axes (layers) are those of every field: slices are whole.
 
-    array: Any  # qwix's QArray: values in few bits, and a scale for every block of inputs of an output
+    Attributes:
+      array: qwix's QArray: values in few bits, and a scale for every block of inputs of an output.
+    """
+
+    array: Any
 
     def matmul(self, x: Array) -> Array:
         """`x [N, in]` times the matrix; in the backward pass the matrix is made again, and not kept."""

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.models.linear import are_ids, look_up, or_zero
 
 Array = jax.Array
@@ -39,8 +40,14 @@ class Rope:
         return int(width * self.share + 1e-6)
 
 
+@documented
 class Turn(NamedTuple):
-    """cos and sin, each `[B, 1, T, size / 2]`, of the queries; and of the keys where those turn after they were cached."""
+    """cos and sin, each `[B, 1, T, size / 2]`, of the queries; and of the keys where those turn after they were cached.
+
+    Attributes:
+      queries: cosines and sines for queries.
+      keys: cosines and sines for keys.
+    """
 
     queries: tuple[Array, Array]
     keys: tuple[Array, Array] | None = None

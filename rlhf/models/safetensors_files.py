@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.models.json_files import parse_object, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,12 +34,20 @@ AXES = 8  # of a tensor
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+@documented
 class Stored(NamedTuple):
-    """A tensor that lies in a file."""
+    """A tensor that lies in a file.
+
+    Attributes:
+      file: that holds the tensor.
+      start: bytes from the file's beginning.
+      dtype: a name of DTYPES, if we can read it.
+      shape: of the tensor.
+    """
 
     file: Path
-    start: int  # bytes from the file's beginning
-    dtype: str  # a name of DTYPES, if we can read it
+    start: int
+    dtype: str
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.lm import ALONE, LM, SharedPrefix, from_linen
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import REMAT, LayerKind, TransformerConfig
@@ -21,13 +22,21 @@ SPARSE = ("router", "expert_gate", "expert_up", "expert_down")  # leaves of spar
 DENSE = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")  # of dense layers alone
 
 
+@documented
 class Cache(NamedTuple):
-    """Keys and values of what was read so far.  Every leaf has the batch on axis 0."""
+    """Keys and values of what was read so far.  Every leaf has the batch on axis 0.
 
-    written: Array  # [B] int32, columns written: the write index
-    positions: Array  # [B, S] int32
-    segment_ids: Array  # [B, S] int32, 0 = not written, or padding
-    layers: tuple[tuple[Array, Array], ...]  # per layer keys and values [B, K, S, H]
+    Attributes:
+      written: [B] int32, columns written: the write index.
+      positions: [B, S] int32.
+      segment_ids: [B, S] int32, 0 = not written, or padding.
+      layers: per layer keys and values [B, K, S, H].
+    """
+
+    written: Array
+    positions: Array
+    segment_ids: Array
+    layers: tuple[tuple[Array, Array], ...]
 
 
 def transformer(config: TransformerConfig) -> LM:

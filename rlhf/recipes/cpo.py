@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts, tasks
+from rlhf.fields import documented
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import preference, reference_free
@@ -30,11 +31,18 @@ TRIPLES = ("tpo", "tpo_l")  # the likelihood beside is that of a third answer
 ALONE = ("simpo", "alphapo")  # nothing beside, unless it is asked for
 
 
+@documented
 class Weighted(NamedTuple):
-    """The optimizer mini-batch with its weights."""
+    """The optimizer mini-batch with its weights.
 
-    pairs: Pairs  # with weights of the pairs
-    nll: Any  # [R, N] float32, weights of the imitated completions: each trained token of the mini-batch counts the same
+    Attributes:
+      pairs: with weights of the pairs.
+      nll: [R, N] float32, weights of the imitated completions: each trained token of the mini-batch counts the
+        same.
+    """
+
+    pairs: Pairs
+    nll: Any
 
 
 def imitated(of_completions):

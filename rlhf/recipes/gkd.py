@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf import data, losses, rollouts, tasks
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.models import huggingface
@@ -67,12 +68,20 @@ def common_vocabulary(tokenizer: Any, model: str, teacher: str) -> int:
     return size
 
 
+@documented
 class Lesson(NamedTuple):
-    """What a step is of."""
+    """What a step is of.
 
-    batch: Batch  # the rows' own completions
+    Attributes:
+      batch: the rows' own completions.
+      prompts: of the rows alone.
+      own: the student answers.
+      key: of what is drawn.
+    """
+
+    batch: Batch
     prompts: Prompts
-    own: bool  # the student answers
+    own: bool
     key: Any
 
 

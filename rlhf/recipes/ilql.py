@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf import averages, data, losses, tasks
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.lm import LM
 from rlhf.loop import Training, fit
 from rlhf.losses import offline
@@ -25,15 +26,25 @@ from rlhf.runs import RunFolder
 from rlhf.train import reference
 
 
+@documented
 class Trajectories(NamedTuple):
-    """Logged answers and what they were worth."""
+    """Logged answers and what they were worth.
 
-    tokens: Array  # [B, T] int32
-    mask: Array  # [B, T] bool, True on actions
-    positions: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32, 0 = padding
-    rewards: Array  # [B, T] float32
-    weights: Array | None = None  # [B, T] float32, of the whole optimizer mini-batch
+    Attributes:
+      tokens: [B, T] int32.
+      mask: [B, T] bool, True on actions.
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32, 0 = padding.
+      rewards: [B, T] float32.
+      weights: [B, T] float32, of the whole optimizer mini-batch.
+    """
+
+    tokens: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+    rewards: Array
+    weights: Array | None = None
 
 
 def prepare(batch: Trajectories) -> Trajectories:

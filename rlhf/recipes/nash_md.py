@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf import losses, rollouts
+from rlhf.fields import documented
 from rlhf.lm import LM, geometric_mixture
 from rlhf.loop import Training
 from rlhf.metrics import Ratio
@@ -18,11 +19,17 @@ from rlhf.rollouts import Batch, Rollout
 from rlhf.runs import RunFolder
 
 
+@documented
 class Games(NamedTuple):
-    """Answers of the policy, and how they did."""
+    """Answers of the policy, and how they did.
+
+    Attributes:
+      batch: the policy's answers.
+      preferred: [B] float32, the probability that an answer is preferred to its opponent's.
+    """
 
     batch: Batch
-    preferred: Any  # [B] float32, the probability that an answer is preferred to its opponent's
+    preferred: Any
 
 
 def prepare(games: Games) -> Games:

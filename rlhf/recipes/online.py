@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf import data, losses, ranges, rollouts
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import presets
@@ -64,11 +65,18 @@ class Sampling(Drawing):
     num_samples: Count = 8
 
 
+@documented
 class Asked(NamedTuple):
-    """The questions of a step."""
+    """The questions of a step.
+
+    Attributes:
+      prompts: of the questions.
+      columns: of the rows: their prompt as it was written, and what they have beside.
+      key: of what is drawn.
+    """
 
     prompts: Prompts
-    columns: dict[str, list]  # of the rows: their prompt as it was written, and what they have beside
+    columns: dict[str, list]
     key: Any
 
 
@@ -87,11 +95,17 @@ class Asking(setup.Data):
         ranges.check_fields(self)
 
 
+@documented
 class Questions(NamedTuple):
-    """Rows of prompts, tokenised."""
+    """Rows of prompts, tokenised.
 
-    prompts: Prompts  # [N, L]
-    rows: Sequence[Row]  # all with the same columns
+    Attributes:
+      prompts: [N, L].
+      rows: all with the same columns.
+    """
+
+    prompts: Prompts
+    rows: Sequence[Row]
 
     @classmethod
     def of(

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf import losses, rollouts, tasks
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.interrupts import Stopped
 from rlhf.ranges import at_least, between, check_fields
 from rlhf.recipes import reward_models, setup
@@ -86,12 +87,19 @@ class Scoring:
         return Judge(self, tokenizer, models, texts, own)
 
 
+@documented
 class Judged(NamedTuple):
-    """What a batch of answers is worth."""
+    """What a batch of answers is worth.
 
-    rewards: Any  # [B] float32, NaN: could not be scored
+    Attributes:
+      rewards: [B] float32, NaN: could not be scored.
+      figures: to be logged.
+      reasons: B, what went wrong with an answer's rewards.
+    """
+
+    rewards: Any
     figures: dict[str, Any]
-    reasons: list[str | None]  # B, what went wrong with an answer's rewards
+    reasons: list[str | None]
 
 
 class Judge:

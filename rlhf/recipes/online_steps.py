@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf import rollouts, tasks
+from rlhf.fields import documented
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training, fit
 from rlhf.losses import moments
@@ -21,16 +22,30 @@ from rlhf.train import TrainState, minibatches, train_step
 RUNNING = moments.running()
 
 
+@documented
 class Start(NamedTuple):
-    """What a run has before its policy is loaded."""
+    """What a run has before its policy is loaded.
+
+    Attributes:
+      run: where everything goes.
+      training: the options of training.
+      tokenizer: of the policy.
+      eos_ids: of the tokens that end an answer.
+      train: questions to learn from.
+      test: questions to judge by; None: there are none.
+      total: steps.
+      judge: what answers are worth.
+      mini_batches: optimizer mini-batches of a pass.
+      epochs: passes over the answers of a step.
+    """
 
     run: RunFolder
     training: Training
     tokenizer: Any
-    eos_ids: tuple[int, ...]  # of the tokens that end an answer
+    eos_ids: tuple[int, ...]
     train: online.Questions
     test: online.Questions | None
-    total: int  # steps
+    total: int
     judge: online.Judge
     mini_batches: int
     epochs: int

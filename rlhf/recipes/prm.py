@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from rlhf import data, losses, rollouts, tasks
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.lm import LM, Head
 from rlhf.loop import Training, fit
 from rlhf.ranges import Length, checked
@@ -14,15 +15,25 @@ from rlhf.rollouts.types import Array
 from rlhf.runs import RunFolder
 
 
+@documented
 class Solutions(NamedTuple):
-    """Answers in steps, with a verdict where a step ends."""
+    """Answers in steps, with a verdict where a step ends.
 
-    tokens: Array  # [B, T] int32
-    mask: Array  # [B, T] bool, True on the last token of every step
-    positions: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32, 0 = padding
-    labels: Array  # [B, T] int32, there 1 for a right step, 0 for a wrong one
-    weights: Array | None = None  # [B, T] float32, of the whole optimizer mini-batch
+    Attributes:
+      tokens: [B, T] int32.
+      mask: [B, T] bool, True on the last token of every step.
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32, 0 = padding.
+      labels: [B, T] int32, there 1 for a right step, 0 for a wrong one.
+      weights: [B, T] float32, of the whole optimizer mini-batch.
+    """
+
+    tokens: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+    labels: Array
+    weights: Array | None = None
 
 
 def prepare(batch: Solutions, *, last_step_only: bool = False) -> Solutions:

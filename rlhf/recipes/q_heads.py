@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rlhf import rollouts
+from rlhf import files, rollouts
+from rlhf.fields import documented
 from rlhf.lm import Bound, Head
 from rlhf.models import mapping
 from rlhf.models.heads import q_head
@@ -22,8 +23,14 @@ from rlhf.train import TrainState
 FILE = "heads.safetensors"
 
 
+@documented
 class Heads(NamedTuple):
-    """Two Qs of every token, and V; parameters `{"q": …, "v": …}`, those of the Qs stacked, `[2, …]`."""
+    """Two Qs of every token, and V; parameters `{"q": …, "v": …}`, those of the Qs stacked, `[2, …]`.
+
+    Attributes:
+      q: two Qs of every token.
+      v: V of every state.
+    """
 
     q: Head
     v: Head
@@ -78,9 +85,8 @@ def save(file: Path, params: dict[str, Any]) -> None:
     """Writes `{"q": …, "v": …, "target": …}` as a safetensors file, in the place of an earlier one."""
     from safetensors.numpy import save_file
 
-    new = file.with_suffix(".new")
-    save_file({"/".join(path): np.ascontiguousarray(leaf) for path, leaf in mapping.flat(params).items()}, new)
-    new.replace(file)
+    with files.replacing(file) as part:
+        save_file({"/".join(path): np.ascontiguousarray(leaf) for path, leaf in mapping.flat(params).items()}, part)
 
 
 def load(file: Path) -> tuple[Heads, dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from rlhf import adapters, averages, data, files, peft_files, tasks
 from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.lm import LM, Head
 from rlhf.loop import Training
 from rlhf.models import huggingface
@@ -257,12 +258,21 @@ class Data(Source):
         return lay_out(train), lay_out(held_out) if held_out else None
 
 
+@documented
 class Policy(NamedTuple):
-    """A language model and what is trained of it; for a reward model also a head, which always is."""
+    """A language model and what is trained of it; for a reward model also a head, which always is.
+
+    Attributes:
+      lm: the language model.
+      params: what is trained: all parameters, or those of the adapters; with a head `{"lm": …, "head": …}`.
+      frozen: what the adapters sit on; None without.
+      source: the folder or name that it was loaded from.
+      head: of a reward model; None: there is none.
+    """
 
     lm: LM
-    params: Any  # what is trained: all parameters, or those of the adapters; with a head `{"lm": …, "head": …}`
-    frozen: Any  # what the adapters sit on; None without
+    params: Any
+    frozen: Any
     source: str
     head: Head | None = None
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf import data, losses, rollouts
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.lm import LM
 from rlhf.recipes import coupled, setup
 from rlhf.rollouts import Batch
@@ -17,15 +18,25 @@ from rlhf.rollouts import Batch
 Array = Any  # of JAX, or of NumPy on its way to the device
 
 
+@documented
 class Answers(NamedTuple):
-    """Answers with a verdict: `[:, 0]` is a prompt with its completion, `[:, 1]`, for KTO, the prompt with another's."""
+    """Answers with a verdict: `[:, 0]` is a prompt with its completion, `[:, 1]`, for KTO, the prompt with another's.
 
-    tokens: Array  # [R, K, T] int32
-    mask: Array  # [R, K, T] bool, True on completion tokens
-    positions: Array  # [R, K, T] int32
-    segment_ids: Array  # [R, K, T] int32, 0 = padding
-    desirable: Array  # [R] bool
-    ref_logprobs: Array | None = None  # [R, K] float32, sequence log-probs under the reference
+    Attributes:
+      tokens: [R, K, T] int32.
+      mask: [R, K, T] bool, True on completion tokens.
+      positions: [R, K, T] int32.
+      segment_ids: [R, K, T] int32, 0 = padding.
+      desirable: [R] bool.
+      ref_logprobs: [R, K] float32, sequence log-probs under the reference.
+    """
+
+    tokens: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+    desirable: Array
+    ref_logprobs: Array | None = None
 
 
 def lay_out(tokenizer, rows: list[Row], length: int, say: Callable, *, mismatched: bool = False) -> Answers:

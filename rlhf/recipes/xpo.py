@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf import losses
+from rlhf.fields import documented
 from rlhf.lm import LM, SharedPrefix
 from rlhf.loop import Training
 from rlhf.losses import preference
@@ -18,11 +19,17 @@ from rlhf.rollouts import Pairs
 from rlhf.runs import RunFolder
 
 
+@documented
 class Duels(NamedTuple):
-    """Pairs of an answer of the policy and one of the reference."""
+    """Pairs of an answer of the policy and one of the reference.
+
+    Attributes:
+      pairs: the two answers to each prompt.
+      reference_won: [R] bool, whether the chosen one is the reference's.
+    """
 
     pairs: Pairs
-    reference_won: Any  # [R] bool, whether the chosen one is the reference's
+    reference_won: Any
 
 
 def prepare(duels: Duels) -> Duels:

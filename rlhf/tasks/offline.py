@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.rollouts import text
 from rlhf.rollouts.types import Array, Rollout
 from rlhf.tasks.task import Task, answered
@@ -18,13 +19,21 @@ from rlhf.tasks.task import Task, answered
 Row = dict[str, Any]
 
 
+@documented
 class Judged(NamedTuple):
-    """Answers of the weak policy, and what the task says of them."""
+    """Answers of the weak policy, and what the task says of them.
+
+    Attributes:
+      rollout: the answers.
+      score: [B] float32.
+      exact: [B] float32.
+      right_so_far: [B, T] bool.
+    """
 
     rollout: Rollout
-    score: Array  # [B] float32
-    exact: Array  # [B] float32
-    right_so_far: Array  # [B, T] bool
+    score: Array
+    exact: Array
+    right_so_far: Array
 
 
 def prompts(task: Task, number: int, *, seed: int = 0) -> list[Row]:

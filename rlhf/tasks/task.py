@@ -6,27 +6,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf.fields import documented
 from rlhf.rollouts.types import Array, Prompts, Rollout, whole_rows
 from rlhf.tasks import characters
 from rlhf.tasks.characters import BOS, EOS, PAD, aligned
 
 
+@documented
 class Task(NamedTuple):
     """A generated task at one level of difficulty.  All but its tokenizer is pure JAX: whole runs jit, and vmap over seeds.
 
     The judges read the question from a rollout's own prompts, and of each row what was sampled before the first end token.
+
+    Attributes:
+      name: of the task.
+      level: of difficulty.
+      max_new_tokens: the longest right answer and its end token.
+      tokenizer: () -> a `transformers` tokenizer: 0 pads, 1 starts, 2 ends.
+      prompts: (key, number) -> Prompts [number, L], padded on the left; the key is consumed.
+      score: (rollout) -> [B] float32 in [0, 1], 1 for a right answer, with credit for a nearly right one.
+      exact: (rollout) -> [B] float32, 1 for a right answer, else 0.
+      right_so_far: (rollout) -> [B, T] bool, sampled tokens with which the answer can still become a right one.
+      attempts: (key, prompts, accuracy) -> [P, A] int32, PAD behind: answers, right with probability `accuracy`.
+      step_separator: stands between the steps of an answer.
     """
 
     name: str
     level: int
-    max_new_tokens: int  # the longest right answer and its end token
-    tokenizer: Callable  # () -> a `transformers` tokenizer: 0 pads, 1 starts, 2 ends
-    prompts: Callable  # (key, number) -> Prompts [number, L], padded on the left; the key is consumed
-    score: Callable  # (rollout) -> [B] float32 in [0, 1], 1 for a right answer, with credit for a nearly right one
-    exact: Callable  # (rollout) -> [B] float32, 1 for a right answer, else 0
-    right_so_far: Callable  # (rollout) -> [B, T] bool, sampled tokens with which the answer can still become a right one
-    attempts: Callable  # (key, prompts, accuracy) -> [P, A] int32, PAD behind: answers, right with probability `accuracy`
-    step_separator: str = ""  # stands between the steps of an answer
+    max_new_tokens: int
+    tokenizer: Callable
+    prompts: Callable
+    score: Callable
+    exact: Callable
+    right_so_far: Callable
+    attempts: Callable
+    step_separator: str = ""
 
 
 def questions(prompts: Prompts | Rollout) -> Array:

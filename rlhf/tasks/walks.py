@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf.fields import documented
 from rlhf.rollouts.types import Array, Prompts, Rollout
 from rlhf.tasks import characters
 from rlhf.tasks.characters import LETTERS, PAD
@@ -22,13 +23,21 @@ SEED, EDGES = 1002, 2.1  # of the graphs; edges a node, about
 GOAL = 0
 
 
+@documented
 class Walked(NamedTuple):
-    """What became of walks; `[B]` but for the last."""
+    """What became of walks; `[B]` but for the last.
 
-    reached: Array  # bool, by edges alone
-    length: Array  # int32, nodes up to the goal, the start included
-    shortest: Array  # int32, nodes of the shortest walk from the same start
-    direct: Array  # [B, T] bool, sampled, and every move so far leads nearer to the goal along an edge
+    Attributes:
+      reached: bool, by edges alone.
+      length: int32, nodes up to the goal, the start included.
+      shortest: int32, nodes of the shortest walk from the same start.
+      direct: [B, T] bool, sampled, and every move so far leads nearer to the goal along an edge.
+    """
+
+    reached: Array
+    length: Array
+    shortest: Array
+    direct: Array
 
 
 @cache

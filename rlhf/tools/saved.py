@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf import data, rollouts, yaml_files
+from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.models import huggingface
 from rlhf.ranges import Coefficient, mistake
@@ -13,15 +14,25 @@ from rlhf.rollouts import Prompts, Rollout, Sampler
 from rlhf.runs import model_of
 
 
+@documented
 class Saved(NamedTuple):
-    """A model, and how it answers."""
+    """A model, and how it answers.
+
+    Attributes:
+      lm: the language model.
+      params: its parameters.
+      tokenizer: of the model.
+      eos_ids: tokens that end an answer.
+      seq2seq: how an encoder-decoder reads prompts.
+      leans: transforms of its logits, before those of a sampler: ILQL's.
+    """
 
     lm: LM
     params: Params
     tokenizer: Any
     eos_ids: tuple[int, ...]
-    seq2seq: data.Seq2Seq | None  # how an encoder-decoder reads prompts
-    leans: tuple  # transforms of its logits, before those of a sampler: ILQL's
+    seq2seq: data.Seq2Seq | None
+    leans: tuple
 
     def answer(self, prompts: Prompts, key, sampler: Sampler, **how) -> Rollout:
         """`rollouts.generate`."""

@@ -5,35 +5,59 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from rlhf.fields import documented
 from rlhf.models.config import EncoderDecoderConfig, LayerKind, TransformerConfig
 from rlhf.models.rotary import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
 
 NOTHING: Mapping[str, tuple] = MappingProxyType({})
 
 
+@documented
 class Tensor(NamedTuple):
-    """One tensor of a file, or one a layer, or one for every expert of a layer."""
+    """One tensor of a file, or one a layer, or one for every expert of a layer.
 
-    name: str  # there; {} is the layer's number, a second {} the expert's
-    leaves: str  # here, `layers.q`; several names: parts of the tensor, side by side along our last axis
-    transpose: bool = False  # there [out, in], here [in, out]
-    grouped: bool = False  # q, k and v by groups of heads: a group's queries, its key, its value, then the next group
-    lead: bool = False  # there with an axis of size 1 before all others
+    Attributes:
+      name: there; {} is the layer's number, a second {} the expert's.
+      leaves: here, `layers.q`; several names: parts of the tensor, side by side along our last axis.
+      transpose: there [out, in], here [in, out].
+      grouped: q, k and v by groups of heads: a group's queries, its key, its value, then the next group.
+      lead: there with an axis of size 1 before all others.
+    """
+
+    name: str
+    leaves: str
+    transpose: bool = False
+    grouped: bool = False
+    lead: bool = False
 
 
+@documented
 class Family(NamedTuple):
-    """How a family writes what we hold.  Rows whose leaves a model lacks (biases, a tied output matrix) do not count."""
+    """How a family writes what we hold.  Rows whose leaves a model lacks (biases, a tied output matrix) do not count.
+
+    Attributes:
+      architecture: the name of transformers' class.
+      prefix: of the trunk's tensors; files of the trunk alone leave it out.
+      tensors: a function of our config where names depend on it.
+      read: of transformers' config.
+      write: fields of transformers' config; None: saved beside an original.
+      ignored: stored, but not of the trunk.
+      only: fields of transformers' config, and what they may be.
+      head: rows of a classifier's head.
+      head_inner: activation of a layer before the labels; None: there is none.
+      token_head: of classifiers of tokens, where it is another; without an inner layer.
+    """
 
     architecture: str
-    prefix: str  # of the trunk's tensors; files of the trunk alone leave it out
-    tensors: tuple[Tensor, ...] | Callable[[Any], tuple[Tensor, ...]]  # a function of our config where names depend on it
-    read: Callable[[Any], TransformerConfig | EncoderDecoderConfig]  # of transformers' config
-    write: Callable[[TransformerConfig], dict] | None = None  # fields of transformers' config; None: saved beside an original
-    ignored: str = r"\.rotary_emb\.inv_freq$"  # stored, but not of the trunk
-    only: Mapping[str, tuple] = NOTHING  # fields of transformers' config, and what they may be
+    prefix: str
+    tensors: tuple[Tensor, ...] | Callable[[Any], tuple[Tensor, ...]]
+    read: Callable[[Any], TransformerConfig | EncoderDecoderConfig]
+    write: Callable[[TransformerConfig], dict] | None = None
+    ignored: str = r"\.rotary_emb\.inv_freq$"
+    only: Mapping[str, tuple] = NOTHING
     head: tuple[Tensor, ...] = (Tensor("score.weight", "weight", transpose=True), Tensor("score.bias", "bias"))
-    head_inner: str | None = None  # activation of a layer before the labels; None: there is none
-    token_head: tuple[Tensor, ...] | None = None  # of classifiers of tokens, where it is another; without an inner layer
+    head_inner: str | None = None
+    token_head: tuple[Tensor, ...] | None = None
 
     def rows(self, config: TransformerConfig | EncoderDecoderConfig) -> tuple[Tensor, ...]:
         return self.tensors(config) if callable(self.tensors) else self.tensors
