@@ -103,7 +103,7 @@ def returns(rewards, mask, *, bootstrap=None, segment_ids=None, discount=1.0) ->
     [[0.5, 0.0, 1.0]]
     """
     zeros = jnp.zeros(jnp.shape(mask))
-    bootstrap = zeros[:, 0] if bootstrap is None else bootstrap
+    bootstrap = zeros.reshape(-1) if bootstrap is None else bootstrap  # for as many segments as a row can have
     return gae(rewards, zeros, mask, bootstrap=bootstrap, segment_ids=segment_ids, discount=discount, lam=1.0)[1]
 
 

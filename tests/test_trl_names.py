@@ -166,23 +166,6 @@ def test_what_does_not_carry_over_is_refused_with_the_cure(command, theirs, mess
 
 NUMBERS: list[Any] = [-1, 0, 1.5, 1e300, float("nan"), float("inf"), "1" * 40]
 GARBAGE: list[Any] = [*NUMBERS, None, True, "", "x", [], ["a", "b"], [[]], {}, {"a": 1}]
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    1e300,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    [],
-    ["a", "b"],
-    [[]],
-    {},
-    {"a": 1},
-    "1" * 40,
-]
 
 
 def test_values_that_cannot_be_are_one_line(capsys, tmp_path):
