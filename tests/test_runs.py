@@ -9,6 +9,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -300,3 +301,14 @@ def test_what_was_asked_for_is_written_over(world, tmp_path):
     assert cli.main(["plot", str(world / "run"), "--output", str(tmp_path / "curves.png"), "--overwrite"]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "model"]
+
+
+def test_a_push_that_fails_is_one_line_with_the_cure(world, monkeypatch, capsys):
+    import huggingface_hub
+
+    for error in (OSError("no route to host"), RuntimeError("Cannot send a request"), ValueError("bad name")):
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", Mock(side_effect=error))
+        assert cli.main(["export", str(world / "run"), "--push", "me/model"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"rlhf export: me/model: not pushed ({type(error).__name__}: {error}); see to the network and `hf auth" in said
