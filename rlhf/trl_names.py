@@ -52,6 +52,9 @@ RENAMED = {  # what TRL's users type -> what it is here, with the same value
     "completion_only_loss": "completion_only",
     "train_on_last_step_only": "last_step_only",
     "teacher_model_name_or_path": "teacher",
+    "vllm_importance_sampling_mode": "importance",
+    "vllm_importance_sampling_clip_max": "importance_max",
+    "vllm_importance_sampling_clip_min": "importance_min",
 }
 # What makes no difference to what is learnt, or is always so here.
 IDLE = """

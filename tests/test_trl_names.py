@@ -4,7 +4,10 @@ import ast
 import contextlib
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 import textwrap
 import types
 from typing import Any
@@ -273,3 +276,12 @@ def test_every_option_of_every_command_is_read(command):
         if name == "resume":  # through `locals()`, in RunFolder
             continue
         assert name in (names if option.of is None else attributes), f"--{name} of rlhf {command} is read nowhere"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        ran = subprocess.run([sys.executable, "-m", "rlhf", "help", "trl"], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr == ""
