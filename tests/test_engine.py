@@ -543,5 +543,5 @@ def test_refusals_name_both_sides():
         ask(engine, prompts=PROMPTS._replace(mask=PROMPTS.mask.astype(jnp.int32)))
     with pytest.raises(ValueError, match="must start with http"):
         engines.openai_engine("localhost:8000", "m")
-    with pytest.raises(ValueError, match="they are 600.0, -1, 64"):
+    with pytest.raises(ValueError, match="retries must be a whole number at least 0 and at most 1,000, but is -1"):
         engines.openai_engine("http://x", "m", retries=-1)

@@ -78,7 +78,7 @@ def spoil_same(data):
         (spoil_missing_folder, "no such file; check the path"),
         (spoil_missing_file, "no such file; check the path"),
         (spoil_empty, "the file is empty; it needs one text a line"),
-        (spoil_bytes, "not UTF-8 at byte 5"),
+        (spoil_bytes, "pos.txt, line 1: not UTF-8"),
         (spoil_same, "sentences stand in both"),
     ],
 )
