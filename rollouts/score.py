@@ -118,6 +118,7 @@ def classify(
     positions,
     segment_ids,
     inputs: dict | None = None,
+    shared: SharedPrefix | None = None,
     max_segments: int = 1,
 ) -> Array:
     """What a head says of every text: a reward, the scores of labels, or a step's score at every token.
@@ -129,18 +130,20 @@ def classify(
       params: `{"lm": …, "head": …}`.
       tokens, positions, segment_ids: `[B, T]` int32; segment 0 is padding.
       inputs: what the tokens are conditioned on, `[B, ...]`.
+      shared: as in `score`.
       max_segments: the most sequences in a packed row; static.
 
     Returns: `[B * max_segments]`, or `[B * max_segments, K]` for K labels, read where `head.reads` says: at a sequence's last
     token, or its first (in rows of one sequence column 0, as transformers has it).  Heads that read every token: `[B, T]` or
     `[B, T, K]`.
 
-    Raises: ValueError on unequal shapes.
+    Raises: ValueError on unequal shapes, and for `shared` as `score`.
     """
     _check(tokens, positions=positions, segment_ids=segment_ids)
+    _check_shared(shared, tokens)
     if isinstance(tokens, np.ndarray):
         check_ids(lm, tokens, segment_ids, positions)
-    hidden, _, _ = lm.hidden(params["lm"], tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    hidden, _ = _hidden(lm, params["lm"], tokens, positions, segment_ids, inputs, shared)
     if head.reads == "every":
         return head.apply(params["head"], hidden)
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)
@@ -155,11 +158,7 @@ def _score(
     lm, names, applies, shared, chunk_size, max_segments, params, head_params, tokens, positions, segment_ids, mask,
     temperature, inputs,
 ):  # fmt: skip
-    sharing = {"shared": shared} if shared and lm.shares else {}
-    hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs, **sharing)
-    if shared is not None:
-        same = jnp.stack([(x == shared.whole(shared.once(x))).all(1) for x in (tokens, positions, segment_ids)]).all(0)
-        hidden = jnp.where(same[:, None, None], hidden, jnp.nan)
+    hidden, aux = _hidden(lm, params, tokens, positions, segment_ids, inputs, shared)
     follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)  # the token before belongs to the same sequence
     asked = follows if mask is None else follows & mask
     before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))  # of position t - 1
@@ -186,6 +185,16 @@ def _score(
         last_value={name: jnp.take_along_axis(x, last, axis=1).reshape(-1) for name, x in outputs.items()},
         aux=aux,
     )
+
+
+def _hidden(lm, params, tokens, positions, segment_ids, inputs, shared: SharedPrefix | None) -> tuple[Array, dict]:
+    """Hidden states `[B, T, D]`, NaN in groups whose rows do not share what they ought to; and what the model reports."""
+    sharing = {"shared": shared} if shared and lm.shares else {}
+    hidden, _, aux = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs, **sharing)
+    if shared is not None:
+        same = jnp.stack([(x == shared.whole(shared.once(x))).all(1) for x in (tokens, positions, segment_ids)]).all(0)
+        hidden = jnp.where(same[:, None, None], hidden, jnp.nan)
+    return hidden, aux
 
 
 def _check_shared(shared: SharedPrefix | None, tokens) -> None:

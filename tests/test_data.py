@@ -42,7 +42,11 @@ def test_read_lines_and_its_refusals(tmp_path):
     file = tmp_path / "x.txt"
     file.write_text("one\n two \n")
     assert data.read_lines(file) == ["one", "two"]
-    for content, message in ((b"", "empty"), (b"a\n\nb\n", "line 2: a row without text"), (b"a\xff\n", "x.txt, line 1: not UTF-8")):
+    for content, message in (
+        (b"", "empty"),
+        (b"a\n\nb\n", "line 2: a row without text"),
+        (b"a\xff\n", "x.txt, line 1: not UTF-8"),
+    ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             data.read_lines(file)

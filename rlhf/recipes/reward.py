@@ -26,11 +26,17 @@ def prepare(pairs: Pairs, *, max_segments: int = 1) -> Pairs:
 
 def scores(lm: LM, head: Head, params, batch: Batch | Rollout, *, max_segments: int = 1, shared: SharedPrefix | None = None):
     """The reward of every sequence, `[B * max_segments]`; `params` is `{"lm": …, "head": …}`."""
-    if head.reads == "first":  # an encoder: nothing is the same where what follows differs, so that nothing is shared
-        where = dict(positions=batch.positions, segment_ids=batch.segment_ids, max_segments=max_segments)
-        return rollouts.classify(lm, head, params, batch.tokens, **where)
-    knobs = dict(heads={"reward": (head, params["head"])}, max_segments=max_segments, shared=shared)
-    return rollouts.score_batch(lm, params["lm"], batch, **knobs).last_value["reward"]
+    return rollouts.classify(
+        lm,
+        head,
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        inputs=batch.inputs,
+        shared=shared if head.reads == "last" else None,  # in an encoder what follows changes what came before
+        max_segments=max_segments,
+    )
 
 
 def objective(
