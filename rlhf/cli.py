@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     with interrupts.terminable(partial(_leave, name) if typed else None):
         try:
             _run(name, rest)
-        except (ValueError, FileNotFoundError, FileExistsError) as error:
-            print(f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}", file=sys.stderr)
-            return 2
         except BrokenPipeError:  # whoever read, such as `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except (ValueError, OSError) as error:
+            print(f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as stop:
             print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
             return 130

@@ -281,9 +281,9 @@ def model_of(name: str) -> str:
     Raises: ValueError for a run that has not written its model yet.
     """
     inside = Path(name) / "model"
-    if (inside / "config.json").exists():
+    if os.path.exists(inside / "config.json"):  # which no name is too long for
         return str(inside)
-    if (Path(name) / "config.yaml").exists():
+    if os.path.exists(Path(name) / "config.yaml"):
         raise ValueError(f"{name}: a run without a model yet (of adapters it comes last); --resume it, or give a model")
     return name
 

@@ -266,7 +266,7 @@ def test_layers_and_adapters_drop_for_themselves():
         (dict(targets="final_norm"), r"final_norm \[8\], which is no matrix"),
         (dict(targets="embedding"), r"embedding \[14, 8\], whose rows are looked up, not multiplied; an adapter can stand at"),
         (dict(targets=r"layers\.q_bias"), r"layers\.q_bias \[2, 8\], which is no matrix"),
-        (dict(rank=0), r"rank must be at least 1, but is 0"),
+        (dict(rank=0), r"rank must be a whole number at least 1 and at most 65,536, but is 0"),
     ],
 )
 def test_targets_that_cannot_be(knobs, message):

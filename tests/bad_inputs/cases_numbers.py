@@ -155,8 +155,16 @@ CASES: list[tuple[str, list[str], str]] = [
     *NUMBERS,
     *((f"config {name}", [*SFT, "--config", f"TMP/{name}.yaml"], said) for name, (_, said) in [*FILES.items(), *BYTES.items()]),
     ("config a folder", [*SFT, "--config", "TMP"], ": a folder; give a YAML file of options"),
-    ("run with a broken config", [*SFT[:-1], "TMP/run", "--resume"], "config.yaml, line 3: not YAML: "),
-    ("run with an empty config", [*SFT[:-1], "TMP/empty_run", "--resume"], "config.yaml: is empty"),
+    (
+        "run with a broken config",
+        [*SFT[:-1], "TMP/run", "--resume"],
+        "already holds a run or other files; choose another --output",
+    ),
+    (
+        "run with an empty config",
+        [*SFT[:-1], "TMP/empty_run", "--resume"],
+        "already holds a run or other files; choose another --output",
+    ),
 ]
 
 
@@ -169,3 +177,4 @@ def prepare(tmp: pathlib.Path, base: str) -> None:
     for name, text in (("run", "steps: 5\nepochs: [\n"), ("empty_run", "")):
         (tmp / name).mkdir()
         (tmp / name / "config.yaml").write_text(text, encoding="utf-8")
+        (tmp / name / "metrics.jsonl").write_text('{"phase": "train", "step": 1, "seconds": 1.0}\n')  # it has begun
