@@ -81,9 +81,7 @@ def main() -> None:
         expected = outcome(whole)
 
         left: dict[str, int] = {}
-        for number in range(
-            args.kills if "first" in args.moments else 0
-        ):  # one run each
+        for number in range(args.kills if "first" in args.moments else 0):  # one run each
             output = args.folder / f"{name}-first"
             ask = command(name, base, output, args.steps)
             killed(ask, output, draw.random(), from_folder=number % 4 != 0)
