@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", nargs="+", default=list(RUNS))
+    parser.add_argument("--moments", nargs="+", default=["first", "during"])
     args = parser.parse_args()
     draw = random.Random(args.seed)
     args.folder.mkdir(parents=True)
@@ -80,7 +81,7 @@ def main() -> None:
         expected = outcome(whole)
 
         left: dict[str, int] = {}
-        for number in range(args.kills):  # one run each, killed in the first second of its work
+        for number in range(args.kills if "first" in args.moments else 0):  # one run each
             output = args.folder / f"{name}-first"
             ask = command(name, base, output, args.steps)
             killed(ask, output, draw.random(), from_folder=number % 4 != 0)
@@ -90,10 +91,13 @@ def main() -> None:
             if outcome(output) != expected:
                 raise SystemExit(f"{output}: not as the whole run, after kill {number}")
             shutil.rmtree(output)
-        print(f"{name}: {args.kills} kills in the first second, all resumed bit for bit; what was left:")
+        if left:
+            print(f"{name}: {args.kills} kills in the first second, all resumed bit for bit; what was left:", flush=True)
         for what, times in left.items():
             print(f"  {times} times {what}")
 
+        if "during" not in args.moments:
+            continue
         output = args.folder / f"{name}-during"  # one run, killed over and over
         ask, hit = command(name, base, output, args.steps), 0
         while hit < args.kills:
@@ -108,7 +112,7 @@ def main() -> None:
         finished(ask, output)
         if outcome(output) != expected:
             raise SystemExit(f"{output}: not as the whole run, after {hit} kills")
-        print(f"{name}: {hit} kills during runs of {lasts:.1f} s, all resumed bit for bit")
+        print(f"{name}: {hit} kills during runs of {lasts:.1f} s, all resumed bit for bit", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,29 @@ import jax.numpy as jnp
 
 from rlhf import data, rollouts
 from rlhf.data.types import Row
+from rlhf.fields import documented
 from rlhf.models import huggingface
 from rlhf.models.config import TransformerConfig
 from rlhf.rollouts import Rollout, reward_functions
 from rlhf.runs import model_of
 
 
+@documented
 class Found(NamedTuple):
-    """A reward model that is not loaded yet, and the tokenizers of both sides."""
+    """A reward model that is not loaded yet, and the tokenizers of both sides.
 
-    name: str  # as it was given
+    Attributes:
+      name: as it was given.
+      folder: of the model.
+      config: of the model.
+      tokenizer: its own.
+      policy: the policy's tokenizer.
+    """
+
+    name: str
     folder: str
     config: TransformerConfig
-    tokenizer: Any  # its own
+    tokenizer: Any
     policy: Any
 
     @property
