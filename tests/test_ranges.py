@@ -115,6 +115,9 @@ def test_every_option_from_the_command_line(command):
     assert seen >= len(WORDS) // 3 or command in ("export", "help", "plot")
 
 
+TRLS = (("packing", True), ("warmup_steps", 0.5))  # as TRL means them: translated
+
+
 @pytest.mark.parametrize("command", MAINS)
 def test_every_option_from_a_file(command, tmp_path):
     fn, file = MAINS[command], tmp_path / "run.yaml"
@@ -122,6 +125,8 @@ def test_every_option_from_a_file(command, tmp_path):
         for value in VALUES:
             if isinstance(value, int) and abs(value) > 10**18:
                 continue  # beyond what YAML's numbers are read as; the command line has them
+            if (name, value) in TRLS:
+                continue
             file.write_text(yaml.safe_dump({name: value}))
             message = outcome(parsed, fn, command, [*least(command, name), "--config", str(file)])
             if holds(option.hint, value):

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from rlhf import trl_names
 from rlhf.options import options_of
+from rlhf.ranges import checked
 
 
+@checked
 def main(topic: Literal["trl"] = "trl") -> None:
     """Lists option names of TRL that work here, what they are called, and where defaults differ.
 
