@@ -49,4 +49,5 @@ def test_completion_finds_what_there_is():
 
 def test_completion_imports_nothing():
     code = "import sys, rlhf, rlhf.recipes; dir(rlhf), dir(rlhf.recipes); assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +167,7 @@ def test_what_there_is_to_learn(rewards, told, capsys):
     ],
 )
 def test_rewards_that_cannot_be_are_told_before_the_model_loads(here, capsys, monkeypatch, reward, more, message):
-    if reward == "math" and __import__("importlib.util").util.find_spec("math_verify"):
-        pytest.skip("it is installed")
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as where it is not installed
     monkeypatch.setattr(setup, "policy", None)
     assert grpo("--reward", reward, "--steps", "1", *more) == 2
     (said,) = capsys.readouterr().err.splitlines()

@@ -469,8 +469,9 @@ def _differ(tensors, rows) -> bool:
     if not stored or embedding not in tensors:
         return False
     one, other = stored[0], tensors[embedding]
-    comparable = one.shape == other.shape and {one.dtype, other.dtype} <= set(FLOATS)  # else it is told of what does not fit
-    return comparable and not np.array_equal(one.read(), other.read())
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOATS):
+        return True  # as a tensor of its own it is told what does not fit; as a tied one it would be ignored
+    return not np.array_equal(one.read(), other.read())
 
 
 def _in_dtype(tensors, dtype):

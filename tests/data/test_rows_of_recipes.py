@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,8 +89,10 @@ def test_conversions_convert_or_refuse_whatever_a_column_holds(value):
     for row in (*kinds, of("prompt", "completions", "labels"), of("prompt", "chosen", "rejected") | {"reference": "g"}):
         for name in row:
             for convert in conversions:
+                converted: Any = []
                 with contextlib.suppress(ValueError):  # any other exception is a traceback
-                    convert(row | {name: value})
+                    converted = convert(row | {name: value})
+                assert all(isinstance(new, dict) for new in (converted if isinstance(converted, list) else [converted]))
 
 
 def test_labels_of_one_and_zero_are_verdicts(tokenizer):
