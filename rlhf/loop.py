@@ -196,7 +196,7 @@ def fit(
             run.log(phase, number, figures)
             track(number, figures)
 
-        skipped: list[Any] = []  # of every step here, the share of its updates that were skipped
+        taken: Any = 0  # steps here with an update that was not skipped; a device's number, which nobody waits for
         newest = state  # that is whole
 
         def save(state: TrainState) -> None:
@@ -210,8 +210,8 @@ def fit(
             if evaluate is not None and (over or (training.eval_every and number % training.eval_every == 0)):
                 log("eval", number, {f"eval_{name}": float(value) for name, value in evaluate(judged(state)).items()})
                 over = over or _is_stuck(run, shown, training.patience)
-            if over or len(skipped) == HOPELESS:
-                _check_taken(run, skipped, done)
+            if over or number - done == HOPELESS:
+                _check_taken(run, number - done - int(taken), number - done, done)
             saves = over or told() or (training.save_every > 0 and number % training.save_every == 0)
             if saves:
                 save(state)
@@ -221,8 +221,9 @@ def fit(
         made = make_step(optimizer)
 
         def step(state: TrainState, number: int, batch: Any) -> tuple[TrainState, dict]:
+            nonlocal taken
             state, metrics = made(state, batch)
-            skipped.append(metrics.get("skipped", 0.0))
+            taken = taken + (metrics.get("skipped", 0.0) < 1)
             for hook in hooks:
                 state = hook(number, state)
             return state, metrics
@@ -252,18 +253,16 @@ def fit(
     return judged(state), {name: value for name, (value, _) in figures.items()}
 
 
-def _check_taken(run: RunFolder, skipped: Sequence[Any], before: int) -> None:
+def _check_taken(run: RunFolder, skipped: int, steps: int, before: int) -> None:
     """Raises where no step was taken, in this process or in the steps before it; says how many were skipped."""
-    shares = np.array(jax.device_get(list(skipped)), float)
-    number = int((shares == 1).sum())
     known = [row.get("skipped", 0.0) for row in run.read("metrics.jsonl") if row["phase"] == "train"] if before else []
-    if number == len(shares) and all(share == 1 for share in known):
+    if skipped == steps and all(share == 1 for share in known):
         raise ValueError(
-            f"{run.path}: all {before + number} steps were skipped, since their gradients were infinite or NaN: the model is "
+            f"{run.path}: all {before + skipped} steps were skipped, since their gradients were infinite or NaN: the model is "
             "as it was; look at the losses in metrics.jsonl, and try --dtype float32, a lower --learning_rate, or other rows"
         )
-    if number:
-        run.say(f"{number} of {len(shares)} steps were skipped, since their gradients were infinite or NaN")
+    if skipped:
+        run.say(f"{skipped} of {steps} steps were skipped, since their gradients were infinite or NaN")
 
 
 def _is_stuck(run: RunFolder, shown: Sequence[str], patience: int) -> bool:
