@@ -179,6 +179,11 @@ def _is_letter(unit: str) -> bool:
     return len(re.sub(r"\^\{?[23]\}?", "", unit)) == 1
 
 
+def _found(match: re.Match[str] | None) -> str:
+    assert match is not None  # these two expressions match nothing, if nothing else
+    return match[0]
+
+
 def _last(text: str) -> Number | None:
     """The last number of a text, with all of its expression."""
     text = re.sub(r"\\[()\[\]]|<<[^<>]*>>", " ", text[-5_000:])  # GSM8K's <<2+1=3>> says the same twice
@@ -186,9 +191,9 @@ def _last(text: str) -> Number | None:
     if not digits:
         return None
     line = text[: digits[-1].end()].rpartition("\n")[2]
-    start = len(line) - len(_RUN_BEFORE.search(line[-exact.LONGEST :])[0])  # type: ignore[index]
+    start = len(line) - len(_found(_RUN_BEFORE.search(line[-exact.LONGEST :])))
     after = text[digits[-1].end() :].partition("\n")[0][: exact.LONGEST]
-    tail = _RUN_AFTER.match(after)[0]  # type: ignore[index]
+    tail = _found(_RUN_AFTER.match(after))
     before, run, after = line[:start], line[start:] + tail, after[len(tail) :]
     if re.search(r"[\w\\^_)}\]]$|\d[:.,]$", before) and not re.match(r" |[$]", run):
         return None if not re.search(r"(?:Rs\.?|US|USD|EUR|GBP)$", before) else _whole(exact.plain(run))

@@ -240,9 +240,9 @@ def _root(x: _Terms, degree: int) -> _Terms:
     sign = -1 if inside < 0 and degree % 2 else 1
     if inside * sign < 0:
         raise Unreadable("a root of a negative number")
-    parts = [_whole_root(abs(part), degree) for part in inside.as_integer_ratio()]
-    if None not in parts:
-        return _number(sign * Fraction(*parts))  # type: ignore[arg-type]
+    above, below = (_whole_root(abs(part), degree) for part in inside.as_integer_ratio())
+    if above is not None and below is not None:
+        return _number(sign * Fraction(above, below))
     if degree != 2:
         raise Unreadable("a root that is no fraction")
     square, rest = _square_factor(inside.numerator * inside.denominator)

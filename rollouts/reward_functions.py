@@ -5,6 +5,7 @@ scorable.  Completions are texts, or lists of messages, whose contents count.
 `completion_ids` (the sampled tokens of each row) and `finished` are those of `rewards.token_columns`.
 """
 
+import importlib
 import inspect
 import math
 import re
@@ -76,7 +77,7 @@ def math_accuracy() -> RewardFunction:
     Raises: ImportError where `math-verify` is not installed.
     """
     try:
-        import math_verify  # noqa: F401
+        importlib.import_module("math_verify")
     except ImportError as error:
         raise ImportError("math_accuracy needs `pip install math-verify`; numeric_accuracy compares numbers without") from error
     return math_verified

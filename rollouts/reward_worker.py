@@ -183,8 +183,8 @@ def _plain_entry(entry: Any) -> Any:
 def _plain_number(x: Any) -> Any:
     if x is None or type(x) in (bool, int, float):
         return x
-    if isinstance(x, Number) and not isinstance(x, complex):
-        return float(x)  # type: ignore[arg-type]  # fractions, decimals
+    if isinstance(x, Number) and not isinstance(x, complex) and hasattr(x, "__float__"):  # fractions, decimals
+        return float(x)
     return "odd", shown(x)
 
 

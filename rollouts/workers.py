@@ -111,8 +111,11 @@ class Worker:
         command = [sys.executable, "-P", reward_worker.__file__]
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-        os.set_blocking(process.stdin.fileno(), False)  # type: ignore[union-attr]
-        os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._requests, self._replies = process.stdin.fileno(), process.stdout.fileno()
+        os.set_blocking(self._requests, False)
+        os.set_blocking(self._replies, False)
         self._process, self._ready = process, False
         self._end = weakref.finalize(self, _end, process)  # where Python ends, too
         with suppress(OSError):  # where it has ended already, the first call says so
@@ -150,12 +153,11 @@ class Worker:
         except Exception as error:
             raise CallFailed(f"its columns cannot be sent to another process: {error}", hopeless=True) from None
         rest = memoryview(LENGTH.pack(len(data)) + data)
-        pipe = self._process.stdin.fileno()  # type: ignore[union-attr]
         while rest:
-            if not select.select([], [pipe], [], max(deadline - time.monotonic(), 0))[1]:
+            if not select.select([], [self._requests], [], max(deadline - time.monotonic(), 0))[1]:
                 return False
             with suppress(BlockingIOError):
-                rest = rest[os.write(pipe, rest[: 1 << 16]) :]
+                rest = rest[os.write(self._requests, rest[: 1 << 16]) :]
         return True
 
     def _receive(self, deadline: float, timeout: float) -> tuple:
@@ -166,16 +168,15 @@ class Worker:
 
     def _read(self, size: int, deadline: float, timeout: float) -> bytes:
         found = bytearray()
-        pipe = self._process.stdout.fileno()  # type: ignore[union-attr]
         while len(found) < size:
             left = deadline - time.monotonic()
             if left <= 0:
                 self._fail(f"{LATE} {timeout:g} s")
-            if not select.select([pipe], [], [], min(left, WATCH))[0]:
+            if not select.select([self._replies], [], [], min(left, WATCH))[0]:
                 if (taken := _memory_of(self._process.pid)) > self._memory:
                     self._fail(f"took {taken >> 20} MiB of memory, of {self._memory >> 20} that it may")
                 continue
-            part = os.read(pipe, min(size - len(found), 1 << 20))
+            part = os.read(self._replies, min(size - len(found), 1 << 20))
             if not part:
                 self._fail(self._ended())
             found += part
@@ -277,9 +278,9 @@ def _end(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # before it is waited for: until then nobody else has its number
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         with suppress(OSError):
-            pipe.close()  # type: ignore[union-attr]
+            pipe.close()
 
 
 def _pickled(function: Callable) -> bytes:

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.json_text import once
+
 MEGABYTE = 2**20
 MAX_BYTES = 16 * MEGABYTE  # of a row: four million tokens, more than a model reads at once
 MAX_DEPTH = 100  # lists and objects inside each other
@@ -74,7 +76,7 @@ def of_json(text: str) -> Any:
     {'city': 'Paris'}
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float, parse_int=_int)
+        return json.loads(text, object_pairs_hook=once, parse_constant=_no_number, parse_float=_float, parse_int=_int)
     except RecursionError:
         raise ValueError(f"lists and objects inside each other more than {MAX_DEPTH} deep; flatten them") from None
     except MemoryError:
@@ -88,15 +90,6 @@ def _unicode(text: str) -> str:
         half = ascii(text[error.start])
         raise ValueError(f"{half} is half of a surrogate pair and no text by itself; write the whole character") from None
     return text
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r:.60} is there twice in one object; leave one out")
-    return value
 
 
 def _no_number(name: str) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.json_text import TwiceError, once
+
 SIZE = 256_000_000  # bytes of a file; the largest tokenizers and indices have a tenth of it
 DEPTH = 64  # of objects and lists in one another
 
@@ -50,10 +52,10 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
     >>> parse_object('{"a": 1, "a": 2}', "config.json")
     Traceback (most recent call last):
-    ValueError: config.json: 'a' stands twice in one object
+    ValueError: config.json: 'a' is there twice in one object; leave one out
     """
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=once)
     except TwiceError as error:
         raise ValueError(f"{where}: {error}") from error
     except RecursionError as error:
@@ -68,18 +70,6 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise ValueError(f"{where}: {path} must be finite, but is {leaf}")
     return value
-
-
-class TwiceError(ValueError):
-    """A name that stands twice in one object."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise TwiceError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
-    return found
 
 
 def _walk(value: Any) -> Iterator[tuple[str, Any, int]]:

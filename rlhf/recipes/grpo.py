@@ -78,8 +78,7 @@ def iteration(
     **how,
 ) -> Callable:
     """`online_steps.iteration`, with its arguments; `state.context["reference"]` holds the reference's params."""
-    if num_samples < 2:
-        raise ValueError(f"num_samples {num_samples}: advantages compare the samples of a prompt; give at least 2")
+    _check_groups(num_samples)
     sampled = dict(num_samples=num_samples, shared=SharedPrefix(num_samples, max_new_tokens))
 
     def compared(state, rollout, rewards):
@@ -132,8 +131,7 @@ def main(
     hooks = setup.following(model, sync_every, sync_share)
     if hooks and not beta:
         raise ValueError(f"sync_every {sync_every} moves the reference, but with a beta of 0 there is none; give --beta")
-    if groups < 2:
-        raise ValueError(f"num_samples {groups}: advantages compare the samples of a prompt with each other; give at least 2")
+    _check_groups(groups)
     begin = online_steps.start(
         run, model, source, training, scoring, sampling,
         rows=training.batch_size * groups, mini_batches=mini_batches, epochs=updates_per_batch,
@@ -155,3 +153,10 @@ def main(
         **setup.kept(policy.context(with_reference=beta > 0), hooks),
     )  # fmt: skip
     return figures
+
+
+def _check_groups(num_samples: int) -> None:
+    if num_samples < 2:
+        raise ValueError(
+            f"num_samples {num_samples}: advantages compare the samples of a prompt with each other; give at least 2"
+        )

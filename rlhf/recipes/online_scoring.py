@@ -270,13 +270,9 @@ def _scored(
     functions: rewards.Combination, tokenizer: Any, rollout: Rollout, columns: Mapping[str, list], samples: int
 ) -> Rewards:
     """Rewards of texts; where prompts are conversations, of lists of messages, as TRL has it."""
-    each = {name: [value for value in column for _ in range(samples)] for name, column in columns.items()}
-    prompts = each.pop("prompt", None) or rollouts.text.prompts(tokenizer, rollout)
-    completions: list = rollouts.text.completions(tokenizer, rollout)
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, completions, strict=True)
-    ]
+    rows = reward_models.texts_of(tokenizer, rollout, columns, samples)
+    prompts, completions = ([row[side] for row in rows] for side in ("prompt", "completion"))
+    each = {name: [value for value in column for _ in range(samples)] for name, column in columns.items() if name != "prompt"}
     return rewards.try_texts(functions, prompts, completions, columns=each | rewards.token_columns(rollout))
 
 
