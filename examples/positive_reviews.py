@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import rlhf
-from rlhf import data, losses, rollouts
+from rlhf import data, files, losses, rollouts
 from rlhf.models import TransformerConfig, scalar_head, transformer
 from rlhf.recipes import online, ppo, reward, sft
 from rlhf.runs import RunFolder
@@ -78,9 +78,9 @@ def main(argv=None) -> dict:
     summary = {"judge_accuracy": accuracy, "before": before, "after": after, "seconds": time.perf_counter() - started}
     report(summary, sft_texts, rl_texts)
     if args.output:
-        (args.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        (args.output / "before.txt").write_text("\n".join(sft_texts) + "\n", encoding="utf-8")
-        (args.output / "after.txt").write_text("\n".join(rl_texts) + "\n", encoding="utf-8")
+        files.write(args.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        files.write(args.output / "before.txt", "\n".join(sft_texts) + "\n")
+        files.write(args.output / "after.txt", "\n".join(rl_texts) + "\n")
     return summary
 
 
