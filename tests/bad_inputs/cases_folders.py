@@ -48,7 +48,7 @@ FILES = {  # name -> file, its bytes, what the line says
     "config_deep": ("config.json", b"[" * 10**6, "config.json is nested too deep"),
     "config_binary": ("config.json", b"\x80\xff", "config.json is not text in UTF-8"),
     "config_digits": ("config.json", b'{"a": ' + b"9" * 6000 + b"}", "config.json is not JSON"),
-    "config_twice": ("config.json", b'{"a": 1, "a": 1}', "'a' stands twice"),
+    "config_twice": ("config.json", b'{"a": 1, "a": 1}', "'a' is there twice"),
     "generation_text": ("generation_config.json", b"hello", "generation_config.json is not JSON"),
     "generation_end": ("generation_config.json", b'{"eos_token_id": [1, 99999]}', "eos_token_id is 99999, but the model has"),
     "generation_kind": ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id must be a whole number"),
