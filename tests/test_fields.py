@@ -11,7 +11,20 @@ from pathlib import Path
 import rlhf
 from rlhf import cli, recipes
 
-SHELL = {"cli", "demo", "fields", "files", "interrupts", "json_text", "options", "tools", "track", "trl_names", "yaml_files", "losses"}
+SHELL = {
+    "cli",
+    "demo",
+    "fields",
+    "files",
+    "interrupts",
+    "json_text",
+    "options",
+    "tools",
+    "track",
+    "trl_names",
+    "yaml_files",
+    "losses",
+}
 
 
 def test_every_field_of_every_public_tuple_is_documented():

@@ -44,18 +44,23 @@ def finite_rows(*trees):
     return jnp.stack([jnp.isfinite(x).reshape(len(x), -1).all(1) for x in leaves]).all(0)
 
 
+@partial(jax.jit, static_argnames="lm")
+def hidden(lm, params, values, **more):
+    return lm.hidden(params, values["tokens"], positions=values["positions"], segment_ids=values["segment_ids"], **more)[:2]
+
+
 def hidden_rows(lm, values, inputs=None, cache=False):
-    run = partial(lm.hidden, cache=lm.init_cache(3, 3) if cache else None, inputs=inputs)
-    return finite_rows(
-        run(params_of(lm), values["tokens"], positions=values["positions"], segment_ids=values["segment_ids"])[0]
-    )
+    return finite_rows(hidden(lm, params_of(lm), values, cache=lm.init_cache(3, 3) if cache else None, inputs=inputs)[0])
 
 
 PARAMS: dict = {}
 
 
 def params_of(lm):
-    return PARAMS.setdefault(lm, lm.init(KEY))
+    if lm not in PARAMS:
+        with jax.ensure_compile_time_eval():  # the first to ask may be a function that is being compiled
+            PARAMS[lm] = jax.jit(lm.init)(KEY)
+    return PARAMS[lm]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -81,7 +86,7 @@ def test_hidden_states_are_nan_in_the_row_concerned(lm, name, cache, bad):
 def test_padding_may_hold_anything(name, bad):
     padded = {**FINE, "segment_ids": FINE["segment_ids"].at[1, 1:].set(0)}
     other = {**padded, name: with_one(FINE[name], bad)}
-    get = lambda v: LEARNED.hidden(params_of(LEARNED), v["tokens"], positions=v["positions"], segment_ids=v["segment_ids"])[0]
+    get = lambda values: hidden(LEARNED, params_of(LEARNED), values)[0]
     np.testing.assert_array_equal(get(other)[padded["segment_ids"] == 1], get(padded)[padded["segment_ids"] == 1])
     assert finite_rows(get(other)).all()
 
@@ -98,10 +103,9 @@ def test_inputs_of_encoders(bad):
 
 
 def test_a_decode_longer_than_its_cache():
-    lm, run = ROTARY, lambda cache, columns: ROTARY.hidden(
-        params_of(ROTARY), FINE["tokens"][:, columns], positions=FINE["positions"][:, columns],
-        segment_ids=FINE["segment_ids"][:, columns], cache=cache,
-    )[:2]  # fmt: skip
+    lm = ROTARY
+    columns_of = lambda columns: {name: x[:, columns] for name, x in FINE.items()}
+    run = lambda cache, columns: hidden(lm, params_of(lm), columns_of(columns), cache=cache)
     _, cache = run(lm.init_cache(3, 2), slice(0, 2))
     uneven = cache._replace(written=jnp.array([1, 2, 1]))
     assert finite_rows(run(uneven, slice(1, 2))[0]).tolist() == [True, False, True]
@@ -140,13 +144,13 @@ LOOKUPS = {  # what takes ids: (ids) -> floats by row
     ),
     "take_samples": (lambda ids: filtering.take_samples(jnp.ones(9), ids, 3).reshape(3, 3), jnp.zeros((3, 3), jnp.int32)),
 }
+COMPILED = {name: jax.jit(fn) for name, (fn, _) in LOOKUPS.items()}
 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_what_takes_ids(name, bad):
-    fn, ids = LOOKUPS[name]
-    fn = jax.jit(fn)
+    fn, (_, ids) = COMPILED[name], LOOKUPS[name]
     assert np.isfinite(fn(ids)).all()
     assert np.isfinite(fn(with_one(ids, bad))).reshape(3, -1).all(1).tolist() == [True, False, True]
 
