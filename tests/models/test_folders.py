@@ -17,7 +17,7 @@ from rlhf.models import huggingface, mapping, tokenizer_files
 from rlhf.models.families import FAMILIES, schema
 
 VALUES: list = [None, "text", -1, 0, 1e300, math.nan, [], {}, True, 10**12, 10**6]
-SECONDS = 2.0  # of the processor, for any one of them
+SECONDS = 20.0  # of the processor, for any one of them; a machine may be slow, what hangs never ends
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 1.0}
 REFUSED = (ValueError, FileNotFoundError)
 BASE = CHECKPOINTS / "llama"
