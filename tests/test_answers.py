@@ -194,7 +194,7 @@ def test_hostile_expressions_are_read_in_bounded_time(piece, wrap):
     start = time.monotonic()
     for text in (piece * 20_000, piece * 10, piece * 10 + "7" + "})" * 10, piece * 3_000 + "7"):
         earned(wrap.format(text), "7")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 2
     assert answers.number("9^{9^{9}}") is None
     assert answers.number("(1/3)^{-99999}") is None
     assert answers.number("\\sqrt{" + "9" * 200 + "}") is None

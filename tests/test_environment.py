@@ -267,7 +267,7 @@ def test_what_fails_becomes_an_observation_and_the_others_go_on(tokenizer):
         generate, [[5]] * len(steps), rows=list(steps), turn_timeout=0.3, max_characters=100,
         render=lambda text: heard.append(text) or "again",
     )  # fmt: skip
-    assert time.perf_counter() - begun < 10  # all of them at the same time
+    assert time.perf_counter() - begun < 3  # all of them at the same time
     hanging = [thread for thread in threading.enumerate() if "work" in thread.name and thread.is_alive()]
     assert len(hanging) == 1
     assert hanging[0].daemon  # the process may end without it

@@ -408,7 +408,7 @@ def test_percents_equal_shares_and_bare_numbers():
 def test_degenerate_texts_are_read_in_linear_time(piece):
     start = time.monotonic()
     answers.number(piece * 20_000 + "x")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 1.5
 
 
 def test_accuracies():

@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_transformers(name, folders):
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("t5", "sft"), ("t5", "dpo"), ("t5", "ppo"), ("t5", "online_dpo"), ("bart", "grpo")],
+    [*(("t5", command) for command in COMMANDS), ("bart", "sft"), ("bart", "grpo")],  # from there on they share a path
 )
 def test_a_command_trains_and_exports(name, command, folders, tmp_path):
     options = [str(folders / "rows.jsonl") if word == "ROWS" else word for word in COMMANDS[command]]

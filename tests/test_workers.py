@@ -81,7 +81,7 @@ def test_a_batch_of_rows_that_all_hang_is_bounded():
     reward.load()
     start = time.monotonic()
     found = rewards.try_texts(reward, [""] * 64, ["bad"] * 64)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 5
     assert rewards.metrics(found)[f"rewards/{reward.__name__}/timeouts"] == 64
     reward.close()
 

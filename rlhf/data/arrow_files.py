@@ -121,14 +121,16 @@ def _decoder(type: Any) -> Callable[[Any], Any] | None:
         return of_struct if inner else None
     if types.is_map(type):
         of_item = _decoder(type.item_type)
-        of_map = lambda value: value and {name: of_item(item) for name, item in value.items()}  # type: ignore[misc]
-        return of_map if of_item else None
+        if of_item is None:
+            return None
+        return lambda value: value and {name: of_item(item) for name, item in value.items()}
     if types.is_dictionary(type) or types.is_run_end_encoded(type):
         return _decoder(type.value_type)
     if hasattr(type, "value_type"):  # the kinds of lists
         of_entry = _decoder(type.value_type)
-        of_list = lambda value: value and [of_entry(entry) for entry in value]  # type: ignore[misc]
-        return of_list if of_entry else None
+        if of_entry is None:
+            return None
+        return lambda value: value and [of_entry(entry) for entry in value]
     return None
 
 

@@ -9,10 +9,8 @@ import pkgutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from contracts import CASES
-from contracts.case import ROWS
 from rlhf import losses
 
 # Most of the time is compilation: LLVM's optimisations are left out.
@@ -90,23 +88,9 @@ def weights_of_shapes(name, shapes, dtype, **static):
     return jax.tree.unflatten(structure, [of_leaf(i, x) for i, x in enumerate(leaves)])
 
 
-@functools.cache
-def mesh():
-    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def placed(tree):
-    """Whole batches with their rows over all devices; parts of batches as they are."""
-    spec = lambda x: PartitionSpec("data") if np.ndim(x) and x.shape[0] == ROWS else PartitionSpec()
-    whole = any(np.ndim(x) and x.shape[0] == ROWS for x in jax.tree.leaves(tree))
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh(), spec(x))), tree) if whole else tree
-
-
 def call(name, arrays, *, knobs=None, weights=None, dtype=np.float32, **static):
-    """Output, gradients and total; of a whole batch, computed where its rows are placed."""
     weights = weights_for(name, arrays, dtype, **static) if weights is None else weights
     knobs = CASES[name].knobs if knobs is None else knobs
-    arrays, weights = placed((arrays, weights))
     return jax.tree.map(np.asarray, differentiated(name, **static)[0](arrays, knobs, weights))
 
 

@@ -26,12 +26,11 @@ from contracts.run import (
     eager,
     ignored,
     inputs_of,
-    jit,
     narrowing,
-    placed,
     split_floats,
     weights_for,
 )
+from jax.sharding import NamedSharding, PartitionSpec
 
 HALF = slice(ROWS // 2)  # what is left when rows and columns are cropped
 LEFT = slice(COLUMNS - 2)
@@ -51,7 +50,6 @@ def test_every_public_function_shows_an_example(name):
 
 @every_function
 def test_jit_equals_eager(name):
-    """The program runs on eight devices, a row each; eagerly it runs on one."""
     assert_close(call(name, inputs_of(name))[0], eager(name, inputs_of(name)))
 
 
@@ -74,10 +72,8 @@ def test_half_precision_is_widened_first(name):
         return
     arrays = {key: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x for key, x in inputs_of(name).items()}
     wide = {key: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for key, x in arrays.items()}
-    compiled, plain = differentiated(name)
-    got = jax.tree.map(np.asarray, jit(plain)(**arrays, **CASES[name].knobs))
+    got, gradients, _ = call(name, arrays)
     assert_close(got, call(name, wide)[0], 1e-2 if CASES[name].moves else 1e-5)
-    _, gradients, _ = compiled.trace(arrays, CASES[name].knobs, weights_for(name, arrays)).out_info
     assert all(x.dtype == jnp.bfloat16 for x in gradients.values())
 
 
@@ -170,22 +166,29 @@ def test_gradients_flow_where_the_docstring_says_and_nowhere_else(name):
     assert {key for key, x in gradients.items() if x.any()} == set(CASES[name].flow)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.couples])
-def test_rows_stay_where_they_are(name):
+@every_function
+def test_sharded_equals_unsharded(name):
     arrays = inputs_of(name)
-    sharded, weights = placed((arrays, weights_for(name, arrays)))
-    compiled = differentiated(name)[0].lower(sharded, CASES[name].knobs, weights).compile()
-    assert "all-gather" not in compiled.as_text()
+    weights = weights_for(name, arrays)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = lambda x: PartitionSpec("data") if x.ndim and x.shape[0] == ROWS else PartitionSpec()
+    sharded, weights_sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows(x))), (arrays, weights))
+    compiled = differentiated(name)[0].lower(sharded, CASES[name].knobs, weights_sharded).compile()
+    got = compiled(sharded, CASES[name].knobs, weights_sharded)
+    assert_close(jax.tree.map(np.asarray, got), call(name, arrays, weights=weights))
+    if not CASES[name].couples:  # rows stay where they are
+        assert "all-gather" not in compiled.as_text()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.couples])
-def test_micro_batches_sum_to_the_whole(name):
+@pytest.mark.parametrize("parts", [4])
+def test_micro_batches_sum_to_the_whole(name, parts):
     arrays = inputs_of(name)
     weights = weights_for(name, arrays)
     _, gradients, whole = call(name, arrays, weights=weights)
-    split = lambda x, part: x[part::2] if x.ndim and x.shape[0] == ROWS else x
+    split = lambda x, part: x[part::parts] if x.shape and x.shape[0] == ROWS else x
     total, summed = np.float32(0), jax.tree.map(np.zeros_like, gradients)
-    for part in range(2):
+    for part in range(parts):
         here, weights_here = jax.tree.map(functools.partial(split, part=part), (arrays, weights))
         _, part_gradients, part_total = call(name, here, weights=weights_here)
         total += part_total

@@ -80,7 +80,9 @@ def variant(name):
     return lm, params, np.asarray(run(lm, params, TOKENS, POSITIONS, ONES)[0])
 
 
-@pytest.mark.parametrize("name", ["windows", "longrope", "dynamic"])  # the others: what is generated is what is scored
+@pytest.mark.parametrize(
+    "name", ["windows", "experts", "longrope", "dynamic"]
+)  # the others: what is generated is what is scored
 def test_cached_equals_uncached(name):
     """Three layers of two kinds: the scan takes two, the third follows; one window is shorter than the row, one longer.
 
