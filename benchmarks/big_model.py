@@ -25,7 +25,11 @@ TOKENS = [list(range(7, 39)), list(range(100_000, 100_032))]
 
 def peak() -> float:
     """The process' largest resident memory so far, MiB; `ru_maxrss` would count the parent's too."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -43,7 +47,11 @@ def make(folder: Path) -> None:
         "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f),
     }  # fmt: skip
     shapes = {"model.embed_tokens.weight": (SHAPE["vocab_size"], d), "model.norm.weight": (d,)}
-    shapes |= {f"model.layers.{i}.{name}": shape for i in range(SHAPE["num_hidden_layers"]) for name, shape in layer.items()}
+    shapes |= {
+        f"model.layers.{i}.{name}": shape
+        for i in range(SHAPE["num_hidden_layers"])
+        for name, shape in layer.items()
+    }
     rng = np.random.default_rng(0)
     names = list(shapes)
     files: dict[str, str] = {}
@@ -56,7 +64,9 @@ def make(folder: Path) -> None:
             tensors[name] = x.astype(ml_dtypes.bfloat16)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
     (folder / "config.json").write_text(json.dumps(SHAPE))
 
 
@@ -73,7 +83,12 @@ def load(folder: Path) -> dict:
     _, params, _ = rlhf.load(folder, dtype=jnp.bfloat16)
     jax.block_until_ready(params)
     extra = peak() - before
-    return {"what": "load", "seconds": time.perf_counter() - begin, "extra host MiB": extra, "of the files": extra / size}
+    return {
+        "what": "load",
+        "seconds": time.perf_counter() - begin,
+        "extra host MiB": extra,
+        "of the files": extra / size,
+    }
 
 
 def forward(folder: Path) -> dict:
@@ -87,12 +102,19 @@ def forward(folder: Path) -> dict:
     before = peak()
     lm, params, _ = rlhf.load(folder)
     tokens = jnp.asarray(TOKENS, jnp.int32)
-    where = dict(positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), segment_ids=jnp.ones_like(tokens))
+    where = dict(
+        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+        segment_ids=jnp.ones_like(tokens),
+    )
     run = jax.jit(lambda params: lm.unembed(params, lm.hidden(params, tokens, **where)[0]))
     np.save(folder / "ours.npy", run(params))
     begin = time.perf_counter()
     run(params).block_until_ready()
-    return {"what": "forward, float32", "seconds": time.perf_counter() - begin, "extra host MiB": peak() - before}
+    return {
+        "what": "forward, float32",
+        "seconds": time.perf_counter() - begin,
+        "extra host MiB": peak() - before,
+    }
 
 
 def step(folder: Path) -> dict:
@@ -107,17 +129,23 @@ def step(folder: Path) -> dict:
     lm, params, _ = rlhf.load(folder, dtype=jnp.bfloat16, remat="full")
     trainable, frozen = adapters.add(params, jax.random.key(0), rank=16)
     tokens = jax.random.randint(jax.random.key(1), (8, 128), 0, SHAPE["vocab_size"])
-    batch = rollouts.whole_rows(tokens, jnp.ones_like(tokens, bool), jnp.arange(128)[None, :] >= jnp.full((8, 1), 32))
-    advantages = losses.groups.to_tokens(losses.group_relative(jnp.array([[1.0, 0, 0, 0], [1, 1, 0, 0]])), batch.mask)
+    batch = rollouts.unpacked_rows(
+        tokens, jnp.ones_like(tokens, bool), jnp.arange(128)[None, :] >= jnp.full((8, 1), 32)
+    )
+    advantages = losses.groups.to_tokens(
+        losses.group_relative(jnp.array([[1.0, 0, 0, 0], [1, 1, 0, 0]])), batch.mask
+    )
     weights = losses.weights.token_mean(batch.mask)
     where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
     old = rollouts.token_logprobs(lm, params, tokens, **where)
-    batch = batch._replace(advantages=advantages, weights=weights, logprobs=old)
+    batch = batch._replace(advantages=advantages, weights=weights, old_logprobs=old)
 
     def loss_fn(own, frozen, batch, key):
         where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
         logprobs = rollouts.token_logprobs(lm, adapters.join(own, frozen), batch.tokens, **where)
-        per_token = losses.clipped_surrogate(logprobs, batch.logprobs, batch.advantages, batch.mask)
+        per_token = losses.clipped_surrogate(
+            logprobs, batch.old_logprobs, batch.advantages, batch.mask
+        )
         return losses.weighted_sum(per_token, batch.weights), {}
 
     optimizer = optax.adamw(1e-4)
@@ -129,7 +157,13 @@ def step(folder: Path) -> dict:
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes / 2**20 if memory else float("nan")
-    return {"what": "LoRA GRPO step, 8 × 128", "seconds": seconds, "peak MiB": peak(), "temporary MiB": temporary, "loss": loss}
+    return {
+        "what": "LoRA GRPO step, 8 × 128",
+        "seconds": seconds,
+        "peak MiB": peak(),
+        "temporary MiB": temporary,
+        "loss": loss,
+    }
 
 
 PEER = """
@@ -155,10 +189,14 @@ def compare(folder: Path, python: str) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", help="a python that has torch and transformers")
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # a measurement in its own process: its name, the folder
+    parser.add_argument(
+        "--only", nargs=2, help=argparse.SUPPRESS
+    )  # a measurement in its own process: its name, the folder
     args = parser.parse_args()
     if args.only:
         print(json.dumps(globals()[args.only[0]](Path(args.only[1]))))
@@ -175,7 +213,11 @@ def main():
         if args.peer:
             rows.append(compare(Path(folder), args.peer))
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    report.show("Qwen2.5-0.5B's shape", [{name: row.get(name, "") for name in columns} for row in rows], args.json)
+    report.show(
+        "Qwen2.5-0.5B's shape",
+        [{name: row.get(name, "") for name in columns} for row in rows],
+        args.json,
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ from rlhf import rollouts
 from rlhf.models import TransformerConfig, transformer
 
 ROWS, PROMPT, NEW = 64, 16, 64
-SHAPES = {"64 / 2 / 128": (64, 2, 128), "256 / 4 / 4,096": (256, 4, 4096), "512 / 8 / 4,096": (512, 8, 4096)}
+SHAPES = {
+    "64 / 2 / 128": (64, 2, 128),
+    "256 / 4 / 4,096": (256, 4, 4096),
+    "512 / 8 / 4,096": (512, 8, 4096),
+}
 PEER = """
 import json, sys, time, torch, transformers
 torch.set_grad_enabled(False)
@@ -59,7 +63,8 @@ def model(hidden, layers, vocabulary):
 
 def prompts(rows, vocabulary):
     return rollouts.Prompts(
-        jax.random.randint(jax.random.key(1), (rows, PROMPT), 0, vocabulary), jnp.ones((rows, PROMPT), bool)
+        jax.random.randint(jax.random.key(1), (rows, PROMPT), 0, vocabulary),
+        jnp.ones((rows, PROMPT), bool),
     )
 
 
@@ -85,7 +90,10 @@ def against_transformers(repeats: int) -> list[dict]:
             )
             compile_seconds = seconds(lambda ours=ours: ours(0))
             assert peer.ask(**question)["shape"] == [ROWS, PROMPT + NEW]
-            pairs = [(seconds(lambda i=i, ours=ours: ours(i)), peer.ask(**question)["seconds"]) for i in range(repeats)]
+            pairs = [
+                (seconds(lambda i=i, ours=ours: ours(i)), peer.ask(**question)["seconds"])
+                for i in range(repeats)
+            ]
         mine, theirs = ([ROWS * NEW / pair[side] for pair in pairs] for side in (0, 1))
         rows.append(
             {"hidden / layers / vocabulary": name,
@@ -110,7 +118,10 @@ def continuous_batching(repeats: int) -> list[dict]:
     keys = jax.random.split(jax.random.key(0), 512)
     many = lambda: [rollouts.generate_many(lm, params, batch, keys, slots=64, **settings)]
     part = lambda i: jax.tree.map(lambda x: x[i : i + 64], batch)
-    fixed = lambda: [rollouts.generate(lm, params, part(i), keys[i : i + 64], **settings) for i in range(0, 512, 64)]
+    fixed = lambda: [
+        rollouts.generate(lm, params, part(i), keys[i : i + 64], **settings)
+        for i in range(0, 512, 64)
+    ]
     sides = {"slots": many, "fixed": fixed}
     compile_seconds = {name: seconds(fn) for name, fn in sides.items()}
     tokens = {name: sum(int(r.mask.sum()) for r in fn()) for name, fn in sides.items()}
@@ -145,7 +156,15 @@ def random_numbers(jaxpr, times=1) -> int:
 
 def cost(repeats: int) -> list[dict]:
     rows = []
-    for new, vocabulary in ((32, 4096), (64, 4096), (128, 4096), (256, 4096), (64, 1024), (64, 16_384), (64, 65_536)):
+    for new, vocabulary in (
+        (32, 4096),
+        (64, 4096),
+        (128, 4096),
+        (256, 4096),
+        (64, 1024),
+        (64, 16_384),
+        (64, 65_536),
+    ):
         lm, params = model(64, 2, vocabulary)
         batch = prompts(ROWS, vocabulary)
         run = jax.jit(
@@ -156,7 +175,10 @@ def cost(repeats: int) -> list[dict]:
         jaxpr = jax.make_jaxpr(run)(jax.random.key(0)).jaxpr
         compiled = run.lower(jax.random.key(0)).compile()
         compiled(jax.random.key(0))
-        took = statistics.median(seconds(lambda i=i, compiled=compiled: compiled(jax.random.key(i))) for i in range(repeats))
+        took = statistics.median(
+            seconds(lambda i=i, compiled=compiled: compiled(jax.random.key(i)))
+            for i in range(repeats)
+        )
         rows.append(
             {"new tokens": new, "vocabulary": vocabulary, "ms": 1e3 * took, "ms / token": 1e3 * took / new,
              "random words": random_numbers(jaxpr), "random words / token": random_numbers(jaxpr) / new / ROWS,
@@ -167,7 +189,10 @@ def cost(repeats: int) -> list[dict]:
 
 PARTS = {
     "peer": ("64 rows × 64 new tokens, float32", against_transformers),
-    "batching": ("completions of 32 tokens on average, at most 128; 256 / 4 / 4,096", continuous_batching),
+    "batching": (
+        "completions of 32 tokens on average, at most 128; 256 / 4 / 4,096",
+        continuous_batching,
+    ),
     "cost": (f"cost of a rollout of {ROWS} rows; hidden 64, 2 layers", cost),
 }
 
@@ -185,7 +210,9 @@ def main():
     if args.json:
         about = report.machine()
         results = [{"title": title, "rows": rows} for title, rows in tables]
-        Path(args.json).write_text(json.dumps({"machine": about, "tables": results}, indent=2) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"machine": about, "tables": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ RUNS = [(algorithm, seed, "none") for algorithm in ("ppo", "grpo", "dpo") for se
 RUNS += [(algorithm, 0, "shuffled") for algorithm in ("ppo", "grpo", "dpo")]
 SHOWN = (
     "algorithm", "seed", "control", "positive_before", "positive_after", "grammatical_before", "grammatical_after",
-    "distinct_after", "kl_to_reference", "reward_accuracy", "seconds",
+    "distinct_after", "objective/kl", "reward_accuracy", "seconds",
 )  # fmt: skip
 
 
@@ -28,10 +28,14 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         rows = []
         for algorithm, seed, control in RUNS:
-            folder = (args.runs or Path(temporary)) / f"{algorithm}-{seed}{'' if control == 'none' else '-shuffled'}"
+            folder = (
+                args.runs or Path(temporary)
+            ) / f"{algorithm}-{seed}{'' if control == 'none' else '-shuffled'}"
             done = folder / "summary.json"
             if not done.exists():
-                demo.run(algorithm=algorithm, seed=seed, control=control, output=str(folder), steps=None)
+                demo.run(
+                    algorithm=algorithm, seed=seed, control=control, output=str(folder), steps=None
+                )
             summary = json.loads(done.read_text())
             rows.append({name: summary[name] for name in SHOWN})
     report.show("the demo", rows, args.json)

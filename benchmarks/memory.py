@@ -23,7 +23,9 @@ def whole(hidden, weight, tokens):
 
 def chunked(chunk_size):
     def logprob(hidden, weight, tokens):
-        return losses.chunked(losses.logits.token_logprob, hidden, lambda h: h @ weight, tokens, chunk_size=chunk_size).sum()
+        return losses.chunked(
+            losses.logits.token_logprob, hidden, lambda h: h @ weight, tokens, chunk_size=chunk_size
+        ).sum()
 
     return logprob
 
@@ -47,10 +49,17 @@ def measure(name, fn, batch):
 def main():
     args = report.arguments(__doc__).parse_args()
     rows = [measure("whole", whole, 1)]
-    rows += [measure(f"chunked {size}", chunked(size), batch) for batch, size in ((1, 64), (1, 128), (1, 256), (8, 16))]
+    rows += [
+        measure(f"chunked {size}", chunked(size), batch)
+        for batch, size in ((1, 64), (1, 128), (1, 256), (8, 16))
+    ]
     for row in rows:
         row["times less"] = rows[0]["beyond gradient MiB"] / row["beyond gradient MiB"]
-    report.show(f"log-prob and gradient, {TOKENS:,} tokens × {VOCAB:,} vocabulary, {WIDTH} wide, float32", rows, args.json)
+    report.show(
+        f"log-prob and gradient, {TOKENS:,} tokens × {VOCAB:,} vocabulary, {WIDTH} wide, float32",
+        rows,
+        args.json,
+    )
 
 
 if __name__ == "__main__":

@@ -21,33 +21,46 @@ from transformers import PreTrainedTokenizerFast
 import rlhf
 from rlhf import data
 from rlhf.models import TransformerConfig, transformer
-from rlhf.recipes import setup, sft
+from rlhf.recipes import sft
+from rlhf.training import datasets
 
 VOCABULARY, LENGTH, BATCH, STEPS = 4096, 512, 16, 5
 
 
 def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
     inside = Tokenizer(models.BPE())
-    inside.pre_tokenizer, inside.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    inside.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"]))
+    inside.pre_tokenizer, inside.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    inside.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"])
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inside, pad_token="<pad>", eos_token="<end>")
 
 
 def measured(rows: dict) -> list[dict]:
-    lm = transformer(TransformerConfig(VOCABULARY, 256, 4, 4, 1024, num_kv_heads=2, qkv_bias=True, tied=True))
-    optimizer = optax.adamw(1e-5)
-    step = jax.jit(
-        lambda state, batch: rlhf.train_step(sft.objective(lm), optimizer)(state, sft.prepare(batch)), donate_argnums=0
+    lm = transformer(
+        TransformerConfig(VOCABULARY, 256, 4, 4, 1024, num_kv_heads=2, qkv_bias=True, tied=True)
     )
-    states = {name: rlhf.init_state(lm.init(jax.random.key(0)), optimizer, jax.random.key(0)) for name in rows}
+    optimizer = optax.adamw(1e-5)
+    step = jax.jit(sft.make_update(rlhf.Policy(lm), optimizer), donate_argnums=0)
+    states = {
+        name: rlhf.init_state(lm.init(jax.random.key(0)), optimizer, jax.random.key(0))
+        for name in rows
+    }
     speeds: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(STEPS + 1):
         for name, whole in rows.items():
-            batch = jax.device_put(setup.take(whole, 0, number, BATCH))
+            batch = jax.device_put(datasets.take(whole, 0, number, BATCH))
             begin = time.perf_counter()
             states[name], _ = jax.block_until_ready(step(states[name], batch))
-            speeds[name].append(float((batch.segment_ids != 0).sum()) / (time.perf_counter() - begin))
-    speed = {name: statistics.median(values[1:]) for name, values in speeds.items()}  # the first compiles
+            speeds[name].append(
+                float((batch.segment_ids != 0).sum()) / (time.perf_counter() - begin)
+            )
+    speed = {
+        name: statistics.median(values[1:]) for name, values in speeds.items()
+    }  # the first compiles
     return [
         {"packing": name, "rows": len(whole.tokens), "columns": whole.tokens.shape[1],
          "real tokens %": 100 * float((whole.segment_ids != 0).mean()), "real tokens / s": speed[name],
@@ -60,7 +73,10 @@ def main():
     parser = report.arguments(__doc__)
     parser.add_argument("--data", default="openai/gsm8k")
     args = parser.parse_args()
-    texts = [{"prompt": row["question"], "completion": row["answer"]} for row in data.read_rows(args.data)]
+    texts = [
+        {"prompt": row["question"], "completion": row["answer"]}
+        for row in data.read_rows(args.data)
+    ]
     tokenizer = tokenizer_of([text for row in texts for text in row.values()])
     tokenized = sft.tokenize(tokenizer, texts, assistant_only=False, completion_only=True)
     laid_out = partial(sft.lay_out, tokenized, length=LENGTH, say=print)

@@ -26,7 +26,9 @@ class Process:
 
     def __init__(self, python: Path | str, program: str, *arguments: str):
         command = [str(python), "-c", program, *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, **question):
         assert self.process.stdin

@@ -28,14 +28,25 @@ from rlhf import rollouts
 from rlhf.data import Tokenized, batch, pairs
 from rlhf.models import TransformerConfig, transformer
 from rlhf.recipes import dpo, grpo, sft
-from rlhf.recipes.pairs import shared_prefix
+from rlhf.training.pairs import shared_prefix
+from rlhf.training.policy import Policy
 
 VOCABULARY, END, PAD = 4096, 1, 0
-ROWS, LENGTH, HALF, PROMPTS, PROMPT, SAMPLES, NEW, BETA, RATE = 16, 256, 64, 8, 16, 8, 64, 0.04, 1e-5
+ROWS, LENGTH, HALF, PROMPTS, PROMPT, SAMPLES, NEW, BETA, RATE = (
+    16,
+    256,
+    64,
+    8,
+    16,
+    8,
+    64,
+    0.04,
+    1e-5,
+)
 PEER = r"""
 import json, sys, time, torch, transformers, datasets, trl
 kind, folder, steps, rate = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-answer, sys.stdout = sys.stdout, sys.stderr
+reply, sys.stdout = sys.stdout, sys.stderr
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 rows = datasets.Dataset.from_list([json.loads(line) for line in open(folder + "/" + kind + ".jsonl")])
@@ -51,8 +62,8 @@ class InTurns(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            answer.write(json.dumps({"seconds": self.seconds, "loss": logs["loss"]}) + "\n")
-            answer.flush()
+            reply.write(json.dumps({"seconds": self.seconds, "loss": logs["loss"]}) + "\n")
+            reply.flush()
 
 common = dict(
     output_dir=folder + "/trl", max_steps=steps, learning_rate=rate, lr_scheduler_type="constant", use_cpu=True, bf16=False,
@@ -95,12 +106,6 @@ def ids_of(rng, length) -> list[int]:
     return rng.integers(2, VOCABULARY, length).tolist()
 
 
-def step_of(loss_fn, prepare):
-    """`(optimizer, params) -> step(state, batch)`, compiled, the state given away."""
-    step = rlhf.train_step(loss_fn, optimizer())
-    return jax.jit(lambda state, rows: step(state, prepare(state, rows)), donate_argnums=0)
-
-
 def optimizer():
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.0))
 
@@ -109,35 +114,51 @@ def supervised(lm, params, folder: Path, rng):
     rows = [ids_of(rng, LENGTH) for _ in range(ROWS)]
     write(folder / "sft.jsonl", [{"input_ids": row} for row in rows])
     made = jax.device_put(batch([Tokenized(row, [True] * LENGTH) for row in rows]))
-    return step_of(sft.objective(lm), lambda state, rows: sft.prepare(rows)), made
+    return jax.jit(sft.make_update(Policy(lm), optimizer()), donate_argnums=0), made
 
 
 def preferences(lm, params, folder: Path, rng):
-    prompts, chosen, rejected = ([ids_of(rng, n) for _ in range(ROWS)] for n in (HALF, HALF - 1, HALF - 1))
+    prompts, chosen, rejected = (
+        [ids_of(rng, n) for _ in range(ROWS)] for n in (HALF, HALF - 1, HALF - 1)
+    )
     names = ("prompt", "chosen", "rejected")
     write(
         folder / "dpo.jsonl",
         [
-            dict(zip(names, (f"{text(p)} ", text(c), text(r)), strict=True))  # a space, lest two words become one
+            dict(
+                zip(names, (f"{text(p)} ", text(c), text(r)), strict=True)
+            )  # a space, lest two words become one
             for p, c, r in zip(prompts, chosen, rejected, strict=True)
         ],
     )
-    whole = lambda answers: [
-        Tokenized([*p, *a, END], [False] * HALF + [True] * HALF) for p, a in zip(prompts, answers, strict=True)
+    whole = lambda completions: [
+        Tokenized([*p, *c, END], [False] * HALF + [True] * HALF)
+        for p, c in zip(prompts, completions, strict=True)
     ]
     made = pairs(whole(chosen), whole(rejected))
     shared = shared_prefix(made)
-    prepare = lambda state, rows: dpo.prepare(lm, state.context["reference"], rows, shared=shared)
-    return step_of(dpo.objective(lm, shared=shared), prepare), jax.device_put(made)
+    update = dpo.make_update(Policy(lm), optimizer(), shared=shared, reference_in_step=True)
+    return jax.jit(update, donate_argnums=0), jax.device_put(made)
 
 
 def sampled(lm, params, folder: Path, rng):
     prompts = [ids_of(rng, PROMPT) for _ in range(PROMPTS)]
     write(folder / "grpo.jsonl", [{"prompt": text(row)} for row in prompts])
-    reward = lambda context, rollout, key: (rollout.tokens[:, PROMPT] % 2).astype(jnp.float32)
-    iterate = grpo.iteration(lm, reward, optimizer(), max_new_tokens=NEW, num_samples=SAMPLES, kl_coef=BETA)
-    keyed = lambda state, prompts: iterate(state, prompts, jax.random.fold_in(state.key, state.step))
-    return jax.jit(keyed, donate_argnums=0), rollouts.Prompts(jnp.asarray(prompts), jnp.ones((PROMPTS, PROMPT), bool))
+    update = grpo.make_update(
+        Policy(lm), optimizer(), num_samples=SAMPLES, kl_coef=BETA, max_new_tokens=NEW
+    )
+
+    def step(state, prompts):
+        sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        rollout = rollouts.generate(
+            lm, state.params, prompts, sample_key, max_new_tokens=NEW, num_samples=SAMPLES
+        )
+        rewards = (rollout.tokens[:, PROMPT] % 2).astype(jnp.float32)
+        return update(state, rollout, rewards, update_key)
+
+    return jax.jit(step, donate_argnums=0), rollouts.Prompts(
+        jnp.asarray(prompts), jnp.ones((PROMPTS, PROMPT), bool)
+    )
 
 
 def write(file: Path, rows: list[dict]) -> None:
@@ -167,11 +188,17 @@ def compared(kind: str, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         params = lm.init(jax.random.key(0))
-        rlhf.save(folder, lm, params, family="qwen2", tokenizer=tokenizer(), max_position_embeddings=512)
+        rlhf.save(
+            folder, lm, params, family="qwen2", tokenizer=tokenizer(), max_position_embeddings=512
+        )
         step, rows = make(lm, params, folder, np.random.default_rng(0))
-        state = rlhf.init_state(params, optimizer(), jax.random.key(1), {"reference": rlhf.reference(params)})
+        state = rlhf.init_state(
+            params, optimizer(), jax.random.key(1), {"reference": rlhf.reference(params)}
+        )
         python = peers.environment("trl", "torch==2.13.0", "trl==1.16.0")
-        peer = peers.Process(python, PEER, kind, name, str(steps + 1), str(RATE), str(NEW), str(SAMPLES))
+        peer = peers.Process(
+            python, PEER, kind, name, str(steps + 1), str(RATE), str(NEW), str(SAMPLES)
+        )
         begin = time.perf_counter()
         step = step.lower(state, rows).compile()
         compile_seconds = time.perf_counter() - begin

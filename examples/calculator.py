@@ -19,10 +19,10 @@ import numpy as np
 import optax
 
 import rlhf
-from rlhf import losses, rollouts
+from rlhf import rollouts
 from rlhf.losses import groups, policy, presets, weights
 from rlhf.models import TransformerConfig, transformer
-from rlhf.recipes import sft
+from rlhf.recipes import grpo, sft
 from rlhf.rollouts import environment, tools
 
 LARGEST, DEMONSTRATIONS = 12, 32  # numbers are 0 … LARGEST; conversations in a batch of imitation
@@ -31,7 +31,17 @@ TURN, COLUMNS = 12, 24  # the most tokens of a turn, and of a conversation
 
 BOS, EOS = "<bos>", "<eos>"
 CALL = '<tool_call> {{"name": "add", "arguments": {{"a": {} , "b": {} }}}} </tool_call>'
-VOCABULARY = ["<pad>", BOS, EOS, *map(str, range(2 * LARGEST + 1)), "+", "=", "<tool_response>", "</tool_response>", "error:"]
+VOCABULARY = [
+    "<pad>",
+    BOS,
+    EOS,
+    *map(str, range(2 * LARGEST + 1)),
+    "+",
+    "=",
+    "<tool_response>",
+    "</tool_response>",
+    "error:",
+]
 VOCABULARY += [word for word in CALL.format("", "").split() if word not in VOCABULARY]
 
 
@@ -46,14 +56,20 @@ def verdict(row, messages) -> float:
 
 
 def main(argv=None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="iterations of GRPO")
     parser.add_argument("--sft-steps", type=int, default=200)
     args = parser.parse_args(argv)
 
     tokenizer, rng = make_tokenizer(), np.random.default_rng(args.seed)
-    lm = transformer(TransformerConfig(len(tokenizer), hidden_size=64, num_layers=2, num_heads=4, mlp_size=128, tied=True))
+    lm = transformer(
+        TransformerConfig(
+            len(tokenizer), hidden_size=64, num_layers=2, num_heads=4, mlp_size=128, tied=True
+        )
+    )
     key = jax.random.key(args.seed)
     params = imitate(lm, tokenizer, rng, args.sft_steps, key)
     talk = tools.tool_environment([add], reward=verdict)
@@ -73,33 +89,25 @@ def main(argv=None) -> dict:
         begin = time.perf_counter()
         played = converse(state.params, jax.random.fold_in(key, i))
         rewards = played.rewards.sum(1)
-        state = update(state, played.rollout, rewards)
+        state, _ = update(state, played.rollout, rewards, jax.random.fold_in(key, args.steps + i))
         history.append({"right": rewards.mean().item(), "asks": (played.turns > 1).mean().item()})
         if i % 5 == 0 or i == args.steps - 1:
-            figures = "  ".join(f"{name} {value:6.1%}" for name, value in history[-1].items())
-            print(f"iteration {i:3d}  {figures}  {time.perf_counter() - begin:5.2f} s", flush=True)
-    mean = lambda part: {name: float(np.mean([figures[name] for figures in part])) for name in history[0]}
+            metrics = "  ".join(f"{name} {value:6.1%}" for name, value in history[-1].items())
+            print(f"iteration {i:3d}  {metrics}  {time.perf_counter() - begin:5.2f} s", flush=True)
+    mean = lambda part: {
+        name: float(np.mean([metrics[name] for metrics in part])) for name in history[0]
+    }
     return {"before": mean(history[:1]), "after": mean(history[-5:])}
 
 
 def learner(lm, params, key):
     """GRPO: a step of a batch of conversations, and the state it starts from."""
-    objective = presets.objective(groups.group_relative, policy.clipped_surrogate, weights.token_mean)
-
-    def loss_fn(params, context, batch, key):
-        s = rollouts.score_batch(lm, params, batch)
-        per_token = objective.loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask)
-        return losses.weighted_sum(per_token, batch.weights), {}
-
+    algorithm = presets.objective(
+        groups.group_relative, policy.clipped_surrogate, weights.token_mean
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LR))
-    step = rlhf.train_step(loss_fn, optimizer)
-
-    @jax.jit
-    def update(state, rollout, rewards):
-        advantages = objective.advantages(groups.split(rewards, size=SAMPLES), rollout.mask)
-        return step(state, rollouts.batch_of(rollout, advantages=advantages, weights=objective.weights(rollout.mask)))[0]
-
-    return update, rlhf.init_state(params, optimizer, key)
+    update = grpo.make_update(rlhf.Policy(lm), optimizer, num_samples=SAMPLES, algorithm=algorithm)
+    return jax.jit(update), rlhf.init_state(params, optimizer, key)
 
 
 # ---- before reinforcement: half of the conversations ask, half guess --------------------------------------------------
@@ -110,11 +118,19 @@ def make_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="error:"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="error:")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, VOCABULARY.index(BOS))])
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, VOCABULARY.index(BOS))]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -127,16 +143,17 @@ def demonstration(rng) -> str:
 
 def imitate(lm, tokenizer, rng, steps, key):
     """A language model of demonstrations, from scratch."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps)))
-    step = rlhf.train_step(sft.objective(lm), optimizer)
-    update = jax.jit(lambda state, batch: step(state, sft.prepare(batch)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+    )
+    update = jax.jit(sft.make_update(rlhf.Policy(lm), optimizer))
     state = rlhf.init_state(lm.init(key), optimizer, key)
     for _ in range(steps):
         tokens = np.zeros((DEMONSTRATIONS, COLUMNS), np.int32)
         for row in tokens:
             ids = tokenizer.encode(demonstration(rng))
             row[: len(ids)] = ids
-        state, _ = update(state, rollouts.whole_rows(tokens, tokens != 0))
+        state, _ = update(state, rollouts.unpacked_rows(tokens, tokens != 0))
     return state.params
 
 

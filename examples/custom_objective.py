@@ -24,9 +24,9 @@ from rich.console import Console
 
 import rlhf
 from rlhf import demo, losses, rollouts
-from rlhf.loop import run_steps
 from rlhf.losses import groups, policy, presets, ratios, weights
 from rlhf.tasks import reviews
+from rlhf.training.loop import run_steps
 
 STEPS, PROMPTS, SAMPLES = 20, 16, 8  # iterations; prompts an iteration, samples a prompt
 MINI_BATCHES, LR, KL_COEF = 2, 3e-4, 0.1
@@ -67,7 +67,9 @@ OBJECTIVES = {"DAPO": dapo, "Dr. GRPO": dr_grpo, "GSPO": gspo, "CISPO": cispo, "
 
 
 def main(argv=None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="iterations of every objective")
     parser.add_argument("--sft-steps", type=int, default=demo.STEPS["sft"])
@@ -78,14 +80,14 @@ def main(argv=None) -> dict:
     models = demo.make_models(len(task.tokenizer), hidden_size=args.hidden_size)
     show = partial(run_steps, log=lambda *_, **__: None, console=Console(quiet=True))
     lm_params = demo.train_lm(task, models, args.seed, args.sft_steps, 32, show)
-    figures = {"language model": demo.judge(task, models, lm_params, lm_params, args.seed)[0]}
-    report("language model", figures["language model"], 0.0)
+    metrics = {"language model": demo.evaluate(task, models, lm_params, lm_params, args.seed)[0]}
+    report("language model", metrics["language model"], 0.0)
     for name, objective in OBJECTIVES.items():
         begin = time.perf_counter()
         params = train(objective, task, models.lm, lm_params, args.steps, jax.random.key(args.seed))
-        figures[name] = demo.judge(task, models, params, lm_params, args.seed)[0]
-        report(name, figures[name], time.perf_counter() - begin)
-    return figures
+        metrics[name] = demo.evaluate(task, models, params, lm_params, args.seed)[0]
+        report(name, metrics[name], time.perf_counter() - begin)
+    return metrics
 
 
 def train(objective, task, lm, lm_params, steps, key):
@@ -94,7 +96,7 @@ def train(objective, task, lm, lm_params, steps, key):
 
     def loss_fn(params, context, batch, key):
         s = rollouts.score_batch(lm, params, batch)
-        per_token = objective.loss(s.logprobs, batch.logprobs, batch.advantages, batch.mask)
+        per_token = objective.loss(s.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
         per_token += KL_COEF * losses.kl.k3(s.logprobs, batch.ref_logprobs, batch.mask)
         return losses.weighted_sum(per_token, batch.weights), {}
 
@@ -111,10 +113,16 @@ def train(objective, task, lm, lm_params, steps, key):
 
     sample = jax.jit(
         partial(
-            rollouts.generate, lm, max_new_tokens=demo.NEW_TOKENS, num_samples=SAMPLES, eos_ids=(task.tokenizer.eos_token_id,)
+            rollouts.generate,
+            lm,
+            max_new_tokens=demo.NEW_TOKENS,
+            num_samples=SAMPLES,
+            eos_ids=(task.tokenizer.eos_token_id,),
         )
     )
-    state = rlhf.init_state(rlhf.reference(lm_params), optimizer, key, {"reference": rlhf.reference(lm_params)})
+    state = rlhf.init_state(
+        rlhf.reference(lm_params), optimizer, key, {"reference": rlhf.reference(lm_params)}
+    )
     for i, (prompts,) in enumerate(demo.batches(task.prompts, 0, PROMPTS, steps)):
         sample_key, order_key = jax.random.split(jax.random.fold_in(key, i))
         rollout = sample(state.params, prompts, sample_key)
@@ -124,14 +132,23 @@ def train(objective, task, lm, lm_params, steps, key):
 
 def verdicts(tokenizer, rollout) -> np.ndarray:
     """1 for a grammatical, positive review, 0 for anything else."""
-    pairs = zip(rollouts.text.prompts(tokenizer, rollout), rollouts.text.completions(tokenizer, rollout), strict=True)
-    return np.array([reviews.sentiment(f"{start} {end}") is True for start, end in pairs], np.float32)
+    pairs = zip(
+        rollouts.text.prompts(tokenizer, rollout),
+        rollouts.text.completions(tokenizer, rollout),
+        strict=True,
+    )
+    return np.array(
+        [reviews.sentiment(f"{start} {end}") is True for start, end in pairs], np.float32
+    )
 
 
-def report(name, figures, seconds):
-    positive, grammatical, kl = (figures[key] for key in ("positive", "grammatical", "kl_to_reference"))
+def report(name, metrics, seconds):
+    positive, grammatical, kl = (
+        metrics[key] for key in ("positive", "grammatical", "objective/kl")
+    )
     print(
-        f"{name:16s} positive {positive:6.1%}  grammatical {grammatical:6.1%}  KL {kl:5.2f} nats  {seconds:4.0f} s", flush=True
+        f"{name:16s} positive {positive:6.1%}  grammatical {grammatical:6.1%}  KL {kl:5.2f} nats  {seconds:4.0f} s",
+        flush=True,
     )
 
 

@@ -27,10 +27,16 @@ from rlhf.models import TransformerConfig, transformer
 from rlhf.rollouts import Prompts, Reply
 
 NUMBERS, GUESSES = 8, 3
-HIGHER, LOWER, START = NUMBERS, NUMBERS + 1, NUMBERS + 2  # tokens 0 … 7 are the numbers; a word is a guess too high
+HIGHER, LOWER, START = (
+    NUMBERS,
+    NUMBERS + 1,
+    NUMBERS + 2,
+)  # tokens 0 … 7 are the numbers; a word is a guess too high
 GAMES, LR, ENTROPY = 32, 2e-3, 0.1
 
-LM = transformer(TransformerConfig(NUMBERS + 3, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64))
+LM = transformer(
+    TransformerConfig(NUMBERS + 3, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64)
+)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LR))
 
 
@@ -39,10 +45,14 @@ def answer(state, tokens, mask) -> Reply:
     (secret, low, high), guess = state, tokens[0]
     found = guess == secret
     new_low = jnp.where(found, secret, jnp.where(guess < secret, jnp.maximum(low, guess + 1), low))
-    new_high = jnp.where(found, secret, jnp.where(guess > secret, jnp.minimum(high, guess - 1), high))
+    new_high = jnp.where(
+        found, secret, jnp.where(guess > secret, jnp.minimum(high, guess - 1), high)
+    )
     bits = jnp.log2((high - low + 1) / (new_high - new_low + 1))
     hint = jnp.where(guess < secret, HIGHER, LOWER)
-    return Reply((secret, new_low, new_high), hint[None], jnp.ones(1, bool), reward=bits + found, done=found)
+    return Reply(
+        (secret, new_low, new_high), hint[None], jnp.ones(1, bool), reward=bits + found, done=found
+    )
 
 
 def play(params, key) -> rollouts.Simulated:
@@ -61,7 +71,9 @@ def advantages_of(played: rollouts.Simulated):
     mask = played.rollout.mask
     turn = jnp.where(mask, jnp.cumsum(mask, axis=1), 0)
     same = turn[None] == jnp.arange(1, GUESSES + 1)[:, None, None]  # [turns, B, T]
-    means = jnp.sum(same * played.rewards[None], axis=(1, 2)) / jnp.maximum(same.sum(axis=(1, 2)), 1)
+    means = jnp.sum(same * played.rewards[None], axis=(1, 2)) / jnp.maximum(
+        same.sum(axis=(1, 2)), 1
+    )
     return losses.whiten(played.rewards - jnp.sum(same * means[:, None, None], axis=0), mask)
 
 
@@ -79,7 +91,9 @@ def train(key, iterations):
     def iterate(state, key):
         played = play(state.params, key)
         mask = played.rollout.mask
-        batch = rollouts.batch_of(played.rollout, advantages=advantages_of(played), weights=weights.token_mean(mask))
+        batch = rollouts.batch_of(
+            played.rollout, advantages=advantages_of(played), weights=weights.token_mean(mask)
+        )
         return step(state, batch)[0], played.rollout.finished.mean()
 
     state = rlhf.init_state(LM.init(init_key), OPTIMIZER, init_key)
@@ -88,7 +102,9 @@ def train(key, iterations):
 
 
 def main(argv=None) -> np.ndarray:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs side by side")
     parser.add_argument("--iterations", type=int, default=300)
     args = parser.parse_args(argv)
@@ -98,7 +114,9 @@ def main(argv=None) -> np.ndarray:
     curves = np.asarray(curves)
     for i in [*range(0, args.iterations, max(args.iterations // 10, 1)), args.iterations - 1]:
         print(f"iteration {i:4d}  won " + "  ".join(f"{share:6.1%}" for share in curves[:, i]))
-    print(f"{time.perf_counter() - begin:.1f} s; perfect play wins {(2**GUESSES - 1) / NUMBERS:.1%}")
+    print(
+        f"{time.perf_counter() - begin:.1f} s; perfect play wins {(2**GUESSES - 1) / NUMBERS:.1%}"
+    )
     return curves
 
 

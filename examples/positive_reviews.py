@@ -29,8 +29,10 @@ import optax
 import rlhf
 from rlhf import data, files, losses, rollouts
 from rlhf.models import TransformerConfig, scalar_head, transformer
-from rlhf.recipes import online, ppo, reward, sft
-from rlhf.runs import RunFolder
+from rlhf.recipes import ppo, reward
+from rlhf.training import supervised
+from rlhf.training.runs import RunFolder
+from rlhf.training.sampling import rollout_metrics
 
 MIN_COUNT = 3  # rarer words are read as <unk>
 LENGTH = 32  # columns: <bos>, words, <eos>; longer sentences are cut
@@ -58,24 +60,37 @@ def main(argv=None) -> dict:
     ours, others = ([reviews[i] for i in half] for half in np.array_split(order, 2))
     judge = train_judge(others)
     accuracy = judge.score(*zip(*ours, strict=True))
-    say(f"the judge knows {len(others)} sentences, and is right on {accuracy:.1%} of the {len(ours)} others, which are ours")
+    say(
+        f"the judge knows {len(others)} sentences, and is right on {accuracy:.1%} of the {len(ours)} others, which are ours"
+    )
 
     # The language model and the reward model, on the same sentences.
     words = vocabulary(ours)
     unseen, seen = encode(ours[: len(ours) // 10], words), encode(ours[len(ours) // 10 :], words)
     lm = transformer(architecture(len(words), args.hidden, LAYERS))
     fit = partial(train, seen=seen, unseen=unseen, say=say)
-    sft_loss = lambda params, context, batch, key: sft.objective(lm)(params, context, sft.prepare(batch[0]), key)
+    cross_entropy = supervised.make_loss(rlhf.Policy(lm))
+
+    def sft_loss(params, context, batch, key):
+        return cross_entropy(params, context, supervised.with_weights(batch[0]), key)
+
     reference = fit("SFT", lm.init, sft_loss, SFT_LR, SFT_DECAY, args.sft_passes, lm_key)
     init, logits_of, reward_loss = classifiers(len(words))
-    critics = fit("reward", init, reward_loss, REWARD_LR, REWARD_DECAY, args.reward_passes, reward_key)
+    critics = fit(
+        "reward", init, reward_loss, REWARD_LR, REWARD_DECAY, args.reward_passes, reward_key
+    )
 
     # The policy starts as the language model, and is measured beside it.
     score = lambda critics, rollout: jax.nn.log_sigmoid(logits_of(critics, rollout)).mean(0)
     policy = reinforce(lm, args.hidden, reference, score, critics, args.rl_steps, rl_key, say)
     before, sft_texts = evaluate(lm, reference, reference, words, judge, sample_key)
     after, rl_texts = evaluate(lm, policy, reference, words, judge, sample_key)
-    summary = {"judge_accuracy": accuracy, "before": before, "after": after, "seconds": time.perf_counter() - started}
+    summary = {
+        "judge_accuracy": accuracy,
+        "before": before,
+        "after": after,
+        "seconds": time.perf_counter() - started,
+    }
     report(summary, sft_texts, rl_texts)
     if args.output:
         files.write(args.output / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -89,7 +104,10 @@ def train_judge(reviews):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    judge = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
+    judge = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(C=10, max_iter=1000),
+    )
     return judge.fit(*zip(*reviews, strict=True))
 
 
@@ -105,7 +123,11 @@ def encode(reviews, words) -> tuple[rollouts.Batch, jax.Array]:
     for row, (line, _) in zip(tokens, reviews, strict=True):
         ids = [BOS, *(number.get(word, UNK) for word in line.split()), EOS][:LENGTH]
         row[: len(ids)] = ids
-    texts = rollouts.whole_rows(jnp.asarray(tokens), jnp.asarray(tokens != PAD), jnp.asarray((tokens != PAD) & (tokens != UNK)))
+    texts = rollouts.unpacked_rows(
+        jnp.asarray(tokens),
+        jnp.asarray(tokens != PAD),
+        jnp.asarray((tokens != PAD) & (tokens != UNK)),
+    )
     return texts, jnp.asarray([label for _, label in reviews], jnp.float32)
 
 
@@ -113,7 +135,9 @@ def train(name, init, loss_fn, lr, decay, passes, key, *, seen, unseen, say):
     """Passes over the sentences with AdamW and a cosine to 0; returns the parameters."""
     init_key, run_key, order_key = jax.random.split(key, 3)
     steps = seen[1].shape[0] // BATCH
-    optimizer = optax.adamw(optax.cosine_decay_schedule(lr, passes * steps), b2=0.98, weight_decay=decay)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(lr, passes * steps), b2=0.98, weight_decay=decay
+    )
     step = rlhf.train_step(loss_fn, optimizer)
 
     @partial(jax.jit, donate_argnums=0)
@@ -132,7 +156,9 @@ def train(name, init, loss_fn, lr, decay, passes, key, *, seen, unseen, say):
 
 
 def architecture(vocab_size, hidden, layers) -> TransformerConfig:
-    return TransformerConfig(vocab_size, hidden, num_layers=layers, num_heads=HEADS, mlp_size=2 * hidden, tied=True)
+    return TransformerConfig(
+        vocab_size, hidden, num_layers=layers, num_heads=HEADS, mlp_size=2 * hidden, tied=True
+    )
 
 
 def classifiers(vocab_size):
@@ -142,10 +168,14 @@ def classifiers(vocab_size):
 
     def one(key):
         lm_key, words_key, head_key = jax.random.split(key, 3)
-        embedding = 0.02 * jax.random.normal(words_key, (vocab_size, REWARD_HIDDEN))  # small: a rare word says little
+        embedding = 0.02 * jax.random.normal(
+            words_key, (vocab_size, REWARD_HIDDEN)
+        )  # small: a rare word says little
         return {"lm": {**lm.init(lm_key), "embedding": embedding}, "head": head.init(head_key)}
 
-    def loss_fn(params, context, batch, key):  # binary cross-entropy, summed over them: each one's gradient is its own
+    def loss_fn(
+        params, context, batch, key
+    ):  # binary cross-entropy, summed over them: each one's gradient is its own
         texts, labels = batch
         logits = logits_of(params, texts)
         labels = jnp.broadcast_to(labels, logits.shape)
@@ -155,34 +185,51 @@ def classifiers(vocab_size):
         return loss, {"accuracy": losses.weighted_sum(right, weights[0])}
 
     init = lambda key: jax.vmap(one)(jax.random.split(key, CLASSIFIERS))
-    logits_of = lambda params, texts: jax.vmap(lambda params: reward.scores(lm, head, params, texts))(params)
+    logits_of = lambda params, texts: jax.vmap(
+        lambda params: reward.scores(lm, head, params, texts)
+    )(params)
     return init, logits_of, loss_fn
 
 
 def sample(lm, params, number, key) -> rollouts.Rollout:
     """Whole reviews, from <bos> on."""
     prompt = rollouts.Prompts(jnp.full((1, 1), BOS), jnp.ones((1, 1), bool))
-    sampler = rollouts.sampler(rollouts.samplers.banned([[PAD], [UNK], [BOS]]))  # of the special tokens, <eos> alone is sampled
+    sampler = rollouts.sampler(
+        rollouts.samplers.banned([[PAD], [UNK], [BOS]])
+    )  # of the special tokens, <eos> alone is sampled
     return rollouts.generate(
-        lm, params, prompt, key, max_new_tokens=LENGTH - 1, num_samples=number, sampler=sampler, eos_ids=(EOS,), pad_id=PAD
+        lm,
+        params,
+        prompt,
+        key,
+        max_new_tokens=LENGTH - 1,
+        num_samples=number,
+        sampler=sampler,
+        eos_ids=(EOS,),
+        pad_id=PAD,
     )
 
 
 def reinforce(lm, hidden, reference, score, critics, steps, key, say):
     """PPO.  The score is log P(positive), which is at most 0: no word is worth repeating for ever."""
     head, optimizer = scalar_head(hidden), optax.adam(PPO_LR, b2=0.98)
-    step = rlhf.train_step(ppo.objective(lm, head), optimizer)
+    update = ppo.make_update(
+        rlhf.Policy(lm, head),
+        optimizer,
+        kl_coef=KL_COEF,
+        lam=1.0,
+        epochs=PPO_EPOCHS,
+        num_minibatches=SAMPLES // BATCH,
+    )
 
     @partial(jax.jit, donate_argnums=0)
     def iterate(state, key):
         sample_key, order_key = jax.random.split(key)
         rollout = sample(lm, state.params["lm"], SAMPLES, sample_key)
-        scores = score(state.context["critics"], rollout) + jnp.log(2.0)  # 0 where undecided, as the values at the start
-        ref_params = state.context["reference"]
-        batch, seen = ppo.experience(lm, head, state.params, ref_params, rollout, scores, kl_coef=KL_COEF, lam=1.0)
-        batches = rlhf.minibatches(order_key, batch, SAMPLES // BATCH, PPO_EPOCHS)
-        state, metrics = jax.lax.scan(lambda state, batch: step(state, ppo.prepare(batch)), state, batches)
-        return state, {**seen, "entropy": metrics["entropy"].mean()}
+        scores = score(state.context["critics"], rollout) + jnp.log(
+            2.0
+        )  # 0 where undecided, as the values at the start
+        return update(state, rollout, scores, order_key)
 
     head_key, run_key, key = jax.random.split(key, 3)
     params = {"lm": rlhf.reference(reference), "head": head.init(head_key)}
@@ -191,7 +238,7 @@ def reinforce(lm, hidden, reference, score, critics, steps, key, say):
     for i, step_key in enumerate(jax.random.split(key, steps)):
         state, seen = iterate(state, step_key)
         if i % 10 == 9 or i + 1 == steps:
-            words = "reward {reward:.3f}, KL {kl_to_reference:.1f} nats, {completion_length:.1f} tokens, entropy {entropy:.2f}"
+            words = "reward {reward:.3f}, KL {objective/kl:.1f} nats, {completions/mean_length:.1f} tokens, entropy {entropy:.2f}"
             say(f"PPO {i + 1}/{steps}: " + words.format(**seen))
     return state.params["lm"]
 
@@ -200,16 +247,19 @@ def evaluate(lm, params, reference, words, judge, key) -> tuple[dict, list[str]]
     """What the judge says of fresh samples, how varied they are, and how far from the reference."""
     rollout = sample(lm, params, EVALUATED, key)
     ref_logprobs = rollouts.score_batch(lm, reference, rollout).logprobs
-    seen = online.rollout_metrics(rollout, jnp.zeros(EVALUATED), ref_logprobs)
+    seen = rollout_metrics(rollout, jnp.zeros(EVALUATED), ref_logprobs)
     keep = np.asarray(rollout.mask) & (np.asarray(rollout.tokens) != EOS)
-    samples = [[words[i] for i in row[kept]] for row, kept in zip(np.asarray(rollout.tokens), keep, strict=True)]
+    samples = [
+        [words[i] for i in row[kept]]
+        for row, kept in zip(np.asarray(rollout.tokens), keep, strict=True)
+    ]
     bigrams = [pair for text in samples for pair in pairwise(text)]
     texts = [" ".join(text) for text in samples]
     measured = {
         "positive_share": float((judge.predict_proba(texts)[:, 1] > 0.5).mean()),
         "distinct_bigrams": len(set(bigrams)) / max(len(bigrams), 1),
-        "kl_to_reference": float(seen["kl_to_reference"]),
-        "tokens": float(seen["completion_length"]),
+        "objective/kl": float(seen["objective/kl"]),
+        "tokens": float(seen["completions/mean_length"]),
     }
     return measured, texts
 
@@ -227,21 +277,40 @@ def arguments(argv):
     """The arguments and the lines of the two files; or one line that says what is wrong, and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with pos.txt and neg.txt")
-    parser.add_argument("--output", type=Path, help="new or empty folder for summary.json, before.txt and after.txt")
+    parser.add_argument(
+        "--output", type=Path, help="new or empty folder for summary.json, before.txt and after.txt"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden", type=int, default=128, help=f"width of the language model, a multiple of {2 * HEADS}")
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        default=128,
+        help=f"width of the language model, a multiple of {2 * HEADS}",
+    )
     parser.add_argument("--sft-passes", type=int, default=4, help="over our half of the sentences")
-    parser.add_argument("--reward-passes", type=int, default=2, help="over our half of the sentences")
-    parser.add_argument("--rl-steps", type=int, default=160, help=f"PPO iterations of {SAMPLES} samples")
+    parser.add_argument(
+        "--reward-passes", type=int, default=2, help="over our half of the sentences"
+    )
+    parser.add_argument(
+        "--rl-steps", type=int, default=160, help=f"PPO iterations of {SAMPLES} samples"
+    )
     args = parser.parse_args(argv)
     try:
         if find_spec("sklearn") is None:
-            raise ValueError("the judge needs scikit-learn; install it with: pip install scikit-learn")
-        if min(args.sft_passes, args.reward_passes, args.rl_steps, args.hidden) < 1 or args.hidden % (2 * HEADS):
-            raise ValueError(f"passes and steps must be at least 1, and --hidden a multiple of {2 * HEADS}")
+            raise ValueError(
+                "the judge needs scikit-learn; install it with: pip install scikit-learn"
+            )
+        if min(
+            args.sft_passes, args.reward_passes, args.rl_steps, args.hidden
+        ) < 1 or args.hidden % (2 * HEADS):
+            raise ValueError(
+                f"passes and steps must be at least 1, and --hidden a multiple of {2 * HEADS}"
+            )
         lines = [sentences(args.data / name) for name in ("pos.txt", "neg.txt")]
         if both := set(lines[0]) & set(lines[1]):
-            raise ValueError(f"{len(both)} sentences stand in both pos.txt and neg.txt; take them out of one, or of both")
+            raise ValueError(
+                f"{len(both)} sentences stand in both pos.txt and neg.txt; take them out of one, or of both"
+            )
         if args.output:
             RunFolder(args.output)
         return args, *lines
@@ -253,7 +322,9 @@ def sentences(path) -> list[str]:
     """The different lines of a file, in order."""
     lines = list(dict.fromkeys(data.read_lines(path)))
     if len(lines) < FEWEST:
-        raise ValueError(f"{path} has {len(lines)} different sentences; give at least {FEWEST}, one a line")
+        raise ValueError(
+            f"{path} has {len(lines)} different sentences; give at least {FEWEST}, one a line"
+        )
     return lines
 
 

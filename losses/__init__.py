@@ -1,7 +1,8 @@
-"""Objectives as pure functions: arrays in, per-token or per-sequence arrays out; a loss is a weighted sum of them.
+"""Objectives as pure functions: arrays in, per-token or per-sequence arrays out; a loss is a
+weighted sum of them.
 
-Per-token arrays are `[B, T]` and column `t` speaks of `tokens[:, t]`.  `mask` is True on trained tokens; where it is False,
-values and gradients are exactly 0, whatever the inputs hold there.
+Per-token arrays are `[B, T]` and column `t` speaks of `tokens[:, t]`.  `mask` is True on trained
+tokens; where it is False, values and gradients are exactly 0, whatever the inputs hold there.
 """
 
 from rlhf.losses import advantages as advantages

@@ -13,20 +13,29 @@ def check_shapes(**arrays) -> None:
     A `mask`, where there is one, must also be boolean.
     """
     given = {name: x for name, x in arrays.items() if x is not None}
+    # Keyword arguments keep their order: the caller chooses the reference by naming it last.
     reference = list(given)[-1]
     expected = jnp.shape(given[reference])
     for name, x in given.items():
         if jnp.shape(x) != expected:
             raise ValueError(f"{name} {list(jnp.shape(x))} but {reference} {list(expected)}")
     if "mask" in given and jnp.result_type(given["mask"]) != jnp.bool_:
-        raise TypeError(f"mask must be bool, True on trained tokens, but is {jnp.result_type(given['mask'])}")
-    if "segment_ids" in given and not jnp.issubdtype(jnp.result_type(given["segment_ids"]), jnp.integer):
-        raise TypeError(f"segment_ids must be integers, 0 = padding, but are {jnp.result_type(given['segment_ids'])}")
+        raise TypeError(
+            f"mask must be bool, True on trained tokens, but is {jnp.result_type(given['mask'])}"
+        )
+    if "segment_ids" in given and not jnp.issubdtype(
+        jnp.result_type(given["segment_ids"]), jnp.integer
+    ):
+        raise TypeError(
+            "segment_ids must be integers, 0 = padding, but are "
+            f"{jnp.result_type(given['segment_ids'])}"
+        )
 
 
 def check_positive(**values) -> None:
     """Raises where a Python number is not above 0, or not finite; traced values are trusted."""
     for name, value in values.items():
+        # Traced values cannot be compared in Python; those that trace know what they give.
         if isinstance(value, int | float) and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0, but is {value}")
 
@@ -39,7 +48,8 @@ def check_clip(clip_low, clip_high) -> None:
     ):
         if isinstance(value, int | float) and not 0 < value < 1:
             raise ValueError(
-                f"{name} is a half-width, {bound}, so 0 < {name} < 1, but it is {value}; for an absolute bound b give {cure}"
+                f"{name} is a half-width, {bound}, so 0 < {name} < 1, but it is {value}; for an "
+                f"absolute bound b give {cure}"
             )
 
 
@@ -50,7 +60,10 @@ def widen(x) -> Array:
 
 
 def clean(x, mask) -> Array:
-    """`x` in at least float32, with 0 where `mask` is False, so that NaN and inf there reach neither value nor gradient."""
+    """`x` in at least float32, with 0 where `mask` is False, so that NaN and inf there reach
+    neither value nor gradient.
+    """
+    # A product with the mask would not do: 0 · NaN is NaN, in the value and in the gradient.
     return jnp.where(mask, widen(x), 0.0)
 
 
@@ -60,39 +73,55 @@ def constant(x, mask) -> Array:
 
 
 def rounding(x, axis=None) -> Array:
-    """What numbers as large as the largest of `x` may differ by without meaning it: 4 units of rounding of its dtype."""
+    """What numbers as large as the largest of `x` may differ by without meaning it: 4 units of
+    rounding of its dtype.
+    """
     x = widen(x)
     return 4 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis, keepdims=axis is not None, initial=0.0)
 
 
 def centered(values, mask) -> tuple[Array, Array]:
-    """`x - mean x` and `mean x` over what is True in `mask`; exactly 0 where all are equal but for rounding.
+    """`x - mean x` and `mean x` over what is True in `mask`; exactly 0 where all are equal but for
+    rounding.
 
-    The smallest is taken off first: differences of nearly equal numbers are exact, those to their rounded mean are not.
+    The smallest is taken off first: differences of nearly equal numbers are exact, those to their
+    rounded mean are not.
     """
     values = clean(values, mask)
+    # `initial` is for arrays without entries, which have no minimum.
     smallest = jnp.where(mask, values, jnp.inf).min(initial=jnp.finfo(values.dtype).max)
     above = clean(values - smallest, mask)
+    # A spread that is rounding alone becomes 0; whitening would blow it up to a deviation of 1.
     above = jnp.where(above.max(initial=0.0) > rounding(values), above, 0.0)
     mean = above.sum() / jnp.maximum(mask.sum(), 1)
     return clean(above - mean, mask), jnp.where(mask.any(), smallest, 0.0) + mean
 
 
 def pick(x, index) -> Array:
-    """`take_along_axis` of the last axis; NaN, and of integers the least, for an index that is negative or too large."""
-    return jnp.take_along_axis(x, jnp.where(index < 0, jnp.shape(x)[-1], index), axis=-1, mode="fill")
+    """`take_along_axis` of the last axis; NaN, and of integers the least, for an index that is
+    negative or too large.
+    """
+    return jnp.take_along_axis(
+        x, jnp.where(index < 0, jnp.shape(x)[-1], index), axis=-1, mode="fill"
+    )
 
 
 def quantile(values, mask, share) -> Array:
-    """The `share`-quantile along the last axis of what is True in `mask`, interpolated linearly.  `[..., N]` -> `[..., 1]`."""
+    """The `share`-quantile along the last axis of what is True in `mask`, interpolated linearly.
+    `[..., N]` -> `[..., 1]`.
+    """
+    # What is not in the mask goes to the end as infinity, and beyond `last`.
     ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)
     last = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0)
     place = share * last
     below = jnp.floor(place).astype(last.dtype)
-    low, high = (jnp.take_along_axis(ordered, i, axis=-1) for i in (below, jnp.minimum(below + 1, last)))
+    low, high = (
+        jnp.take_along_axis(ordered, i, axis=-1) for i in (below, jnp.minimum(below + 1, last))
+    )
     return low + (place - below) * (high - low)
 
 
 def bounded_difference(x, y, mask) -> Array:
     """`x - y` within ±`MAX_LOG_RATIO` where `mask` is True, 0 elsewhere."""
+    # Both sides are cleaned first: infinity minus infinity at padding would be NaN.
     return jnp.clip(clean(x, mask) - clean(y, mask), -MAX_LOG_RATIO, MAX_LOG_RATIO)

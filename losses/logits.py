@@ -22,6 +22,7 @@ def token_logprob(logits, tokens) -> Array:
     """
     _check(logits, tokens)
     logits = widen(logits)
+    # One logit is picked before it is normalised: log_softmax would be a second [..., V].
     picked = pick(logits, tokens[..., None])[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -39,13 +40,16 @@ def entropy(logits) -> Array:
     """
     logprobs = jax.nn.log_softmax(widen(logits), axis=-1)
     possible = logprobs > -jnp.inf
+    # 0 · log 0 is 0 in an entropy, and NaN in floats.
     return -jnp.sum(jnp.exp(logprobs) * jnp.where(possible, logprobs, 0.0), axis=-1)
 
 
 def log_sum_squared_probs(logits) -> Array:
-    """`log Σ_v p_v²`: how concentrated softmax(logits) is, for WPO's weights and the optimal token baseline.
+    """`log Σ_v p_v²`: how concentrated softmax(logits) is, for WPO's weights and the optimal token
+    baseline.
 
-    Args and gradients as `entropy`.
+    Args:
+      logits: `[..., V]`; gradients flow through them.  Minus infinity is a probability of 0.
 
     Returns: `[...]` nats, at most 0, in at least float32.
 
@@ -74,9 +78,12 @@ def smoothed_cross_entropy(logits, tokens, *, label_smoothing=0.0, z_loss=0.0) -
     """
     _check(logits, tokens)
     if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is a share of the target, in [0, 1), but is {label_smoothing}")
+        raise ValueError(
+            f"label_smoothing is a share of the target, in [0, 1), but is {label_smoothing}"
+        )
     normaliser = jax.nn.logsumexp(widen(logits), axis=-1)
     mean = jnp.mean(widen(logits), axis=-1) - normaliser
+    # The plain loss plus a correction: without smoothing it is the plain loss to the last bit.
     smoothing = label_smoothing * (token_logprob(logits, tokens) - mean)
     return smoothing - token_logprob(logits, tokens) + z_loss * normaliser**2
 
@@ -100,4 +107,7 @@ def is_top1(logits, tokens) -> Array:
 
 def _check(logits, tokens) -> None:
     if jnp.shape(logits)[:-1] != jnp.shape(tokens):
-        raise ValueError(f"logits {list(jnp.shape(logits))} but tokens {list(jnp.shape(tokens))}: they differ before V")
+        raise ValueError(
+            f"logits {list(jnp.shape(logits))} but tokens {list(jnp.shape(tokens))}: they differ "
+            "before V"
+        )

@@ -1,7 +1,7 @@
 """Which tokens count: masks that narrow a loss.  All are bool, and none is differentiated.
 
-Give a narrowed mask to the objective, and the *whole* mask to the weights: what is left out then shrinks the gradient, and
-never makes the rest count more.
+Give a narrowed mask to the objective, and the *whole* mask to the weights: what is left out then
+shrinks the gradient, and never makes the rest count more.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,20 @@ def finished_only(mask, finished, segment_ids=None) -> Array:
 
     Returns: `[B, T]` bool.  The group's baseline still counts the sequence.
 
-    Raises: ValueError where `finished` has no whole number of entries per row, TypeError where `mask` is not bool.
+    Raises: ValueError where `finished` has no whole number of entries per row, TypeError where
+    `mask` is not bool.
 
     >>> finished_only(jnp.array([[True, True], [True, True]]), jnp.array([True, False])).tolist()
     [[True, True], [False, False]]
     """
     check_shapes(segment_ids=segment_ids, mask=mask)
+    # `spread` turns flags into numbers, hence the comparison.
     return mask & (segments.spread(finished, mask, segment_ids) > 0)
 
 
-def on_policy_enough(logprobs, sampling_logprobs, advantages, mask, *, threshold, segment_ids=None) -> Array:
+def on_policy_enough(
+    logprobs, sampling_logprobs, advantages, mask, *, threshold, segment_ids=None
+) -> Array:
     """Keeps a token where `A ≥ 0`, or where its sequence's mean `log μ - log π ≤ δ`
     (DeepSeek-V3.2's off-policy sequence mask).
 
@@ -50,13 +54,17 @@ def on_policy_enough(logprobs, sampling_logprobs, advantages, mask, *, threshold
     >>> on_policy_enough(lp, lp + 1.0, jnp.array([[1.], [-1.]]), mask, threshold=0.5).tolist()
     [[True], [False]]
     """
-    check_shapes(logprobs=logprobs, sampling_logprobs=sampling_logprobs, advantages=advantages, mask=mask)
+    check_shapes(
+        logprobs=logprobs, sampling_logprobs=sampling_logprobs, advantages=advantages, mask=mask
+    )
+    # k1 with its arguments swapped: log μ - log π.
     drift = segments.mean(kl.k1(sampling_logprobs, logprobs, mask), mask, segment_ids)
     return mask & ((advantages >= 0) | (drift <= threshold))
 
 
 def top_entropy(entropy, mask, *, share=0.2) -> Array:
-    """Couples rows: keeps tokens whose entropy is at least the batch's `1 - share` quantile  (arXiv:2506.01939).
+    """Couples rows: keeps tokens whose entropy is at least the batch's `1 - share` quantile
+    (arXiv:2506.01939).
 
     Args:
       entropy: `[...]` nats, of the policy where each token was chosen.
@@ -65,7 +73,8 @@ def top_entropy(entropy, mask, *, share=0.2) -> Array:
 
     Returns: `[...]` bool, False where `mask` is.
 
-    Raises: ValueError on unequal shapes or a share outside (0, 1], TypeError where `mask` is not bool.
+    Raises: ValueError on unequal shapes or a share outside (0, 1], TypeError where `mask` is not
+    bool.
 
     >>> top_entropy(jnp.array([0.1, 2.0, 1.0, 9.0]), jnp.array([True, True, True, False]), share=0.4).tolist()
     [False, True, False, False]
@@ -78,8 +87,8 @@ def top_entropy(entropy, mask, *, share=0.2) -> Array:
 
 
 def second_moment(logprobs, old_logprobs, mask, *, threshold=0.04) -> Array:
-    """Couples rows: drops the tokens of largest `(log π/π_old)²` until the mean of the rest is at most τ
-    (M2PO, arXiv:2510.01161).
+    """Couples rows: drops the tokens of largest `(log π/π_old)²` until the mean of the rest is at
+    most τ  (M2PO, arXiv:2510.01161).
 
     Args:
       logprobs: `[...]` log π of the sampled tokens.
@@ -89,7 +98,8 @@ def second_moment(logprobs, old_logprobs, mask, *, threshold=0.04) -> Array:
 
     Returns: `[...]` bool, False where `mask` is.
 
-    Raises: ValueError on unequal shapes or a threshold not above 0, TypeError where `mask` is not bool.
+    Raises: ValueError on unequal shapes or a threshold not above 0, TypeError where `mask` is not
+    bool.
 
     >>> second_moment(jnp.array([-1., -1.]), jnp.array([-1.1, -3.]), jnp.array([True, True])).tolist()
     [True, False]
@@ -98,20 +108,27 @@ def second_moment(logprobs, old_logprobs, mask, *, threshold=0.04) -> Array:
     check_positive(threshold=threshold)
     moment = jnp.where(mask, kl.k1(logprobs, old_logprobs, mask) ** 2, jnp.inf)
     ordered = jnp.sort(moment.reshape(-1))
+    # The mean of the n smallest, for every n.
     means = jnp.cumsum(jnp.where(jnp.isinf(ordered), 0.0, ordered)) / (1 + jnp.arange(ordered.size))
-    kept = jnp.sum((means <= threshold) & jnp.isfinite(ordered))  # the means of the smallest only grow
-    return mask & (jnp.argsort(jnp.argsort(moment.reshape(-1))).reshape(jnp.shape(mask)) < kept)
+    # These means only grow with n, so that those below τ are the first ones.
+    remaining = jnp.sum((means <= threshold) & jnp.isfinite(ordered))
+    return mask & (
+        jnp.argsort(jnp.argsort(moment.reshape(-1))).reshape(jnp.shape(mask)) < remaining
+    )
 
 
-def within(values, mask, *, low=-jnp.inf, high=jnp.inf, pool: Callable | None = None, segment_ids=None) -> Array:
+def within(
+    values, mask, *, low=-jnp.inf, high=jnp.inf, pool: Callable | None = None, segment_ids=None
+) -> Array:
     """Keeps a token where `low ≤ statistic ≤ high`, its own or its sequence's: a rejection window.
 
     Args:
-      values: `[B, T]`, for example `kl.k1(old_logprobs, sampling_logprobs, mask)` with bounds `log 0.5` and `log 2`, or
-        `importance.weights(…)` with bounds of the ratio itself.
+      values: `[B, T]`, for example `kl.k1(old_logprobs, sampling_logprobs, mask)` with bounds
+        `log 0.5` and `log 2`, or `importance.weights(…)` with bounds of the ratio itself.
       mask: `[B, T]` bool.
       low, high: the window, its ends included.
-      pool: `segments.total`, `segments.mean` or `segments.largest` for a sequence's; None for the token's own.
+      pool: `segments.total`, `segments.mean` or `segments.largest` for a sequence's; None for the
+        token's own.
       segment_ids: `[B, T]` int32 or None.
 
     Returns: `[B, T]` bool, False where `mask` is.  Several windows are joined by `&`.
@@ -141,5 +158,7 @@ def top(values, mask, *, number) -> Array:
     [False, True, True, False]
     """
     check_shapes(values=values, mask=mask)
+    # Ranks by two sorts, since `top_k` needs a number that is known when it is compiled. Sorts are
+    # stable: of equal values the first wins.
     ranked = jnp.where(mask, -widen(values), jnp.inf).reshape(-1)
     return mask & (jnp.argsort(jnp.argsort(ranked)).reshape(jnp.shape(mask)) < number)

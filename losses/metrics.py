@@ -1,4 +1,6 @@
-"""What people read while a run goes on, as weighted sums: micro-batches add up to the mini-batch's numbers.  No gradient."""
+"""What people read while a run goes on, as weighted sums: micro-batches add up to the mini-batch's
+numbers.  No gradient.
+"""
 
 from collections.abc import Callable
 
@@ -9,14 +11,23 @@ from rlhf.losses.ratios import token_log_ratio
 from rlhf.losses.weights import weighted_sum
 
 
-def clipped_low(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, log_ratio: Callable = token_log_ratio) -> Array:
+def clipped_low(
+    logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, log_ratio: Callable = token_log_ratio
+) -> Array:
     """`1[r < 1 - ε_low and A < 0]`: where the lower clip stops the gradient.
 
-    Args as `policy.clipped_surrogate`.
+    Args:
+      logprobs: `[..., T]` log π of the sampled tokens, in nats; the only argument gradients flow
+        through.
+      old_logprobs: `[..., T]` the same tokens under the policy that sampled them.
+      advantages: `[..., T]`.
+      mask: `[..., T]` bool, True on sampled tokens.
+      clip_low: ε_low, the half-width below 1, in (0, 1).
+      log_ratio: what makes `log r` of `(logprobs, old_logprobs, mask)`, one of `ratios`.
 
     Returns: `[..., T]` float32, 0 where `mask` is False.
 
-    Raises: as `policy.clipped_surrogate`.
+    Raises: ValueError on unequal shapes or an ε outside (0, 1), TypeError where `mask` is not bool.
 
     >>> lp, mask = jnp.log(jnp.array([0.1])), jnp.array([True])
     >>> clipped_low(lp, jnp.log(jnp.array([0.5])), jnp.array([-1.]), mask).tolist()
@@ -27,10 +38,29 @@ def clipped_low(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, log_r
     return ((ratio < 1.0 - clip_low) & (jnp.asarray(advantages) < 0)).astype(float)
 
 
-def clipped_high(logprobs, old_logprobs, advantages, mask, *, clip_high=0.2, log_ratio: Callable = token_log_ratio) -> Array:
+def clipped_high(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    *,
+    clip_high=0.2,
+    log_ratio: Callable = token_log_ratio,
+) -> Array:
     """`1[r > 1 + ε_high and A > 0]`: where the upper clip stops the gradient.
 
-    Args, result and errors as `clipped_low`.
+    Args:
+      logprobs: `[..., T]` log π of the sampled tokens, in nats; the only argument gradients flow
+        through.
+      old_logprobs: `[..., T]` the same tokens under the policy that sampled them.
+      advantages: `[..., T]`.
+      mask: `[..., T]` bool, True on sampled tokens.
+      clip_high: ε_high, the half-width above 1, in (0, 1).
+      log_ratio: what makes `log r` of `(logprobs, old_logprobs, mask)`, one of `ratios`.
+
+    Returns: `[..., T]` float32, 0 where `mask` is False.
+
+    Raises: ValueError on unequal shapes or an ε outside (0, 1), TypeError where `mask` is not bool.
 
     >>> lp, mask = jnp.log(jnp.array([0.5])), jnp.array([True])
     >>> clipped_high(lp, jnp.log(jnp.array([0.1])), jnp.array([1.]), mask).tolist()
@@ -44,16 +74,22 @@ def clipped_high(logprobs, old_logprobs, advantages, mask, *, clip_high=0.2, log
 def of_policy(
     logprobs, old_logprobs, advantages, mask, *, weights, clip_low=0.2, clip_high=0.2, entropy=None
 ) -> dict[str, Array]:
-    """What PPO and its relatives log, each `Σ w x`: clipped shares, `approx_kl` = log π_old - log π, ratio, entropy.
+    """What PPO and its relatives log, each `Σ w x`: clipped shares, `approx_kl` = log π_old - log
+    π, ratio, entropy.
 
     Args:
-      logprobs, old_logprobs, advantages, mask, clip_low, clip_high: as for `policy.clipped_surrogate`.
+      logprobs: `[..., T]` log π of the sampled tokens, in nats.
+      old_logprobs: `[..., T]` the same tokens under the policy that sampled them.
+      advantages: `[..., T]`.
+      mask: `[..., T]` bool, True on sampled tokens.
+      clip_low, clip_high: ε, half-widths of the trust region on the ratio, in (0, 1).
       weights: `[..., T]` of the loss.
       entropy: `[..., T]` nats, or None.
 
-    Returns: scalars by name: `clip_low`, `clip_high`, `approx_kl` (nats a token), `ratio` and, where given, `entropy`.
+    Returns: scalars by name: `clip_low`, `clip_high`, `approx_kl` (nats a token), `ratio` and,
+    where given, `entropy`.
 
-    Raises: as `policy.clipped_surrogate`.
+    Raises: ValueError on unequal shapes or an ε outside (0, 1), TypeError where `mask` is not bool.
 
     >>> lp, w, mask = jnp.array([-1., -1.]), jnp.array([0.5, 0.5]), jnp.array([True, True])
     >>> {name: x.item() for name, x in of_policy(lp, lp, w, mask, weights=w).items()}
@@ -61,8 +97,14 @@ def of_policy(
     """
     arrays = (logprobs, old_logprobs, advantages, mask)
     check_shapes(
-        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, entropy=entropy, weights=weights, mask=mask
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        entropy=entropy,
+        weights=weights,
+        mask=mask,
     )
+    # Metrics are values alone: without this a gradient would be traced through them.
     change = token_log_ratio(constant(logprobs, mask), old_logprobs, mask)
     per_token = {
         "clip_low": clipped_low(*arrays, clip_low=clip_low),
@@ -72,14 +114,17 @@ def of_policy(
     }
     if entropy is not None:
         per_token["entropy"] = constant(entropy, mask)
+    # The weights may come from a wider mask than the loss has.
     return {name: weighted_sum(x, clean(weights, mask)) for name, x in per_token.items()}
 
 
 def of_pairs(chosen_rewards, rejected_rewards, *, weights) -> dict[str, Array]:
-    """What preference training logs, each `Σ w x`: the mean rewards, their margin, and how often chosen is above rejected.
+    """What preference training logs, each `Σ w x`: the mean rewards, their margin, and how often
+    chosen is above rejected.
 
     Args:
-      chosen_rewards, rejected_rewards: `[N]`, of a reward model, or DPO's implicit ones, β times `preference.log_ratios`.
+      chosen_rewards, rejected_rewards: `[N]`, of a reward model, or DPO's implicit ones, β times
+        `preference.log_ratios`.
       weights: `[N]` of the loss.
 
     Returns: scalars by name: `chosen`, `rejected`, `margin`, `accuracy` (a tie counts as wrong).
@@ -90,8 +135,14 @@ def of_pairs(chosen_rewards, rejected_rewards, *, weights) -> dict[str, Array]:
     0.5
     """
     check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, weights=weights)
-    chosen, rejected = constant(chosen_rewards, True), constant(rejected_rewards, True)
-    per_pair = {"chosen": chosen, "rejected": rejected, "margin": chosen - rejected, "accuracy": widen(chosen > rejected)}
+    chosen = constant(chosen_rewards, True)
+    rejected = constant(rejected_rewards, True)
+    per_pair = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": widen(chosen > rejected),
+    }
     return {name: weighted_sum(x, weights) for name, x in per_pair.items()}
 
 

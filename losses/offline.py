@@ -1,9 +1,20 @@
-"""Learning from logged data: implicit Q-learning for language, selection of samples, optimal values."""
+"""Learning from logged data: implicit Q-learning for language, selection of samples, optimal
+values.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import MAX_LOG_RATIO, Array, check_positive, check_shapes, clean, constant, quantile, widen
+from rlhf.losses._common import (
+    MAX_LOG_RATIO,
+    Array,
+    check_positive,
+    check_shapes,
+    clean,
+    constant,
+    quantile,
+    widen,
+)
 from rlhf.losses.advantages import gae
 from rlhf.losses.logits import token_logprob
 
@@ -24,9 +35,19 @@ def td_targets(rewards, values, mask, *, discount=0.99, segment_ids=None) -> Arr
     >>> td_targets(jnp.array([[0., 1.]]), jnp.array([[.5, .5]]), jnp.array([[True, True]]), discount=1.0).tolist()
     [[0.5, 1.0]]
     """
+    # A bootstrap of 0 for every sequence; a packed row of T columns has at most T.
     slots = 1 if segment_ids is None else jnp.shape(mask)[1]
     nothing = jnp.zeros(jnp.shape(mask)[0] * slots)
-    return gae(rewards, values, mask, bootstrap=nothing, segment_ids=segment_ids, discount=discount, lam=0.0)[1]
+    # With λ = 0 the returns of GAE are r + γ V, the one-step targets.
+    return gae(
+        rewards,
+        values,
+        mask,
+        bootstrap=nothing,
+        segment_ids=segment_ids,
+        discount=discount,
+        lam=0.0,
+    )[1]
 
 
 def q_loss(q_values, targets, mask) -> Array:
@@ -48,11 +69,13 @@ def q_loss(q_values, targets, mask) -> Array:
 
 
 def expectile_value_loss(values, targets, mask, *, tau=0.7) -> Array:
-    """`|τ - 1[u < 0]| u²`, `u = target - V`: V becomes the τ-expectile of Q  (IQL, arXiv:2110.06169, eq. 5).
+    """`|τ - 1[u < 0]| u²`, `u = target - V`: V becomes the τ-expectile of Q  (IQL,
+    arXiv:2110.06169, eq. 5).
 
     Args:
       values: `[..., T]` V; the only argument gradients flow through.
-      targets: `[..., T]` the smaller of the target networks' Q.  mask: `[..., T]` bool, True on actions.
+      targets: `[..., T]` the smaller of the target networks' Q.  mask: `[..., T]` bool, True on
+        actions.
       tau: τ in (0, 1); ½ is the mean, towards 1 the maximum.
 
     Returns: `[..., T]` loss, exactly 0 (value and gradient) where `mask` is False.
@@ -70,7 +93,8 @@ def expectile_value_loss(values, targets, mask, *, tau=0.7) -> Array:
 
 
 def cql(logits, tokens) -> Array:
-    """`log Σ_v exp(Q_v) - Q_token`: tokens that nobody chose are not overvalued  (CQL, arXiv:2006.04779; ILQL's form).
+    """`log Σ_v exp(Q_v) - Q_token`: tokens that nobody chose are not overvalued  (CQL,
+    arXiv:2006.04779; ILQL's form).
 
     Args:
       logits: `[..., V]` Q of every token; gradients flow through them.
@@ -87,10 +111,12 @@ def cql(logits, tokens) -> Array:
 
 
 def awac(logprobs, q_values, values, mask, *, beta=1.0) -> Array:
-    """`-sg(exp(β (Q - V))) log π`: cross-entropy that leans to better actions  (AWAC, arXiv:2006.09359; ILQL).
+    """`-sg(exp(β (Q - V))) log π`: cross-entropy that leans to better actions  (AWAC,
+    arXiv:2006.09359; ILQL).
 
     Args:
-      logprobs: `[..., T]` log π of the chosen tokens, in nats; the only argument gradients flow through.
+      logprobs: `[..., T]` log π of the chosen tokens, in nats; the only argument gradients flow
+        through.
       q_values, values: `[..., T]` Q and V.  mask: `[..., T]` bool, True on actions.
       beta: β, per unit of reward; 0 is plain cross-entropy.  The exponent ends at ±20.
 
@@ -102,12 +128,16 @@ def awac(logprobs, q_values, values, mask, *, beta=1.0) -> Array:
     [1.0]
     """
     check_shapes(logprobs=logprobs, q_values=q_values, values=values, mask=mask)
+    # Q - V is how much better the chosen token is than what the policy does on average.
     advantages = constant(q_values, mask) - constant(values, mask)
-    return 0.0 - jnp.exp(jnp.clip(beta * advantages, -MAX_LOG_RATIO, MAX_LOG_RATIO)) * clean(logprobs, mask)
+    return 0.0 - jnp.exp(jnp.clip(beta * advantages, -MAX_LOG_RATIO, MAX_LOG_RATIO)) * clean(
+        logprobs, mask
+    )
 
 
 def polyak(target, online, *, rate=0.001):
-    """`θ_target ← (1 - α) θ_target + α θ_online`: target networks follow slowly  (trlX: α 0.001, every 5 steps).
+    """`θ_target ← (1 - α) θ_target + α θ_online`: target networks follow slowly  (trlX: α 0.001,
+    every 5 steps).
 
     Args:
       target, online: pytrees of arrays of the same structure.
@@ -125,6 +155,7 @@ def polyak(target, online, *, rate=0.001):
 
     def follow(target, online):
         check_shapes(target=target, online=online)
+        # In float32: a step of a thousandth is less than bfloat16 can tell apart.
         old, new = jax.lax.stop_gradient((widen(target), widen(online)))
         return (old + rate * (new - old)).astype(jnp.result_type(target))
 
@@ -132,10 +163,12 @@ def polyak(target, online, *, rate=0.001):
 
 
 def rft(rewards, *, percentile=0.7) -> Array:
-    """`1[r ≥ the prompt's percentile]`: which samples supervised fine-tuning keeps  (RFT, arXiv:2308.01825; trlX).
+    """`1[r ≥ the prompt's percentile]`: which samples supervised fine-tuning keeps  (RFT,
+    arXiv:2308.01825; trlX).
 
     Args:
-      rewards: `[P, G]`, prompts × samples; NaN where a sample could not be scored, which is never kept.
+      rewards: `[P, G]`, prompts × samples; NaN where a sample could not be scored, which is never
+        kept.
       percentile: in [0, 1], interpolated linearly; trlX raises it from 0.7 to 0.95.
 
     Returns: `[P, G]` bool.
@@ -153,7 +186,8 @@ def rft(rewards, *, percentile=0.7) -> Array:
 
 
 def best_of_n(rewards) -> Array:
-    """`argmax_g r`: each prompt's best sample, the first of equals.  `[P, G]` -> `[P]` int32; NaN comes last.
+    """`argmax_g r`: each prompt's best sample, the first of equals.  `[P, G]` -> `[P]` int32; NaN
+    comes last.
 
     >>> best_of_n(jnp.array([[1., 3., 2.], [jnp.nan, 0., 0.]])).tolist()
     [1, 1]
@@ -180,6 +214,7 @@ def optimal_value(rewards, *, beta=0.5) -> Array:
     check_positive(beta=beta)
     scored = ~jnp.isnan(rewards)
     number = jnp.maximum(scored.sum(-1), 1)
+    # exp(-inf) is 0: an unscored sample adds nothing to the sum, nor to `number`.
     exponents = jnp.where(scored, constant(rewards, scored) / beta, -jnp.inf)
     return clean(beta * (jax.nn.logsumexp(exponents, axis=-1) - jnp.log(number)), scored.any(-1))
 
@@ -188,7 +223,8 @@ def a_star(logprobs, ref_logprobs, rewards, values, *, beta=1e-3) -> Array:
     """`(β (log π - log ref) - (r - V*))²`, of one sample a prompt  (A*-PO, arXiv:2505.20686).
 
     Args:
-      logprobs: `[...]` sequence log-probs under the policy, in nats; the only argument gradients flow through.
+      logprobs: `[...]` sequence log-probs under the policy, in nats; the only argument gradients
+        flow through.
       ref_logprobs: `[...]` the same under the reference.
       rewards: `[...]`.  values: `[...]` V* of the prompt, from `optimal_value`.
       beta: β, in units of reward per nat.
@@ -208,4 +244,7 @@ def a_star(logprobs, ref_logprobs, rewards, values, *, beta=1e-3) -> Array:
 
 def _check_grouped(rewards) -> None:
     if jnp.ndim(rewards) != 2:
-        raise ValueError(f"rewards must be [P, G], prompts × samples, but are {list(jnp.shape(rewards))}: use groups.split")
+        raise ValueError(
+            f"rewards must be [P, G], prompts × samples, but are {list(jnp.shape(rewards))}: use "
+            "groups.split"
+        )

@@ -1,16 +1,18 @@
 """Named algorithms: which advantages, which per-token loss, which weights.
 
-Each function returns an `Objective`, a tuple of three functions that a train step calls in this order:
+Each function returns an `Objective`, a tuple of three functions that a train step calls in this
+order:
 
 ```python
 objective = presets.dapo()
 advantages = objective.advantages(rewards, mask)                           # once per batch
-weights = objective.weights(mask)                                          # once per optimizer mini-batch
-per_token = objective.loss(logprobs, old_logprobs, advantages, mask)       # in every micro-batch
-loss = losses.weighted_sum(per_token, weights)
+weights = objective.weights(mask)                                          # once per optimizer
+mini-batch per_token = objective.loss(logprobs, old_logprobs, advantages, mask)       # in every
+micro-batch loss = losses.weighted_sum(per_token, weights)
 ```
 
-A KL to the reference, an entropy bonus, importance weights are terms and factors that a user adds to `per_token`.
+A KL to the reference, an entropy bonus, importance weights are terms and factors that a user adds
+to `per_token`.
 """
 
 import functools
@@ -25,7 +27,13 @@ from rlhf.losses import groups, policy, ratios, segments
 from rlhf.losses import weights as reduction
 from rlhf.losses.advantages import gae, returns, token_rewards, whiten
 
-SEQUENCE_LEVEL = (policy.gspo, policy.luspo, policy.gmpo, ratios.sequence_log_ratio, ratios.product_log_ratio)
+SEQUENCE_LEVEL = (
+    policy.gspo,
+    policy.luspo,
+    policy.gmpo,
+    ratios.sequence_log_ratio,
+    ratios.product_log_ratio,
+)
 TOKEN_SUMS = (reduction.token_mean, reduction.sequence_sum, reduction.constant)
 
 
@@ -34,7 +42,8 @@ class Objective(NamedTuple):
     """An algorithm; every function also takes `segment_ids=`, `[B, T]` int32, for packed rows.
 
     Attributes:
-      advantages: (rewards [P, G], mask [B, T]) -> [B, T]; `ppo`: as `gae`; some take `penalties [B, T]`.
+      advantages: (rewards [P, G], mask [B, T]) -> [B, T]; `ppo`: as `gae`; some take
+        `penalties [B, T]`.
       loss: (logprobs, old_logprobs, advantages, mask), all [B, T] -> [B, T].
       weights: (mask [B, T]) -> [B, T].
     """
@@ -44,48 +53,86 @@ class Objective(NamedTuple):
     weights: Callable
 
 
-def objective(advantages: Callable, loss: Callable, weights: Callable, **knobs) -> Objective:
-    """An `Objective` of a group advantage `[P, G] -> [P, G]`, a surrogate with its knobs, and weights; checked to go together.
+def objective(advantages: Callable, loss: Callable, weights: Callable, **options) -> Objective:
+    """An `Objective` of a group advantage `[P, G] -> [P, G]`, a surrogate with its options, and
+    weights; checked to go together.
 
     Args:
       advantages: `(rewards [P, G]) -> [P, G]`, from `groups`.
       loss: a surrogate from `policy`, or any of its signature.
       weights: from `weights`, for example `functools.partial(weights.constant, length=1024)`.
-      knobs: the surrogate's.
+      options: the surrogate's.
 
-    Raises: ValueError where a sequence's ratio meets weights that sum over tokens: each of its tokens carries the whole
-    sequence's loss, so that it would count by its length, twice.
+    Raises: ValueError where a sequence's ratio meets weights that sum over tokens: each of its
+    tokens carries the whole sequence's loss, so that it would count by its length, twice.
 
     >>> mine = objective(groups.dr_grpo, policy.cispo, reduction.token_mean, max_ratio=4.0)
     >>> mine.advantages(jnp.array([[1., 0.]]), jnp.array([[True], [True]])).tolist()
     [[0.5], [-0.5]]
     """
-    bare: Callable[[Any], Any] = lambda function: getattr(function, "func", function)  # of a functools.partial
-    whole = [f.__name__ for f in SEQUENCE_LEVEL if f in (bare(loss), bare(knobs.get("log_ratio")))]
-    if whole and bare(weights) in TOKEN_SUMS:
+
+    def bare(function: Any) -> Any:
+        # A `functools.partial` has the function that it binds arguments of in `func`.
+        return getattr(function, "func", function)
+
+    # A loss may take its ratio as an option: both places are looked at.
+    sequence_level = [
+        f.__name__ for f in SEQUENCE_LEVEL if f in (bare(loss), bare(options.get("log_ratio")))
+    ]
+    if sequence_level and bare(weights) in TOKEN_SUMS:
         name = bare(weights).__name__
         raise ValueError(
-            f"{whole[0]} is one ratio for a whole sequence, but weights.{name} sums over tokens: each sequence "
+            f"{sequence_level[0]} is one ratio for a whole sequence, but weights.{name} sums over tokens: "
+            "each sequence "
             "would count by its length; use weights.sequence_mean (or the token form, gspo_token)"
         )
-    return Objective(_of_groups(advantages), _with_segments(functools.partial(loss, **knobs)), weights)
+    return Objective(
+        _of_groups(advantages), _with_segments(functools.partial(loss, **options)), weights
+    )
+
+
+def replaced(
+    algorithm: Objective, *, advantages: Callable | None = None, loss: Callable | None = None
+) -> Objective:
+    """The algorithm with other advantages of its groups, or another surrogate.
+
+    Args:
+      algorithm: a preset.
+      advantages: `(rewards [P, G]) -> [P, G]`, from `groups`; None: its own.
+      loss: `(logprobs, old_logprobs, advantages, mask) -> [B, T]`, from `policy`, its options
+        bound; None: its own.
+
+    >>> mine = replaced(grpo(), advantages=groups.dr_grpo)
+    >>> mine.advantages(jnp.array([[1., 0.]]), jnp.array([[True], [True]])).tolist()
+    [[0.5], [-0.5]]
+    """
+    if advantages is not None:
+        algorithm = algorithm._replace(advantages=_of_groups(advantages))
+    return algorithm if loss is None else algorithm._replace(loss=_with_segments(loss))
 
 
 def ppo(*, discount=1.0, lam=0.95, clip_low=0.2, clip_high=0.2) -> Objective:
-    """PPO  (arXiv:1707.06347): GAE, clipped surrogate, token mean; add `clipped_value_loss` with the returns.
+    """PPO  (arXiv:1707.06347): GAE, clipped surrogate, token mean; add `clipped_value_loss` with
+    the returns.
 
-    `advantages(rewards [B, T], values, mask, *, bootstrap, segment_ids=None) -> (advantages, returns)`; whiten the advantages
-    in every optimizer mini-batch.
+    `advantages(rewards
+    [B, T], values, mask, *, bootstrap, segment_ids=None) -> (advantages,
+    returns)`; whiten the advantages in every optimizer mini-batch.
 
     >>> lp, mask = jnp.array([[-1.]]), jnp.array([[True]])
     >>> ppo().loss(lp, lp, jnp.array([[2.]]), mask).tolist()
     [[-2.0]]
     """
-    return Objective(functools.partial(gae, discount=discount, lam=lam), _clipped(clip_low, clip_high), reduction.token_mean)
+    return Objective(
+        functools.partial(gae, discount=discount, lam=lam),
+        _clipped(clip_low, clip_high),
+        reduction.token_mean,
+    )
 
 
 def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
-    """REINFORCE++  (arXiv:2501.03262): reward-to-go with the KL in the reward, whitened over the batch; clipped surrogate.
+    """REINFORCE++  (arXiv:2501.03262): reward-to-go with the KL in the reward, whitened over the
+    batch; clipped surrogate.
 
     `advantages(rewards [P, G], mask, penalties [B, T], segment_ids=None)`; couples rows.
 
@@ -95,6 +142,7 @@ def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
     """
 
     def advantages(rewards, mask, penalties, segment_ids=None):
+        # REINFORCE++ has the KL in the reward of each token, not in the loss.
         paid = token_rewards(rewards.reshape(-1), penalties, mask, segment_ids=segment_ids)
         return whiten(returns(paid, mask, segment_ids=segment_ids, discount=discount), mask)
 
@@ -102,7 +150,8 @@ def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
 
 
 def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
-    """REINFORCE++-baseline  (arXiv:2501.03262): `r - mean_group`, whitened over all tokens of the batch; clipped surrogate.
+    """REINFORCE++-baseline  (arXiv:2501.03262): `r - mean_group`, whitened over all tokens of the
+    batch; clipped surrogate.
 
     Couples rows.
 
@@ -112,13 +161,15 @@ def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
     """
 
     def advantages(rewards, mask, segment_ids=None):
+        # Whitened after it is spread to tokens: long completions count by their length.
         return whiten(groups.to_tokens(groups.dr_grpo(rewards), mask, segment_ids), mask)
 
     return Objective(advantages, _clipped(clip_low, clip_high), reduction.token_mean)
 
 
 def rloo(*, clip_low=0.2, clip_high=0.2) -> Objective:
-    """RLOO  (arXiv:2402.14740): leave-one-out baseline, the KL in the reward, one ratio of whole sequences.
+    """RLOO  (arXiv:2402.14740): leave-one-out baseline, the KL in the reward, one ratio of whole
+    sequences.
 
     `advantages(rewards [P, G], mask, penalties [B, T], segment_ids=None)`.
 
@@ -128,50 +179,77 @@ def rloo(*, clip_low=0.2, clip_high=0.2) -> Objective:
     """
 
     def advantages(rewards, mask, penalties, segment_ids=None):
+        # Sequences of a packed row: there is one reward for each.
         slots = rewards.size // mask.shape[0]
+        # The KL of a whole sequence comes off its reward before the baseline is taken.
         paid = segments.segment_sum(penalties, mask, segment_ids, max_segments=slots)
-        return groups.to_tokens(groups.rloo(rewards - paid.reshape(rewards.shape)), mask, segment_ids)
+        return groups.to_tokens(
+            groups.rloo(rewards - paid.reshape(rewards.shape)), mask, segment_ids
+        )
 
     def loss(logprobs, old_logprobs, advantages, mask, segment_ids=None):
         level = functools.partial(ratios.product_log_ratio, segment_ids=segment_ids)
         return policy.clipped_surrogate(
-            logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, log_ratio=level
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            log_ratio=level,
         )
 
     return Objective(advantages, loss, reduction.sequence_mean)
 
 
 def grpo(*, clip_low=0.2, clip_high=0.2, eps=1e-4) -> Objective:
-    """GRPO  (arXiv:2402.03300): group mean and deviation, clipped surrogate, mean over sequences of token means.
+    """GRPO  (arXiv:2402.03300): group mean and deviation, clipped surrogate, mean over sequences of
+    token means.
 
     >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
     >>> grpo().loss(lp, old, grpo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
     [[-0.848], [0.589]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.clipped_surrogate, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        advantages,
+        policy.clipped_surrogate,
+        reduction.sequence_mean,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
 
 
 def dr_grpo(*, length: float, clip_low=0.2, clip_high=0.2) -> Objective:
-    """Dr. GRPO  (arXiv:2503.20783): group mean alone, and a constant length, so that neither difficulty nor length biases.
+    """Dr. GRPO  (arXiv:2503.20783): group mean alone, and a constant length, so that neither
+    difficulty nor length biases.
 
     >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
     >>> dr_grpo(length=4).loss(lp, old, dr_grpo(length=4).advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
     [[-0.6], [0.417]]
     """
     weights = functools.partial(reduction.constant, length=length)
-    return objective(groups.dr_grpo, policy.clipped_surrogate, weights, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        groups.dr_grpo, policy.clipped_surrogate, weights, clip_low=clip_low, clip_high=clip_high
+    )
 
 
 def dapo(*, clip_low=0.2, clip_high=0.28, eps=1e-4) -> Objective:
-    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; see `masks.finished_only`.
+    """DAPO  (arXiv:2503.14476): GRPO with a higher upper clip and the token mean; see
+    `masks.finished_only`.
 
     >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
     >>> dapo().loss(lp, old, dapo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
     [[-0.905], [0.589]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        advantages,
+        policy.clipped_surrogate,
+        reduction.token_mean,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
 
 
 def lite_ppo(*, clip_low=0.2, clip_high=0.2) -> Objective:
@@ -181,7 +259,13 @@ def lite_ppo(*, clip_low=0.2, clip_high=0.2) -> Objective:
     >>> lite_ppo().loss(lp, old, lite_ppo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
     [[-0.848], [0.589]]
     """
-    return objective(groups.lite_ppo, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        groups.lite_ppo,
+        policy.clipped_surrogate,
+        reduction.token_mean,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
 
 
 def gspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
@@ -192,7 +276,9 @@ def gspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
     [[-0.707], [0.707]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.gspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        advantages, policy.gspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high
+    )
 
 
 def luspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
@@ -203,7 +289,9 @@ def luspo(*, clip_low=3e-4, clip_high=4e-4, eps=1e-4) -> Objective:
     [[-0.707], [0.707]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.luspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        advantages, policy.luspo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high
+    )
 
 
 def gmpo(*, clip_low=0.4, clip_high=0.4, eps=1e-4) -> Objective:
@@ -214,7 +302,9 @@ def gmpo(*, clip_low=0.4, clip_high=0.4, eps=1e-4) -> Objective:
     [[-1.055], [0.589]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.gmpo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        advantages, policy.gmpo, reduction.sequence_mean, clip_low=clip_low, clip_high=clip_high
+    )
 
 
 def cispo(*, max_ratio=5.0, min_ratio=0.0, eps=1e-4) -> Objective:
@@ -225,7 +315,9 @@ def cispo(*, max_ratio=5.0, min_ratio=0.0, eps=1e-4) -> Objective:
     [[0.817], [-0.408]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.cispo, reduction.token_mean, max_ratio=max_ratio, min_ratio=min_ratio)
+    return objective(
+        advantages, policy.cispo, reduction.token_mean, max_ratio=max_ratio, min_ratio=min_ratio
+    )
 
 
 def sapo(*, tau_pos=1.0, tau_neg=1.05, eps=1e-4) -> Objective:
@@ -236,19 +328,22 @@ def sapo(*, tau_pos=1.0, tau_neg=1.05, eps=1e-4) -> Objective:
     [[-1.869], [1.229]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    return objective(advantages, policy.sapo, reduction.sequence_mean, tau_pos=tau_pos, tau_neg=tau_neg)
+    return objective(
+        advantages, policy.sapo, reduction.sequence_mean, tau_pos=tau_pos, tau_neg=tau_neg
+    )
 
 
 def vespo(*, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0, eps=1e-4) -> Objective:
-    """VESPO  (arXiv:2602.10693): a smooth weight of whole sequences on every token's gradient, token mean.
+    """VESPO  (arXiv:2602.10693): a smooth weight of whole sequences on every token's gradient,
+    token mean.
 
     >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
     >>> vespo().loss(lp, old, vespo().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
     [[0.184], [-0.396]]
     """
     advantages = functools.partial(groups.group_relative, eps=eps)
-    knobs = {"k_pos": k_pos, "lam_pos": lam_pos, "k_neg": k_neg, "lam_neg": lam_neg}
-    return objective(advantages, policy.vespo, reduction.token_mean, **knobs)
+    options = {"k_pos": k_pos, "lam_pos": lam_pos, "k_neg": k_neg, "lam_neg": lam_neg}
+    return objective(advantages, policy.vespo, reduction.token_mean, **options)
 
 
 def dppo(*, threshold_low=0.2, threshold_high=0.2) -> Objective:
@@ -263,25 +358,37 @@ def dppo(*, threshold_low=0.2, threshold_high=0.2) -> Objective:
 
 
 def max_rl(*, clip_low=0.2, clip_high=0.2) -> Objective:
-    """MaxRL  (arXiv:2602.02710): rewards relative to the group's success rate, clipped surrogate, token mean.
+    """MaxRL  (arXiv:2602.02710): rewards relative to the group's success rate, clipped surrogate,
+    token mean.
 
     >>> lp, old, mask = jnp.log(jnp.array([[0.5], [0.5]])), jnp.log(jnp.array([[0.3], [0.6]])), jnp.array([[True], [True]])
     >>> max_rl().loss(lp, old, max_rl().advantages(jnp.array([[1., 0.]]), mask), mask).tolist()
     [[-1.2], [0.833]]
     """
-    return objective(groups.max_rl, policy.clipped_surrogate, reduction.token_mean, clip_low=clip_low, clip_high=clip_high)
+    return objective(
+        groups.max_rl,
+        policy.clipped_surrogate,
+        reduction.token_mean,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
 
 
 def _clipped(clip_low, clip_high) -> Callable:
-    return _with_segments(functools.partial(policy.clipped_surrogate, clip_low=clip_low, clip_high=clip_high))
+    return _with_segments(
+        functools.partial(policy.clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
+    )
 
 
 def _with_segments(loss: Callable) -> Callable:
     """`loss`, which may be given `segment_ids` whether or not it looks at sequences."""
+    # A train step gives `segment_ids` to every loss; those that work by the token drop it.
     if "segment_ids" in inspect.signature(loss).parameters:
         return loss
     return lambda *arrays, segment_ids=None: loss(*arrays)
 
 
 def _of_groups(advantages: Callable) -> Callable:
-    return lambda rewards, mask, segment_ids=None: groups.to_tokens(advantages(rewards), mask, segment_ids)
+    return lambda rewards, mask, segment_ids=None: groups.to_tokens(
+        advantages(rewards), mask, segment_ids
+    )

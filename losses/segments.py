@@ -1,4 +1,6 @@
-"""Sequences inside rows: a row holds one sequence, or several packed ones that `segment_ids` tell apart."""
+"""Sequences inside rows: a row holds one sequence, or several packed ones that `segment_ids` tell
+apart.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,10 @@ import jax.numpy as jnp
 from rlhf.losses._common import Array, check_shapes, clean, pick, widen
 
 
-def or_whole_rows(mask, segment_ids) -> Array:
+def ids_or_ones(mask, segment_ids) -> Array:
     """`segment_ids`, or all ones: each row is one sequence.  `[B, T]` -> `[B, T]` int32.
 
-    >>> or_whole_rows(jnp.array([[True, False]]), None).tolist()
+    >>> ids_or_ones(jnp.array([[True, False]]), None).tolist()
     [[1, 1]]
     """
     check_shapes(segment_ids=segment_ids, mask=mask)
@@ -22,11 +24,13 @@ def segment_sum(values, mask, segment_ids=None, *, max_segments: int = 1) -> Arr
     Args:
       values: `[B, T]` per-token numbers, for example log-probs in nats.
       mask: `[B, T]` bool, True on tokens that count.
-      segment_ids: `[B, T]` int32, 0 = padding, 1..max_segments = the sequences of a packed row; None: a row is one sequence.
-      max_segments: the most sequences in a row; static, because it is a shape.  Sequences with higher ids are left out.
+      segment_ids: `[B, T]` int32, 0 = padding, 1..max_segments = the sequences of a packed row;
+        None: a row is one sequence.
+      max_segments: the most sequences in a row; static, because it is a shape.  Sequences with
+        higher ids are left out.
 
-    Returns: `[B * max_segments]`; entry `b * max_segments + s` is sequence `s + 1` of row `b`, 0 where there is none.
-    Gradients flow through `values`.
+    Returns: `[B * max_segments]`; entry `b * max_segments + s` is sequence `s + 1` of row `b`, 0
+    where there is none.  Gradients flow through `values`.
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
@@ -34,8 +38,11 @@ def segment_sum(values, mask, segment_ids=None, *, max_segments: int = 1) -> Arr
     Array([3., 4.], dtype=float32)
     """
     check_shapes(values=values, mask=mask)
-    ids = or_whole_rows(mask, segment_ids)
-    member = (ids[:, None, :] == 1 + jnp.arange(max_segments)[None, :, None]) & mask[:, None, :]  # [B, S, T]
+    ids = ids_or_ones(mask, segment_ids)
+    # [B, S, T]: whether token t of a row belongs to sequence s + 1, and counts.
+    member = (ids[:, None, :] == 1 + jnp.arange(max_segments)[None, :, None]) & mask[
+        :, None, :
+    ]  # [B, S, T]
     return clean(jnp.broadcast_to(values[:, None, :], member.shape), member).sum(-1).reshape(-1)
 
 
@@ -48,16 +55,18 @@ def spread(per_sequence, mask, segment_ids=None) -> Array:
 
     Returns: `[B, T]`, 0 where `mask` is False.  Gradients flow through `per_sequence`.
 
-    Raises: ValueError where `per_sequence` has no whole number of entries per row, TypeError where `mask` is not bool.
+    Raises: ValueError where `per_sequence` has no whole number of entries per row, TypeError where
+    `mask` is not bool.
 
     >>> spread(jnp.array([3.]), jnp.array([[False, True, True]])).tolist()
     [[0.0, 3.0, 3.0]]
     """
-    return clean(per_token(per_sequence, or_whole_rows(mask, segment_ids)), mask)
+    return clean(per_token(per_sequence, ids_or_ones(mask, segment_ids)), mask)
 
 
 def per_token(per_sequence, segment_ids) -> Array:
-    """One number per sequence, at every token of it, trained or not.  `[B]` or `[B * S]`, `[B, T]` int32 -> `[B, T]`.
+    """One number per sequence, at every token of it, trained or not.  `[B]` or `[B * S]`, `[B, T]`
+    int32 -> `[B, T]`.
 
     >>> per_token(jnp.array([3., 5.]), jnp.array([[1, 1, 2]])).tolist()
     [[3.0, 3.0, 5.0]]
@@ -65,18 +74,28 @@ def per_token(per_sequence, segment_ids) -> Array:
     rows = segment_ids.shape[0]
     if jnp.ndim(per_sequence) != 1 or per_sequence.shape[0] % max(rows, 1):
         raise ValueError(
-            f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, but is {list(jnp.shape(per_sequence))}"
+            f"one number per sequence must be [B] or [B * max_segments] with B = {rows}, but is "
+            f"{list(jnp.shape(per_sequence))}"
         )
     table = per_sequence.reshape(rows, -1)
+    # Padding reads the first entry, which the caller masks; -1 would be NaN.
     return pick(table, jnp.where(segment_ids == 0, 0, segment_ids - 1))
 
 
 def total(values, mask, segment_ids=None) -> Array:
-    """The sum over a token's own sequence, at each of its trained tokens, `s_t = Σ_{u in sequence of t} m_u x_u`.
+    """The sum over a token's own sequence, at each of its trained tokens,
+    `s_t = Σ_{u in sequence of t} m_u x_u`.
 
-    Args, gradients and errors as `segment_sum`.
+    Gradients flow through `values`.
+
+    Args:
+      values: `[B, T]` per-token numbers.
+      mask: `[B, T]` bool, True on tokens that count.
+      segment_ids: `[B, T]` int32 for packed rows, 0 = padding; None: a row is one sequence.
 
     Returns: `[B, T]`, 0 where `mask` is False.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
     >>> total(jnp.array([[1., 2., 4.]]), jnp.array([[True, True, False]])).tolist()
     [[3.0, 3.0, 0.0]]
@@ -88,9 +107,16 @@ def total(values, mask, segment_ids=None) -> Array:
 def mean(values, mask, segment_ids=None) -> Array:
     """The mean over a token's own sequence, at each of its trained tokens, `total / count`.
 
-    Args, gradients and errors as `segment_sum`.
+    Gradients flow through `values`.
+
+    Args:
+      values: `[B, T]` per-token numbers.
+      mask: `[B, T]` bool, True on tokens that count.
+      segment_ids: `[B, T]` int32 for packed rows, 0 = padding; None: a row is one sequence.
 
     Returns: `[B, T]`, 0 where `mask` is False.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
     >>> mean(jnp.array([[1., 2., 4.]]), jnp.array([[True, True, False]])).tolist()
     [[1.5, 1.5, 0.0]]
@@ -101,20 +127,27 @@ def mean(values, mask, segment_ids=None) -> Array:
 def largest(values, mask, segment_ids=None) -> Array:
     """The maximum over a token's own sequence, at each of its trained tokens.  No gradient.
 
-    Args and errors as `segment_sum`.
+    Args:
+      values: `[B, T]` per-token numbers.
+      mask: `[B, T]` bool, True on tokens that count.
+      segment_ids: `[B, T]` int32 for packed rows, 0 = padding; None: a row is one sequence.
 
     Returns: `[B, T]`, 0 where `mask` is False.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
     >>> largest(jnp.array([[1., 2., 4.]]), jnp.array([[True, True, False]])).tolist()
     [[2.0, 2.0, 0.0]]
     """
     check_shapes(values=values, segment_ids=segment_ids, mask=mask)
+    # Minus infinity never is the largest; a sequence without trained tokens is cleaned below.
     trained = jax.lax.stop_gradient(jnp.where(mask, widen(values), -jnp.inf))
     return clean(_pooled(jnp.max, jax.ops.segment_max, trained, segment_ids), mask)
 
 
 def count(mask, segment_ids=None) -> Array:
-    """How many trained tokens the sequence of each token has.  `[B, T]` bool -> `[B, T]` float32; no gradient.
+    """How many trained tokens the sequence of each token has.  `[B, T]` bool -> `[B, T]` float32;
+    no gradient.
 
     >>> count(jnp.array([[True, False, True]])).tolist()
     [[2.0, 2.0, 2.0]]
@@ -129,6 +162,7 @@ def starts(segment_ids) -> Array:
     >>> starts(jnp.array([[1, 1, 2, 0]])).tolist()
     [[True, False, True, False]]
     """
+    # A column of padding on the left: the first token of a row starts a sequence.
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     return (segment_ids != before) & (segment_ids != 0)
 
@@ -139,18 +173,23 @@ def last_trained(mask, segment_ids=None) -> Array:
     Args:
       mask: `[B, T]` bool.  segment_ids: `[B, T]` int32 or None.
 
-    Returns: `[B, T]` bool, at most one True per sequence; none where a sequence has no trained token.
+    Returns: `[B, T]` bool, at most one True per sequence; none where a sequence has no trained
+    token.
 
     >>> last_trained(jnp.array([[False, True, True, False]]))
     Array([[False, False,  True, False]], dtype=bool)
     """
     check_shapes(segment_ids=segment_ids, mask=mask)
+    # The last trained column is the largest, since those that do not count are -1.
     column = jnp.broadcast_to(jnp.arange(jnp.shape(mask)[-1]), jnp.shape(mask))
-    return mask & (column == _pooled(jnp.max, jax.ops.segment_max, jnp.where(mask, column, -1), segment_ids))
+    return mask & (
+        column == _pooled(jnp.max, jax.ops.segment_max, jnp.where(mask, column, -1), segment_ids)
+    )
 
 
 def last_columns(segment_ids, *, max_segments: int = 1) -> Array:
-    """The column of each sequence's last token.  `[B, T]` int32 -> `[B, max_segments]` int32, 0 where there is none.
+    """The column of each sequence's last token.  `[B, T]` int32 -> `[B, max_segments]` int32, 0
+    where there is none.
 
     >>> last_columns(jnp.array([[1, 1, 2, 0]]), max_segments=2).tolist()
     [[1, 2]]
@@ -159,10 +198,14 @@ def last_columns(segment_ids, *, max_segments: int = 1) -> Array:
     return jnp.where(member, jnp.arange(segment_ids.shape[-1]), 0).max(-1)
 
 
-def _pooled(whole_rows, by_segment, values, segment_ids) -> Array:
-    """`whole_rows` of each row, or `by_segment` of each sequence, at every token of it."""
+def _pooled(by_row, by_segment, values, segment_ids) -> Array:
+    """`by_row` of each row, or `by_segment` of each sequence, at every token of it."""
     if segment_ids is None:
-        return jnp.broadcast_to(whole_rows(values, axis=-1, keepdims=True), values.shape)
+        return jnp.broadcast_to(by_row(values, axis=-1, keepdims=True), values.shape)
+    # The number of segments is a shape, and so must be known: T tokens have at most T, and 0 is
+    # padding.
     columns = values.shape[-1]
-    table = jax.vmap(lambda x, ids: by_segment(x, ids, num_segments=columns + 1))(values, segment_ids)
+    table = jax.vmap(lambda x, ids: by_segment(x, ids, num_segments=columns + 1))(
+        values, segment_ids
+    )
     return pick(table, segment_ids)

@@ -6,7 +6,8 @@ from rlhf.losses._common import Array, centered, check_positive, check_shapes, c
 
 
 def clipped_value_loss(values, old_values, returns, mask, *, clip=0.2) -> Array:
-    """`½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)`  (PPO's value loss as TRL, verl and baselines compute it).
+    """`½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)`  (PPO's value loss as TRL, verl and
+    baselines compute it).
 
     Args:
       values: `[..., T]` new values; the only argument gradients flow through.
@@ -25,13 +26,17 @@ def clipped_value_loss(values, old_values, returns, mask, *, clip=0.2) -> Array:
     """
     check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     check_positive(clip=clip)
-    values, old_values, returns = clean(values, mask), constant(old_values, mask), constant(returns, mask)
+    values = clean(values, mask)
+    old_values = constant(old_values, mask)
+    returns = constant(returns, mask)
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
+    # The larger of the two: the clip may hold a value back, never hide its error.
     return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def huber_value_loss(values, returns, mask, *, delta=10.0) -> Array:
-    """`½ (V - R)²` within δ, `δ (|V - R| - ½ δ)` beyond: large errors pull with a constant force  (Huber 1964; AReaL).
+    """`½ (V - R)²` within δ, `δ (|V - R| - ½ δ)` beyond: large errors pull with a constant force
+    (Huber 1964; AReaL).
 
     Args:
       values: `[..., T]`; the only argument gradients flow through.
@@ -52,9 +57,13 @@ def huber_value_loss(values, returns, mask, *, delta=10.0) -> Array:
 
 
 def explained_variance(values, returns, mask) -> Array:
-    """Couples rows: `1 - Var(R - V) / Var(R)` over the mini-batch's trained tokens: 1 is perfect, 0 a constant's worth.
+    """Couples rows: `1 - Var(R - V) / Var(R)` over the mini-batch's trained tokens: 1 is perfect, 0
+    a constant's worth.
 
-    Args as `huber_value_loss`.
+    Args:
+      values: `[..., T]`.
+      returns: `[..., T]` targets.
+      mask: `[..., T]` bool, True on sampled tokens.
 
     Returns: `[]`, 0 where the returns do not vary, or by rounding alone.  No gradient.
 
@@ -64,7 +73,9 @@ def explained_variance(values, returns, mask) -> Array:
     0.75
     """
     check_shapes(values=values, returns=returns, mask=mask)
-    values, returns = constant(values, mask), constant(returns, mask)
+    values = constant(values, mask)
+    returns = constant(returns, mask)
+    # `centered` gives exactly 0 for returns that differ by rounding alone.
     squares = lambda x: jnp.sum(centered(x, mask)[0] ** 2)
     varies = squares(returns) > 0
     return jnp.where(varies, 1.0 - squares(returns - values) / squares(returns), 0.0)

@@ -1,7 +1,8 @@
 """Reduction: weights are made once per optimizer mini-batch, and a loss is a weighted sum.
 
-Splitting the batch splits the sum, so micro-batches, meshes, padding and packing leave a gradient as it is.
-Weights are float32, and float64 where JAX is set to 64 bits: a float32 weight would leave a float64 loss with 8 digits.
+Splitting the batch splits the sum, so micro-batches, meshes, padding and packing leave a gradient
+as it is. Weights are float32, and float64 where JAX is set to 64 bits: a float32 weight would leave
+a float64 loss with 8 digits.
 """
 
 import jax
@@ -27,15 +28,18 @@ def weighted_sum(values, weights) -> Array:
     """
     check_shapes(values=values, weights=weights)
     weights = jax.lax.stop_gradient(widen(weights))
+    # Values are chosen before they are multiplied: 0 · NaN is NaN.
     return jnp.sum(jnp.where(weights != 0, widen(values), 0.0) * weights)
 
 
 def token_mean(mask, segment_ids=None) -> Array:
-    """Every trained token of the mini-batch counts the same: `w = m / Σm`  (DAPO, arXiv:2503.14476, eq. 8; TRL's `dapo`).
+    """Every trained token of the mini-batch counts the same: `w = m / Σm`  (DAPO, arXiv:2503.14476,
+    eq. 8; TRL's `dapo`).
 
     Args:
       mask: `[B, T]` bool, True on trained tokens, of the whole optimizer mini-batch.
-      segment_ids: accepted for a common signature; a token's weight does not depend on its sequence.
+      segment_ids: accepted for a common signature; a token's weight does not depend on its
+        sequence.
 
     Returns: `[B, T]` float32 that sums to 1, or all 0 where nothing is trained.  No gradient.
 
@@ -45,17 +49,20 @@ def token_mean(mask, segment_ids=None) -> Array:
     [0.3333, 0.0]
     """
     check_shapes(segment_ids=segment_ids, mask=mask)
+    # A mini-batch without trained tokens has weights of 0, not NaN.
     return mask / jnp.maximum(mask.sum(), 1)
 
 
 def sequence_mean(mask, segment_ids=None) -> Array:
-    """The mean over sequences of the mean over their tokens: `w = m / (N · Σ_sequence m)`  (GRPO, arXiv:2402.03300, eq. 3).
+    """The mean over sequences of the mean over their tokens: `w = m / (N · Σ_sequence m)`  (GRPO,
+    arXiv:2402.03300, eq. 3).
 
     Args:
       mask: `[B, T]` bool, of the whole optimizer mini-batch.
       segment_ids: `[B, T]` int32 for packed rows; each segment is a sequence.
 
-    Returns: `[B, T]` float32 that sums to 1; `N` counts the sequences with at least one trained token.  No gradient.
+    Returns: `[B, T]` float32 that sums to 1; `N` counts the sequences with at least one trained
+    token.  No gradient.
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
@@ -66,11 +73,16 @@ def sequence_mean(mask, segment_ids=None) -> Array:
 
 
 def sequence_sum(mask, segment_ids=None) -> Array:
-    """The mean over sequences of the sum over their tokens: `w = m / N`  (verl's `seq-mean-token-sum`).
+    """The mean over sequences of the sum over their tokens: `w = m / N`  (verl's
+    `seq-mean-token-sum`).
 
-    Args and errors as `sequence_mean`.
+    Args:
+      mask: `[B, T]` bool, of the whole optimizer mini-batch.
+      segment_ids: `[B, T]` int32 for packed rows; each segment is a sequence.
 
     Returns: `[B, T]` float32.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
     >>> sequence_sum(jnp.array([[True, False], [True, True]])).tolist()
     [[0.5, 0.0], [0.5, 0.5]]
@@ -80,15 +92,17 @@ def sequence_sum(mask, segment_ids=None) -> Array:
 
 
 def constant(mask, segment_ids=None, *, length: float) -> Array:
-    """A fixed length divides every sequence: `w = m / (N · length)`  (Dr. GRPO, arXiv:2503.20783, §3.2).
+    """A fixed length divides every sequence: `w = m / (N · length)`  (Dr. GRPO, arXiv:2503.20783,
+    §3.2).
 
     Args:
-      mask, segment_ids: as for `sequence_mean`.
+      mask: `[B, T]` bool, of the whole optimizer mini-batch.
+      segment_ids: `[B, T]` int32 for packed rows; each segment is a sequence.
       length: tokens, usually the longest completion that sampling allows.
 
     Returns: `[B, T]` float32.  No gradient.
 
-    Raises: ValueError where `length` is not above 0, and as `sequence_mean`.
+    Raises: ValueError on unequal shapes or a length not above 0, TypeError where `mask` is not bool.
 
     >>> constant(jnp.array([[True, False], [True, True]]), length=2).tolist()
     [[0.25, 0.0], [0.25, 0.25]]
@@ -98,15 +112,17 @@ def constant(mask, segment_ids=None, *, length: float) -> Array:
 
 
 def prompt_mean(mask, segment_ids=None, *, prompt_ids) -> Array:
-    """The mean over prompts of the mean over all tokens of their samples: `w = m / (P · Σ_prompt m)`  (SkyRL's `prompt-mean`).
+    """The mean over prompts of the mean over all tokens of their samples:
+    `w = m / (P · Σ_prompt m)`  (SkyRL's `prompt-mean`).
 
     Args:
-      mask, segment_ids: as for `sequence_mean`.
-      prompt_ids: `[B]` int32 in [0, B): the prompt that each row answers; for packed rows `[B * S]` in [0, B * S), as
-        `segments.segment_sum` orders sequences.
+      mask: `[B, T]` bool, of the whole optimizer mini-batch.
+      segment_ids: `[B, T]` int32 for packed rows; each segment is a sequence.
+      prompt_ids: `[B]` int32 in [0, B): the prompt of each row; for packed rows `[B * S]`
+        in [0, B * S), as `segments.segment_sum` orders sequences.
 
-    Returns: `[B, T]` float32 that sums to 1; `P` counts the prompts with at least one trained token; NaN for a prompt
-    id that is out of range.  No gradient.
+    Returns: `[B, T]` float32 that sums to 1; `P` counts the prompts with at least one trained
+    token; NaN for a prompt id that is out of range.  No gradient.
 
     Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
@@ -114,18 +130,27 @@ def prompt_mean(mask, segment_ids=None, *, prompt_ids) -> Array:
     >>> prompt_mean(mask, prompt_ids=jnp.array([0, 0, 1])).tolist()
     [[0.167, 0.0], [0.167, 0.167], [0.5, 0.0]]
     """
-    prompts = segments.per_token(prompt_ids, segments.or_whole_rows(mask, segment_ids))
-    totals = jax.ops.segment_sum(mask.astype(float).reshape(-1), prompts.reshape(-1), num_segments=jnp.size(prompt_ids))
+    prompts = segments.per_token(prompt_ids, segments.ids_or_ones(mask, segment_ids))
+    # The number of segments must be known to compile: at most one prompt a sequence.
+    totals = jax.ops.segment_sum(
+        mask.astype(float).reshape(-1), prompts.reshape(-1), num_segments=jnp.size(prompt_ids)
+    )
     of_prompt = pick(totals, prompts.reshape(-1)).reshape(prompts.shape)
-    return jnp.where(mask, 1.0 / (jnp.maximum(of_prompt, 1.0) * jnp.maximum((totals > 0).sum(), 1)), 0.0)
+    return jnp.where(
+        mask, 1.0 / (jnp.maximum(of_prompt, 1.0) * jnp.maximum((totals > 0).sum(), 1)), 0.0
+    )
 
 
 def token_share(mask, segment_ids=None) -> Array:
     """A token's share of its sequence, `m / Σ_sequence m`: per-sequence means of per-token values.
 
-    Args and errors as `sequence_mean`.
+    Args:
+      mask: `[B, T]` bool, of the whole optimizer mini-batch.
+      segment_ids: `[B, T]` int32 for packed rows; each segment is a sequence.
 
     Returns: `[B, T]` float32 that sums to 1 over every sequence with a trained token.  No gradient.
+
+    Raises: ValueError on unequal shapes, TypeError where `mask` is not bool.
 
     >>> token_share(jnp.array([[True, False], [True, True]])).tolist()
     [[1.0, 0.0], [0.5, 0.5]]
@@ -140,4 +165,5 @@ def number_of_sequences(mask, segment_ids=None) -> Array:
     >>> number_of_sequences(jnp.array([[True, True], [False, False]])).item()
     1.0
     """
+    # A sequence with a trained token has exactly one last one.
     return jnp.maximum(segments.last_trained(mask, segment_ids).sum(), 1).astype(float)

@@ -3,11 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING
 
+# For editors and type checkers, which cannot follow `__getattr__`.
 if TYPE_CHECKING:
+    from rlhf.from_flax import from_linen as from_linen
+    from rlhf.from_flax import from_nnx as from_nnx
     from rlhf.lm import LM as LM
     from rlhf.lm import Head as Head
-    from rlhf.lm import from_linen as from_linen
-    from rlhf.lm import from_nnx as from_nnx
     from rlhf.models.huggingface import load as load
     from rlhf.models.huggingface import load_classifier as load_classifier
     from rlhf.models.huggingface import load_with_value as load_with_value
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from rlhf.train import minibatches as minibatches
     from rlhf.train import reference as reference
     from rlhf.train import train_step as train_step
+    from rlhf.training.policy import Policy as Policy
 
+# Names are imported on first use: `import rlhf` alone must not wait for JAX, Flax and transformers.
 _EXPORTS = {
     "LM": "rlhf.lm",
     "Head": "rlhf.lm",
-    "from_linen": "rlhf.lm",
-    "from_nnx": "rlhf.lm",
+    "from_linen": "rlhf.from_flax",
+    "from_nnx": "rlhf.from_flax",
     "load": "rlhf.models.huggingface",
     "load_classifier": "rlhf.models.huggingface",
     "load_with_value": "rlhf.models.huggingface",
@@ -36,6 +39,7 @@ _EXPORTS = {
     "coupled_train_step": "rlhf.train",
     "minibatches": "rlhf.train",
     "reference": "rlhf.train",
+    "Policy": "rlhf.training.policy",
 }
 _MODULES = (
     "losses",
@@ -45,15 +49,19 @@ _MODULES = (
     "checkpoint",
     "metrics",
     "train",
+    "training",
     "lm",
+    "bound",
+    "from_flax",
+    "mixture",
+    "shared_prefix",
     "data",
     "tasks",
+    "typing",
     "adapters",
     "peft_files",
     "recipes",
-    "averages",
-    "loop",
-    "runs",
+    "classic",
     "ranges",
 )
 __all__ = [*_EXPORTS, *_MODULES, "__version__"]
@@ -69,7 +77,8 @@ def __getattr__(name):
 
         try:
             return metadata.version("rlhf")
-        except metadata.PackageNotFoundError:  # a checkout that is on the path, and not installed
+        # A checkout that is on the path and not installed.
+        except metadata.PackageNotFoundError:
             return "unknown"
     raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
 

@@ -1,6 +1,7 @@
 """Adapters: two thin trained matrices beside each frozen one (LoRA, DoRA).
 
-Only the thin ones have gradients and moments; the frozen model with its adapters off is the reference model, for nothing.
+Only the thin ones have gradients and moments; the frozen model with its adapters off is the
+reference model, for nothing.
 """
 
 import math
@@ -25,8 +26,9 @@ Array = jax.Array
 class LoRAWeight(NamedTuple):
     """Stands where a matrix W stood, as `W + s A B`  (LoRA, arXiv:2106.09685, eq. 3).
 
-    With a magnitude m, as `m (W + s A B) / ‖W + s A B‖`, the norm over the inputs of each output and without a gradient (DoRA,
-    arXiv:2402.09353, eq. 5 and section 4.3).  Leading axes (layers, experts) are those of every field: slices are whole.
+    With a magnitude m, as `m (W + s A B) / ‖W + s A B‖`, the norm over the inputs of each output
+    and without a gradient (DoRA, arXiv:2402.09353, eq. 5 and section 4.3).  Leading axes (layers,
+    experts) are those of every field: slices are whole.
 
     Attributes:
       base: [.., in, out], the frozen W.
@@ -47,22 +49,33 @@ class LoRAWeight(NamedTuple):
     rate: Any = None
 
     def matmul(self, x: Array) -> Array:
-        """`x [N, in]` times the adapted matrix, `[N, out]` in the dtype of `x`; no matrix `[in, out]` is made."""
+        """`x [N, in]` times the adapted matrix, `[N, out]` in the dtype of `x`; no matrix
+        `[in, out]` is made.
+        """
         y = linear(x, self.base)
         dropped = x if self.key is None else _drop(x, self.key, self.rate)
+        # Through the thin side first: `x A` is `[N, r]`, where `A B` would be a second `[in, out]`.
         delta = linear((linear(dropped, self.a) * self.scale).astype(x.dtype), self.b)
         if self.magnitude is None:
             return y + delta
-        rescaled = lambda plain: ((self.magnitude / column_norm(self))[None, :] * (plain + delta)).astype(x.dtype)
+
+        def rescaled(plain: Array) -> Array:
+            share = self.magnitude / column_norm(self)
+            return (share[None, :] * (plain + delta)).astype(x.dtype)
+
         if self.key is None:
             return rescaled(y)
+        # As PEFT: x W + x' (W' - W), x' being the inputs of which some are dropped.  The frozen
+        # part is never dropped.
         plain = linear(dropped, self.base)
-        return y - plain + rescaled(plain)  # as PEFT: x W + x' (W' − W), for inputs x and x' of which some are dropped
+        return y - plain + rescaled(plain)
 
     def merged(self) -> Array:
         """The adapted matrix `[.., in, out]`, in the dtype of `base`."""
-        base, a, b, scale = _float(self.base), _float(self.a), _float(self.b), self.scale[..., None, None]
-        w = base + scale * jnp.matmul(a, b, precision="highest")
+        # In float32 and at the highest precision: this is done once, and is what is saved.
+        base = _float(self.base)
+        product = jnp.matmul(_float(self.a), _float(self.b), precision="highest")
+        w = base + self.scale[..., None, None] * product
         if self.magnitude is not None:
             w = w * (self.magnitude / column_norm(self))[..., None, :]
         return w.astype(self.base.dtype)
@@ -71,13 +84,18 @@ class LoRAWeight(NamedTuple):
 def column_norm(w: LoRAWeight) -> Array:
     """`‖W + s A B‖` over the inputs, `[.., out]` in at least float32, constant for gradients.
 
-    By `‖w + s A b‖² = ‖w‖² + s b·(2 Aᵀw + s AᵀA b)` for each output, so that no second `[in, out]` is made.
+    By `‖w + s A b‖² = ‖w‖² + s b·(2 Aᵀw + s AᵀA b)` for each output, so that no second `[in, out]`
+    is made.
     """
-    base, a, b, scale = (_float(jax.lax.stop_gradient(x)) for x in (w.base, w.a, w.b, w.scale[..., None, None]))
+    base, a, b, scale = (
+        _float(jax.lax.stop_gradient(x)) for x in (w.base, w.a, w.b, w.scale[..., None, None])
+    )
+    # Aᵀ x, for x = w and x = A: products of r rows.
     by_a = lambda x: jnp.matmul(jnp.swapaxes(a, -1, -2), x, precision="highest")
     cross = scale * b * (2 * by_a(base) + scale * jnp.matmul(by_a(a), b, precision="highest"))
     square = (base * base).sum(-2) + cross.sum(-2)
-    return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))  # outputs that are all 0 stay 0
+    # Outputs that are all 0 stay 0: the smallest positive norm divides them, and not 0.
+    return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
 
 
 @checked
@@ -91,23 +109,26 @@ def add(
     rank_stabilised: bool = False,
     dora: bool = False,
 ) -> tuple[Any, Any]:
-    """Gives matrices an adapter that changes nothing yet: A uniform in ±in^-½, B = 0  (PEFT's start), m = ‖W‖.
+    """Gives matrices an adapter that changes nothing yet: A uniform in ±in^-½, B = 0  (PEFT's
+    start), m = ‖W‖.
 
     Args:
       params: of a model whose layers call `linear`; others take `merge(join(trainable, frozen))`.
       key: consumed.
       rank: r; each adapter has r (in + out) numbers.
       alpha: the adapter counts alpha / r.
-      targets: regular expressions; a leaf whose whole dotted path (`layers.q`) matches one of them gets an adapter.  The
-        default is every matrix of the blocks.
+      targets: regular expressions; a leaf whose whole dotted path (`layers.q`) matches one of them
+        gets an adapter.  The default is every matrix of the blocks.
       rank_stabilised: the adapter counts alpha / √r instead  (rsLoRA, arXiv:2312.03732).
       dora: with a magnitude for each output.
 
-    Returns: `(trainable, frozen)`.  `trainable` is like `params` with `{"a", "b"}`, for DoRA `"magnitude"` too, in at least
-    float32 where a leaf got an adapter and None, so nothing, elsewhere: what the optimizer sees.  `frozen` holds the arrays of
-    `params` themselves, no copies: what goes into the train state's context.
+    Returns: `(trainable, frozen)`.  `trainable` is like `params` with `{"a", "b"}`, for DoRA
+    `"magnitude"` too, in at least float32 where a leaf got an adapter and None, so nothing,
+    elsewhere: what the optimizer sees.  `frozen` holds the arrays of `params` themselves, no
+    copies: what goes into the train state's context.
 
-    Raises: ValueError where a pattern matches nothing, or something that is not a matrix that activations are multiplied with;
+    Raises: ValueError where a pattern matches nothing, or something that is not a matrix that
+    activations are multiplied with;
       where `rank` is not at least 1.
 
     >>> params = {"layers": {"q": jnp.ones((2, 4, 3)), "norm": jnp.ones((2, 4))}}
@@ -121,19 +142,30 @@ def add(
     chosen = _targets(params, (targets,) if isinstance(targets, str) else tuple(targets))
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
-    @jax.jit  # one program instead of many small ones
+    # One program instead of a small one for every leaf: compiling those takes seconds.
+    @jax.jit
     def start(key, chosen):
         parts = {}
-        for (name, w), one in zip(sorted(chosen.items()), jax.random.split(key, len(chosen)), strict=True):
+        # Sorted: which leaf gets which key must not depend on the order of the tree.
+        for (name, w), one in zip(
+            sorted(chosen.items()), jax.random.split(key, len(chosen)), strict=True
+        ):
             *lead, inputs, outputs = w.shape
-            dtype, bound = jnp.promote_types(w.dtype, jnp.float32), inputs**-0.5
+            dtype = jnp.promote_types(w.dtype, jnp.float32)
+            bound = inputs**-0.5
             a = jax.random.uniform(one, (*lead, inputs, rank), dtype, -bound, bound)
-            part = LoRAWeight(w, a, jnp.zeros((*lead, rank, outputs), dtype), jnp.full(lead, scale, jnp.float32))
+            part = LoRAWeight(
+                w, a, jnp.zeros((*lead, rank, outputs), dtype), jnp.full(lead, scale, jnp.float32)
+            )
+            # Without its base, which is put back below as the very array that was given.
             parts[name] = part._replace(base=None, magnitude=column_norm(part) if dora else None)
         return parts
 
     parts = {name: part._replace(base=chosen[name]) for name, part in start(key, chosen).items()}
-    replace = lambda path, w: parts.get(dotted(path), w)
+
+    def replace(path, w):
+        return parts.get(dotted(path), w)
+
     return split(jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_matrix))
 
 
@@ -163,17 +195,22 @@ def join(trainable: Any, frozen: Any) -> Any:
     [[2.0, 2.0]]
     """
 
-    def one(path, w, own):
-        if is_adapter(w) is (own is None):
-            here, there = ("frozen", "trainable") if own is None else ("trainable", "frozen")
-            raise ValueError(f"{here} has an adapter at {dotted(path)} but {there} has none; give both as `add` returned them")
-        return w if own is None else w._replace(**own)
+    def one(path, w, trained):
+        # Both or neither: `trained` is None exactly where `frozen` holds a plain array.
+        if is_adapter(w) is (trained is None):
+            here, there = ("frozen", "trainable") if trained is None else ("trainable", "frozen")
+            raise ValueError(
+                f"{here} has an adapter at {dotted(path)} but {there} has none; give both as `add` "
+                "returned them"
+            )
+        return w if trained is None else w._replace(**trained)
 
     return jax.tree_util.tree_map_with_path(one, frozen, trainable, is_leaf=is_adapter)
 
 
 def merge(params: Any) -> Any:
-    """Plain arrays that compute the same, in the base's dtype: for rollouts, for saving, for models without `linear`.
+    """Plain arrays that compute the same, in the base's dtype: for rollouts, for saving, for models
+    without `linear`.
 
     Gradients flow to the adapters.
 
@@ -185,7 +222,8 @@ def merge(params: Any) -> Any:
 
 
 def off(params: Any) -> Any:
-    """The model without its adapters, for a reference model: the frozen arrays themselves, of `join(…)` or of `frozen`.
+    """The model without its adapters, for a reference model: the frozen arrays themselves, of
+    `join(…)` or of `frozen`.
 
     >>> w = jnp.ones((2, 2))
     >>> off(add({"w": w}, jax.random.key(0), rank=1, targets="w")[1])["w"] is w
@@ -195,9 +233,11 @@ def off(params: Any) -> Any:
 
 
 def dropout(params: Any, key: Array, rate: float) -> Any:
-    """Parameters whose adapters see inputs of which a share `rate` is dropped, the others divided by `1 - rate`.
+    """Parameters whose adapters see inputs of which a share `rate` is dropped, the others divided
+    by `1 - rate`.
 
-    Give it the key of the loss; without it nothing is dropped.  Every adapter and layer draws for itself.
+    Give it the key of the loss; without it nothing is dropped.  Every adapter and layer draws for
+    itself.
 
     Args:
       params: what `join` returns.
@@ -212,9 +252,11 @@ def dropout(params: Any, key: Array, rate: float) -> Any:
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), but is {rate}")
+    # A counter of the adapters in the tree's order, so that each folds in another number.
     number = iter(range(len(jax.tree.leaves(params, is_leaf=is_adapter))))
 
     def one(w):
+        # One key for every layer of a stack: its scan slices keys like all other fields.
         keys = jax.random.split(jax.random.fold_in(key, next(number)), w.scale.shape)
         return w._replace(key=keys, rate=jnp.full(w.scale.shape, rate, jnp.float32))
 
@@ -222,25 +264,34 @@ def dropout(params: Any, key: Array, rate: float) -> Any:
 
 
 def axes(names: Any, params: Any) -> Any:
-    """Logical axis names for a state with adapters: A has its matrix's inputs, B its outputs, r is on no mesh axis.
+    """Logical axis names for a state with adapters: A has its matrix's inputs, B its outputs, r is
+    on no mesh axis.
 
     Args:
       names: `lm.axes()`.
       params: what `join` returns, or `frozen`.
 
-    Returns: names for `rlhf.sharding`, which finds by them the arrays of `trainable`, its moments, and `frozen`.
+    Returns: names for `rlhf.sharding`, which finds by them the arrays of `trainable`, its moments,
+    and `frozen`.
 
     >>> trainable, frozen = add({"w": jnp.ones((2, 2))}, jax.random.key(0), rank=1, targets="w")
     >>> axes({"w": ("embed", "mlp")}, frozen)["w"].a
     ('embed', None)
     """
 
-    def one(own, w):
-        if own is None or not is_adapter(w):
-            return own
-        *lead, inputs, outputs = own
-        return LoRAWeight(own, (*lead, inputs, None), (*lead, None, outputs), tuple(lead), (*lead, outputs))
+    def one(names_of_base, w):
+        if names_of_base is None or not is_adapter(w):
+            return names_of_base
+        *lead, inputs, outputs = names_of_base
+        return LoRAWeight(
+            names_of_base,
+            (*lead, inputs, None),
+            (*lead, None, outputs),
+            tuple(lead),
+            (*lead, outputs),
+        )
 
+    # A tuple of names is a leaf here, and so is None: an array on no axis.
     return jax.tree.map(one, names, params, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
 
@@ -259,13 +310,25 @@ def dotted(path) -> str:
 
 
 def _targets(params: Any, patterns: Sequence[str]) -> Mapping[str, Array]:
-    leaves = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_matrix)}
-    matched = {pattern: [name for name in leaves if re.fullmatch(pattern, name)] for pattern in patterns}
+    # `is_matrix`: a quantised weight is several arrays, and one leaf here.
+    leaves = {
+        dotted(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_matrix)
+    }
+    matched = {
+        pattern: [name for name in leaves if re.fullmatch(pattern, name)] for pattern in patterns
+    }
     wrong = {name: no_target(name, leaves[name]) for names in matched.values() for name in names}
-    there = ", ".join(name for name, leaf in leaves.items() if not no_target(name, leaf)) or "nothing"
+    there = (
+        ", ".join(name for name, leaf in leaves.items() if not no_target(name, leaf)) or "nothing"
+    )
     if empty := [pattern for pattern, names in matched.items() if not names]:
-        raise ValueError(f"targets {', '.join(map(repr, empty))} match no leaf; an adapter can stand at: {there}")
-    if refused := [f"{name} {list(leaves[name].shape)}, {why}" for name, why in wrong.items() if why]:
+        raise ValueError(
+            f"targets {', '.join(map(repr, empty))} match no leaf; an adapter can stand at: {there}"
+        )
+    if refused := [
+        f"{name} {list(leaves[name].shape)}, {why}" for name, why in wrong.items() if why
+    ]:
         raise ValueError(f"targets match {'; '.join(refused)}; an adapter can stand at: {there}")
     return {name: leaves[name] for name in leaves if name in wrong}
 
@@ -274,10 +337,14 @@ def no_target(name: str, leaf: Array) -> str:
     """Why a leaf cannot have an adapter, or nothing."""
     if rank_in_file(name.split("."), leaf) < 2:
         return "which is no matrix"
-    return "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", name) else ""
+    return (
+        # Not `unembedding`, which multiplies.
+        "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", name) else ""
+    )
 
 
 def _drop(x: Array, key: Array, rate: Array) -> Array:
+    # Inverted dropout: what remains is divided by its share, so that the mean stays.
     keep = 1 - rate
     return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
 
@@ -287,4 +354,6 @@ def _float(x: Array) -> Array:
 
 
 def _map(adapter, params, other=lambda x: x):
-    return jax.tree.map(lambda x: adapter(x) if is_adapter(x) else other(x), params, is_leaf=is_adapter)
+    return jax.tree.map(
+        lambda x: adapter(x) if is_adapter(x) else other(x), params, is_leaf=is_adapter
+    )

@@ -1,4 +1,6 @@
-"""The command line: `rlhf COMMAND`, one recipe or tool each; their own signatures are the options."""
+"""The command line: `rlhf COMMAND`, one recipe or tool each; their own signatures are the
+options.
+"""
 
 import importlib
 import multiprocessing
@@ -10,29 +12,50 @@ from functools import partial
 from typing import NoReturn
 
 import rlhf
-from rlhf import interrupts
+from rlhf.training import interrupts
 
 COMMANDS = {  # command -> where its `main` is, and what it does
     "demo": ("rlhf.demo", "from nothing to an aligned model on a CPU, in minutes"),
     "sft": ("rlhf.recipes.sft", "teach a model to write what a data set says"),
     "reward": ("rlhf.recipes.reward", "a reward model from preference pairs"),
     "dpo": ("rlhf.recipes.dpo", "preference pairs, without sampling: DPO and its kin"),
-    "kto": ("rlhf.recipes.kto", "answers judged good or bad, without pairs: KTO and APO-zero"),
-    "bco": ("rlhf.recipes.bco", "answers judged good or bad, told apart by the policy's own reward"),
-    "orpo": ("rlhf.recipes.orpo", "preference pairs and imitation of the chosen in one, without a reference"),
+    "kto": (
+        "rlhf.recipes.kto",
+        "completions labelled good or bad, without pairs: KTO and APO-zero",
+    ),
+    "bco": (
+        "rlhf.recipes.bco",
+        "completions labelled good or bad, told apart by the policy's own reward",
+    ),
+    "orpo": (
+        "rlhf.recipes.orpo",
+        "preference pairs and imitation of the chosen in one, without a reference",
+    ),
     "cpo": ("rlhf.recipes.cpo", "preference pairs without a reference: CPO, SimPO, AlphaPO, TPO"),
     "grpo": ("rlhf.recipes.grpo", "sample groups, score them, compare within: GRPO and its kin"),
-    "rloo": ("rlhf.recipes.rloo", "sample several, compare each with the others: REINFORCE leave-one-out"),
+    "rloo": (
+        "rlhf.recipes.rloo",
+        "sample several, compare each with the others: REINFORCE leave-one-out",
+    ),
     "ppo": ("rlhf.recipes.ppo", "sample, score, compare with a value head's expectation"),
-    "online_dpo": ("rlhf.recipes.online_dpo", "sample, and prefer the best answer to the worst"),
-    "xpo": ("rlhf.recipes.xpo", "answers of the policy against the reference's, with optimism"),
-    "nash_md": ("rlhf.recipes.nash_md", "answers of the policy against a mixture of it and the reference"),
-    "prm": ("rlhf.recipes.prm", "a process reward model from answers judged step by step"),
-    "gkd": ("rlhf.recipes.gkd", "distil a teacher into a student, on data and on the student's own answers"),
-    "rft": ("rlhf.recipes.rft", "sample answers, keep the best, learn to write them"),
-    "ilql": ("rlhf.recipes.ilql", "values of logged answers, by which a model then samples"),
+    "online_dpo": (
+        "rlhf.recipes.online_dpo",
+        "sample, and prefer the best completion to the worst",
+    ),
+    "xpo": ("rlhf.recipes.xpo", "completions of the policy against the reference's, with optimism"),
+    "nash_md": (
+        "rlhf.recipes.nash_md",
+        "completions of the policy against a mixture of it and the reference",
+    ),
+    "prm": ("rlhf.recipes.prm", "a process reward model from completions labelled step by step"),
+    "gkd": (
+        "rlhf.recipes.gkd",
+        "distil a teacher into a student, on data and on its own completions",
+    ),
+    "rft": ("rlhf.recipes.rft", "sample completions, keep the best, learn to write them"),
+    "ilql": ("rlhf.recipes.ilql", "values of logged completions, by which a model then samples"),
     "new": ("rlhf.tools.new", "a small model with random weights, to train from scratch"),
-    "eval": ("rlhf.tools.evaluate", "score a model's answers: greedy, and pass@k"),
+    "eval": ("rlhf.tools.evaluate", "score a model's completions: greedy, and pass@k"),
     "chat": ("rlhf.tools.chat", "talk to a model in the terminal"),
     "plot": ("rlhf.tools.plot", "curves of one run or several"),
     "export": ("rlhf.tools.export", "a run's model as a folder, or pushed to the Hub"),
@@ -41,8 +64,11 @@ COMMANDS = {  # command -> where its `main` is, and what it does
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; a mistake of the user's ends in one line and exit code 2, and where it is told to stop in 130."""
-    typed = argv is None  # in a process of its own
+    """Runs a command; a mistake of the user's ends in one line and exit code 2, and where it is
+    told to stop in 130.
+    """
+    # Without arguments it is the process's own command; a test or a script gives them.
+    typed = argv is None
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -55,18 +81,31 @@ def main(argv: list[str] | None = None) -> int:
         from difflib import get_close_matches
 
         near = get_close_matches(name, COMMANDS, n=1)
-        print(f"rlhf: {name} is no command; " + (f"did you mean {near[0]}?" if near else "see rlhf --help"), file=sys.stderr)
+        print(
+            f"rlhf: {name} is no command; "
+            + (f"did you mean {near[0]}?" if near else "see rlhf --help"),
+            file=sys.stderr,
+        )
         return 2
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise every user of JAX to install PyTorch
-    # In a process of its own nothing is lost where it leaves at once: a run's folder is made last, and files are written whole.
+    # transformers would advise every user of JAX to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # In a process of its own nothing is lost where it leaves at once: a run's folder is made last,
+    # and files are written whole.
     with interrupts.terminable(partial(_leave, name) if typed else None):
         try:
-            _run(name, rest)
-        except BrokenPipeError:  # whoever read, such as `head`, has enough
+            _run(name, rest, typed)
+        # Whoever read, such as `head`, has enough.  Python flushes stdout at exit, which would
+        # raise again: it goes to /dev/null.
+        except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        # Mistakes are ValueErrors by convention here, and OSErrors of files; all else is a bug, and
+        # shows its traceback.
         except (ValueError, OSError) as error:
-            print(f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}", file=sys.stderr)
+            print(
+                f"rlhf {name}: {' '.join(str(error).split()) or type(error).__name__}{_elsewhere(error)}",
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt as stop:
             print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
@@ -75,26 +114,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _leave(name: str) -> NoReturn:
+    # `os._exit` runs no handlers: workers would outlive this process.
     for child in multiprocessing.active_children():
         child.terminate()
     os.write(2, f"rlhf {name}: stopped\n".encode())
     os._exit(130)
 
 
-def _run(name: str, argv: list[str]) -> None:
-    from rlhf.options import parsed
+def _run(name: str, argv: list[str], is_process: bool) -> None:
+    # Here: `rlhf --help` and `--version` need neither JAX nor yaml.
+    from rlhf.command_line import cache_folder, parsed
 
+    argv, folder = cache_folder(argv)
     command = importlib.import_module(COMMANDS[name][0]).main
-    command(**parsed(command, name, argv))
+    arguments = parsed(command, name, argv)
+    # In another's process JAX's settings are the caller's.
+    if is_process:
+        from rlhf.training import compilations
+
+        compilations.keep_on_disk(folder)
+    command(**arguments)
 
 
 def _elsewhere(error: BaseException) -> str:
-    """Where the whole traceback is, of an error that another package raised: it may be no mistake of the user's."""
+    """Where the whole traceback is, of an error that another package raised: it may be no mistake
+    of the user's.
+    """
+    # The innermost frame: where the error was raised.
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     if package == "rlhf":
         return ""
-    with tempfile.NamedTemporaryFile("w", prefix="rlhf-", suffix=".txt", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="rlhf-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
         traceback.print_exception(error, file=file)
     return f" (raised by {package}; traceback in {file.name})"
 

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PART = ".part."  # how the name begins of a file that is being written
+# The start of the name of a file that is being written.
+PART = ".part."
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when it is whole; where an error comes, nothing has changed.
+    """A file to write beside `path`, which takes its place when it is whole; where an error comes,
+    nothing has changed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -22,11 +24,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(PART + path.name)  # the ending stays: some writers choose their format by it
+    # In the same folder, since a rename between file systems is a copy.  The ending stays: some
+    # writers choose their format by it.
+    part = path.with_name(PART + path.name)
     try:
         yield part
         with part.open("rb") as file:
-            os.fsync(file.fileno())  # else a machine that loses power may keep the new name of an empty file
+            # Else a machine that loses power may have the new name on disk, of an empty file.
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -49,32 +54,39 @@ def write(path: str | Path, text: str) -> None:
 def renewed(folder: str | Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `folder` when it is whole.
 
-    Where the process is killed between the two, `.part.old.NAME` is the last whole one, and the next call puts it back first.
+    Where the process is killed between the two, `.part.old.NAME` is the last whole one, and the
+    next call puts it back first.
     """
     folder = Path(folder).absolute()
     new, old = (folder.with_name(f"{PART}{which}.{folder.name}") for which in ("new", "old"))
+    # A process was killed between the two renames below.
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for left in (new, old):  # by a process that was killed
+    # What a process that was killed has left.
+    for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     yield new
+    # Two renames: a folder that is not empty cannot be replaced by one.
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output(path: str | Path, *, inputs: Iterable[str | None] = (), overwrite: bool = False) -> None:
+def check_output(
+    path: str | Path, *, inputs: Iterable[str | None] = (), overwrite: bool = False
+) -> None:
     """Holds a file that a command is to write against what is there, before its work begins.
 
     Args:
       path: the file.
-      inputs: what the command reads: files and folders; other names, such as those on the Hub, are passed over.
+      inputs: what the command reads: files and folders; other names, such as those on the Hub, are
+        passed over.
       overwrite: whether what is there may be written over; what the command reads may not.
 
     Raises: ValueError where the file exists, is one that the command reads, or cannot be written.
 
-    >>> check_output("answers.jsonl", inputs=["Qwen/Qwen2.5-0.5B"])
+    >>> check_output("completions.jsonl", inputs=["Qwen/Qwen2.5-0.5B"])
     """
     path = Path(path)
     if path.is_dir():
@@ -82,28 +94,39 @@ def check_output(path: str | Path, *, inputs: Iterable[str | None] = (), overwri
     _check(path, inputs, overwrite)
 
 
-def check_output_folder(path: str | Path, *, inputs: Iterable[str | None] = (), overwrite: bool = False) -> None:
-    """`check_output` of a folder for a model: a new or empty one, or with `overwrite` one that holds a model.
+def check_output_folder(
+    path: str | Path, *, inputs: Iterable[str | None] = (), overwrite: bool = False
+) -> None:
+    """`check_output` of a folder for a model: a new or empty one, or with `overwrite` one that
+    holds a model.
 
-    Raises: ValueError as `check_output`; and for a folder that holds something else, which is never deleted.
+    Raises: ValueError where the folder exists, is one that the command reads, cannot be written, or
+    holds something else than a model, which is never deleted.
 
     >>> check_output_folder("a-new-folder")
     """
     path = Path(path)
+    # Replacing it would take the folder away from under the process.
     if path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f"{path}: is the folder that you are in; choose another --output")
     if path.is_dir() and not path.is_symlink():
         if not any(path.iterdir()):
             return
         if overwrite and not (path / "config.json").exists():
-            raise ValueError(f"{path}: holds files and no model; --overwrite is for models, choose another --output")
+            raise ValueError(
+                f"{path}: holds files and no model; --overwrite is for models, choose another "
+                "--output"
+            )
     elif overwrite and os.path.lexists(path):
         raise ValueError(f"{path}: is a file or a link, and no folder; choose another --output")
     _check(path, inputs, overwrite)
 
 
 def check_place(path: str | Path) -> None:
-    """Raises: ValueError where nothing can be made at a path that is free, since what is above it is no folder or is shut."""
+    """Raises: ValueError where nothing can be made at a path that is free, since what is above it
+    is no folder or is shut.
+    """
+    # The nearest folder that exists: what is missing below it will be made.
     above = next(folder for folder in Path(path).absolute().parents if os.path.lexists(folder))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = "nothing may be written in it" if above.is_dir() else "it is no folder"
@@ -111,26 +134,34 @@ def check_place(path: str | Path) -> None:
 
 
 def check_apart(path: str | Path, inputs: Iterable[str | None]) -> None:
-    """Raises: ValueError where a path that exists is one of the files that a command reads, in such a folder, or holds one.
+    """Raises: ValueError where a path that exists is one of the files that a command reads, in such
+    a folder, or holds one.
 
-    >>> check_apart("answers.jsonl", ["questions.jsonl"])
+    >>> check_apart("completions.jsonl", ["prompts.jsonl"])
     """
     for name in filter(None, inputs):
         if os.path.lexists(path) and os.path.exists(name) and _touches(Path(path), Path(name)):
-            raise ValueError(f"{path}: is read by this command too ({name}), so it stays; choose another --output")
+            raise ValueError(
+                f"{path}: is read by this command too ({name}), so it stays; choose another "
+                "--output"
+            )
 
 
 def _check(path: Path, inputs: Iterable[str | None], overwrite: bool) -> None:
     if os.path.lexists(path):
         if not overwrite:
-            raise ValueError(f"{path}: exists; choose another --output, move it away, or --overwrite it")
+            raise ValueError(
+                f"{path}: exists; choose another --output, move it away, or --overwrite it"
+            )
         check_apart(path, inputs)
     check_place(path)
 
 
 def _touches(path: Path, other: Path) -> bool:
     """Whether two are one, by whatever names, or one is inside the other."""
-    if path.exists() and path.samefile(other):  # hard links too
+    # By inode and not by name: hard links are one file too.
+    if path.exists() and path.samefile(other):
         return True
-    path, other = path.resolve(), other.resolve()
+    path = path.resolve()
+    other = other.resolve()
     return path in other.parents or other in path.parents

@@ -7,14 +7,16 @@ class TwiceError(ValueError):
     """A name that stands twice in one object."""
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names differ, for `json.loads(…, object_pairs_hook=once)`, which else keeps the last of two.
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ, for `json.loads(…, object_pairs_hook=without_duplicates)`,
+    which else keeps the last of two.
 
     Raises: TwiceError for a name that stands twice.
 
-    >>> once([("a", 1), ("b", 2)])
+    >>> without_duplicates([("a", 1), ("b", 2)])
     {'a': 1, 'b': 2}
     """
+    # A dict keeps the last of two: fewer entries than pairs means that a name stands twice.
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

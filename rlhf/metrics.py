@@ -23,7 +23,7 @@ class Ratio(NamedTuple):
 
 @documented
 class Max(NamedTuple):
-    """The largest value seen.
+    """The largest of all values.
 
     Attributes:
       value: [] float32.
@@ -38,7 +38,14 @@ def _is_metric(x) -> bool:
 
 def reduce(stacked: Any) -> Any:
     """One set of metrics from a stack of them along axis 0: sums, and the maximum of a `Max`."""
-    one = lambda m: Max(m.value.max(0)) if isinstance(m, Max) else jax.tree.map(lambda x: jnp.sum(x, axis=0), m)
+
+    # A `Ratio` is summed on both sides: divided first, micro-batches of few tokens would count too
+    # much.
+    def one(m):
+        if isinstance(m, Max):
+            return Max(m.value.max(0))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), m)
+
     return jax.tree.map(one, stacked, is_leaf=_is_metric)
 
 
@@ -53,6 +60,8 @@ def result(metrics: Any) -> Any:
         if isinstance(m, Max):
             return m.value
         if isinstance(m, Ratio):
+            # The divisor is guarded as well: `where` computes both branches, and 0 / 0 would be NaN
+            # in a gradient and trip JAX's NaN checks.
             return jnp.where(m.count == 0, 0.0, m.total / jnp.where(m.count == 0, 1.0, m.count))
         return m
 

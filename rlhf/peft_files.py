@@ -1,4 +1,6 @@
-"""Adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors.  Read and written without torch."""
+"""Adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors.  Read and
+written without torch.
+"""
 
 import json
 import re
@@ -21,12 +23,17 @@ from rlhf.models.patterns import matches
 from rlhf.models.safetensors_files import FLOATS, Stored, header
 from rlhf.ranges import above, at_least, between, check
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's, before every name of transformers
-LIMIT = 16_000_000  # bytes of adapter_config.json
-ONLY: Mapping[str, tuple] = {  # fields that change what is computed without a tensor that would show it -> what they may be
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# PEFT's, before every name of transformers.
+PREFIX = "base_model.model."
+# Bytes of adapter_config.json: it comes from others, and is read in full.
+LIMIT = 16_000_000
+# Fields that change what is computed, without a tensor that would show it -> what they may be.
+ONLY: Mapping[str, tuple] = {
     "peft_type": ("LORA",),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others alter the base
+    # The other ways to start, such as PiSSA, alter the base too, which is not in the file.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
@@ -35,9 +42,12 @@ ONLY: Mapping[str, tuple] = {  # fields that change what is computed without a t
     "lora_bias": (False, None),
     "target_parameters": (None, []),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices"), (None, [], {})),
-    **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config"), (None, {})),
+    **dict.fromkeys(
+        ("arrow_config", "kasa_config", "velora_config", "monteclora_config"), (None, {})
+    ),
 }
-DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+# PEFT's: a file may leave out what has its default.
+DEFAULTS = {"r": 8, "lora_alpha": 8}
 Rank = Annotated[int, between(1, 100_000)]
 Names = str | list[str] | None
 FIELDS: Mapping[str, Any] = {
@@ -51,11 +61,13 @@ PATTERNS = {"rank_pattern": Rank, "alpha_pattern": Annotated[float, above(0)]}
 
 
 def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -> None:
-    """Writes a folder that `load`, PEFT and vLLM read; adapter_config.json comes last, so that a folder with it is whole.
+    """Writes a folder that `load`, PEFT and vLLM read; adapter_config.json comes last, so that a
+    folder with it is whole.
 
-    Adapters of matrices that a family keeps as one (GPT-2's queries, keys and values) go there side by side: PEFT's A is ours
-    in a row, its B ours along a diagonal, and its rank the sum of ours.  What is 0 in A and in B computes nothing and is never
-    trained, as in an adapter that `load` found in some layers only or of several ranks: it is left out.
+    Adapters of matrices that a family keeps as one (GPT-2's queries, keys and values) go there side
+    by side: PEFT's A is ours in a row, its B ours along a diagonal, and its rank the sum of ours.
+    What is 0 in A and in B computes nothing and is never trained, as in an adapter that `load`
+    found in some layers only or of several ranks: it is left out.
 
     Args:
       folder: a new folder, or one without an adapter_config.json.
@@ -64,7 +76,8 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
       family: a model type of `FAMILIES`: it knows the names.
       base: path or Hub name of the base model, which PEFT loads when it is given the folder alone.
 
-    Raises: FileExistsError where the folder holds an adapter; ValueError where there is none to save, or the family has no name
+    Raises: FileExistsError where the folder holds an adapter; ValueError where there is none to
+    save, or the family has no name
       for its place.
 
     >>> import tempfile
@@ -84,19 +97,26 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
     folder = Path(folder)
     if (folder / CONFIG).exists():
         raise FileExistsError(f"{folder} holds an adapter already ({CONFIG}); give a new folder")
-    leaves, heads = _leaves(params), decoder_of(config_of(lm)).kv_heads
+    leaves = _leaves(params)
+    heads = decoder_of(config_of(lm)).kv_heads
     rows = list(_matrices(lm, family, leaves))
-    adapted, named = {leaf for leaf, w in leaves.items() if is_adapter(w)}, {leaf for _, names, _ in rows for leaf in names}
+    adapted = {leaf for leaf, w in leaves.items() if is_adapter(w)}
+    named = {leaf for _, names, _ in rows for leaf in names}
+    # An adapter that the file cannot name would be lost without a word.
     if not adapted or adapted - named:
         raise ValueError(
-            f"params have adapters at {sorted(adapted) or 'no leaf'}, but a {family} file can name {sorted(named)}"
+            f"params have adapters at {sorted(adapted) or 'no leaf'}, but a {family} file can name "
+            f"{sorted(named)}"
         )
 
     tensors: dict[str, np.ndarray] = {}
-    modules, left_out, transposed = {}, [], True
+    modules: dict[str, tuple[int, float]] = {}
+    left_out = []
+    transposed = True
     for row, names, of_row in rows:
         if not adapted.intersection(names):
             continue
+        # GPT-2's Conv1D holds `[in, out]`, as ours; PEFT must know, and has one flag for all.
         transposed &= row.transpose
         for i, module in enumerate(of_row):
             parts = [_layer(leaves[name], i if "{}" in row.name else None) for name in names]
@@ -104,13 +124,28 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
             if w is None:
                 left_out.append(module)
                 continue
-            ends = {"lora_A.weight": w.a.T, "lora_B.weight": w.b.T, "lora_magnitude_vector": w.magnitude}
-            tensors |= {f"{PREFIX}{module}.{end}": np.ascontiguousarray(x) for end, x in ends.items() if x is not None}
+            ends = {
+                "lora_A.weight": w.a.T,
+                "lora_B.weight": w.b.T,
+                "lora_magnitude_vector": w.magnitude,
+            }
+            tensors |= {
+                # safetensors writes the buffer as it lies: a transposed view would be saved
+                # untransposed.
+                f"{PREFIX}{module}.{end}": np.ascontiguousarray(x)
+                for end, x in ends.items()
+                if x is not None
+            }
             rank = w.a.shape[-1]
-            whole, exact = round(float(w.scale) * rank), float(w.scale) * rank
-            modules[module] = rank, whole if np.float32(whole / rank) == w.scale else exact
+            # `lora_alpha` is a whole number in almost every file: one that gives the same float32
+            # scale is written as such, so that what was loaded is saved with the same text.
+            exact_alpha = float(w.scale) * rank
+            rounded_alpha = round(exact_alpha)
+            is_same = np.float32(rounded_alpha / rank) == w.scale
+            modules[module] = (rank, rounded_alpha if is_same else exact_alpha)
     if not modules:
         raise ValueError("the adapters are 0 everywhere, A and B alike; there is nothing to save")
+    # The most frequent pair is the default; other modules go into the patterns, often none.
     rank, alpha = Counter(modules.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
@@ -118,11 +153,16 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {module: own for module, (own, _) in modules.items() if own != rank},
-        "alpha_pattern": {module: own for module, (_, own) in modules.items() if own != alpha},
-        "target_modules": sorted({module if left_out else re.sub(r"^.*\.\d+\.", "", module) for module in modules}),
+        "rank_pattern": {name: value for name, (value, _) in modules.items() if value != rank},
+        "alpha_pattern": {name: value for name, (_, value) in modules.items() if value != alpha},
+        "target_modules": sorted(
+            # Ends of names fit every layer; where some layers are left out, full names say which
+            # have one.
+            {module if left_out else re.sub(r"^.*\.\d+\.", "", module) for module in modules}
+        ),
         "use_dora": any(name.endswith("lora_magnitude_vector") for name in tensors),
-        "use_rslora": False,  # whatever gave the scale, it is lora_alpha / r
+        # Whatever gave the scale: `lora_alpha` is written so that it is lora_alpha / r.
+        "use_rslora": False,
         "fan_in_fan_out": not transposed,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -130,15 +170,16 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # Last: a folder with it is complete.
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
     """An adapter that PEFT or `save` wrote, on the parameters of its base model.
 
-    Where a family keeps several matrices as one, each of ours gets B's columns for it and an A of its own: the same function,
-    with more to train.  Layers are stacked: those of a smaller rank are filled up with zeros, those without an adapter are
-    zero, and stay so while they are trained.
+    Where a family keeps several matrices as one, each of ours gets B's columns for it and an A of
+    its own: the same function, with more to train.  Layers are stacked: those of a smaller rank are
+    filled up with zeros, those without an adapter are zero, and stay so while they are trained.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
@@ -147,22 +188,35 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
 
     Returns: `(trainable, frozen)`, as `adapters.add` does; what is trained is in at least float32.
 
-    Raises: FileNotFoundError where a file is missing; ValueError where the adapter is of a kind that we lack, or its tensors do
-      not fit `params`: missing, left over or of another shape, all of them are named; where a field of adapter_config.json
-      cannot be, or a pattern of it takes too long to match.
+    Raises: FileNotFoundError where a file is missing; ValueError where the adapter is of a kind
+    that we lack, or its tensors do
+      not fit `params`: missing, left over or of another shape, all of them are named; where a field
+      of adapter_config.json cannot be, or a pattern of it takes too long to match.
     """
     folder = Path(folder)
     config = _config(folder)
-    tensors, leaves, heads = dict(header(folder / WEIGHTS)), _leaves(params), decoder_of(config_of(lm)).kv_heads
-    known = [part for part in _matrices(lm, family, leaves) if not any(no_target(name, leaves[name]) for name in part[1])]
-    of = _Chosen(config, [module for _, _, modules in known for module in modules], _outputs(family, lm), folder)
+    tensors = dict(header(folder / WEIGHTS))
+    leaves = _leaves(params)
+    heads = decoder_of(config_of(lm)).kv_heads
+    known = [
+        part
+        for part in _matrices(lm, family, leaves)
+        if not any(no_target(name, leaves[name]) for name in part[1])
+    ]
+    of = _Chosen(
+        config,
+        [module for _, _, modules in known for module in modules],
+        _outputs(family, lm),
+        folder,
+    )
     wanted: dict[str, tuple] = {}
     rows = []
     for row, names, modules in known:
         adapted = [module for module in modules if module in of.targets]
         if not adapted:
             continue
-        inputs, sizes = leaves[names[0]].shape[-2], [leaves[name].shape[-1] for name in names]
+        inputs = leaves[names[0]].shape[-2]
+        sizes = [leaves[name].shape[-1] for name in names]
         for module in adapted:
             rank = of.rank(module)
             wanted[f"{PREFIX}{module}.lora_A.weight"] = rank, inputs
@@ -170,24 +224,42 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
             if config.get("use_dora"):
                 wanted[f"{PREFIX}{module}.lora_magnitude_vector"] = (sum(sizes),)
         if config.get("use_dora") and len(adapted) < len(modules):
-            raise ValueError(f"{folder}: use_dora in some layers alone is not supported: {adapted[0]} has it, others not")
+            raise ValueError(
+                f"{folder}: use_dora in some layers alone is not supported: {adapted[0]} has it, "
+                "others not"
+            )
         rows.append((row, names, sizes, modules))
+    # All names and shapes before any tensor is read: one message names all that is wrong.
     _check(wanted, tensors, folder)
 
     found = {}
     for row, names, sizes, modules in rows:
-        parts = [_read_layer(tensors, module, of, leaves[names[0]].shape[-2], sum(sizes), modules) for module in modules]
-        first, *rest = (np.stack(arrays) if "{}" in row.name else arrays[0] for arrays in zip(*parts, strict=True))
+        parts = [
+            _read_layer(tensors, module, of, leaves[names[0]].shape[-2], sum(sizes), modules)
+            for module in modules
+        ]
+        # A and the scale are the same for all matrices of a row; B and the magnitude are split by
+        # their outputs, as the base's columns are.
+        first, *rest = (
+            np.stack(arrays) if "{}" in row.name else arrays[0]
+            for arrays in zip(*parts, strict=True)
+        )
         share, *rest = rest
         split_up = [parts_of(x, row._replace(transpose=False), sizes, heads) for x in rest]
         for name, *columns in zip(names, *split_up, strict=True):
             b, *magnitude = map(jnp.array, columns)
-            found[name] = LoRAWeight(leaves[name], jnp.array(first), b, jnp.array(share), *magnitude)
-    return split(jax.tree_util.tree_map_with_path(lambda path, w: found.get(dotted(path), w), params))
+            found[name] = LoRAWeight(
+                leaves[name], jnp.array(first), b, jnp.array(share), *magnitude
+            )
+    return split(
+        jax.tree_util.tree_map_with_path(lambda path, w: found.get(dotted(path), w), params)
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, its fields held against their kinds and ranges, PEFT's defaults filled in."""
+    """adapter_config.json, its fields held against their kinds and ranges, PEFT's defaults filled
+    in.
+    """
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]:
         pickled = "; adapter_model.bin is a pickle: load it with PEFT and save_pretrained it again"
         hint = pickled if (folder / "adapter_model.bin").exists() else ""
@@ -195,15 +267,27 @@ def _config(folder: Path) -> dict[str, Any]:
     config = DEFAULTS | read_object(folder / CONFIG, LIMIT)
     for field, allowed in ONLY.items():
         if config.get(field, allowed[0]) not in allowed:
-            cure = "; merge it with PEFT (merge_and_unload) and load the model" if field in ("bias", "modules_to_save") else ""
-            raise ValueError(f"{folder}: {field} = {config[field]!r:.80} is not supported; known: {allowed}{cure}")
+            cure = (
+                "; merge it with PEFT (merge_and_unload) and load the model"
+                if field in ("bias", "modules_to_save")
+                else ""
+            )
+            raise ValueError(
+                f"{folder}: {field} = {config[field]!r:.80} is not supported; known: "
+                f"{allowed}{cure}"
+            )
     try:
         check(FIELDS, config)
         for field, kind in PATTERNS.items():
             entries = config.get(field) or {}
             if not isinstance(entries, dict):
-                raise ValueError(f"{field} must be an object of patterns and numbers, but is {entries!r:.80}")
-            check({f"{field}.{name}": kind for name in entries}, {f"{field}.{name}": x for name, x in entries.items()})
+                raise ValueError(
+                    f"{field} must be an object of patterns and numbers, but is {entries!r:.80}"
+                )
+            check(
+                {f"{field}.{name}": kind for name in entries},
+                {f"{field}.{name}": x for name, x in entries.items()},
+            )
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     return config
@@ -212,46 +296,72 @@ def _config(folder: Path) -> dict[str, Any]:
 class _Chosen:
     """Which modules have an adapter, of what rank and share, by PEFT's rules."""
 
-    def __init__(self, config: Mapping[str, Any], modules: list[str], outputs: set[str], folder: Path):
+    def __init__(
+        self, config: Mapping[str, Any], modules: list[str], outputs: set[str], folder: Path
+    ):
         self.config = config
         targets = config.get("target_modules")
+        # PEFT matches such a pattern with the end of a module's name, after a dot.
         ends = [rf"(.*\.)?({pattern})" for field in PATTERNS for pattern in config.get(field) or {}]
-        listed = [field for field in ("target_modules", "exclude_modules") if isinstance(config.get(field), str)]
+        listed = [
+            field
+            for field in ("target_modules", "exclude_modules")
+            if isinstance(config.get(field), str)
+        ]
+        # PEFT's word for all linear layers but the output's.
         every = isinstance(targets, str) and targets.lower() == "all-linear"
-        whole: list[str] = [config[field] for field in listed if not (every and field == "target_modules")]
+        full_names: list[str] = [
+            config[field] for field in listed if not (every and field == "target_modules")
+        ]
         layers = config.get("layers_to_transform")
         stacks = config.get("layers_pattern") or r"[^.]*"
-        of_layers = [rf"(?:.*?\.)?{stack}\.\d+\..*" for stack in ([stacks] if isinstance(stacks, str) else stacks)]
+        of_layers = [
+            rf"(?:.*?\.)?{stack}\.\d+\..*"
+            for stack in ([stacks] if isinstance(stacks, str) else stacks)
+        ]
         using = layers not in (None, []) and not isinstance(targets, str)
-        patterns: list[str] = [*ends, *whole, *(of_layers if using else [])]
+        patterns: list[str] = [*ends, *full_names, *(of_layers if using else [])]
         try:
+            # All patterns at once and within a time limit: a file's expression may take for ever.
             self.matched = matches(patterns, modules)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
-        named = lambda given, module: (
-            module in self.matched[given]
-            if isinstance(given, str)
-            else any(module == name or module.endswith(f".{name}") for name in given or ())
-        )
-        chosen = [module for module in modules if (module not in outputs if every else named(targets, module))]
+
+        # A text is a pattern of the full name; a list holds names, which a module ends with.
+        def named(given: str | list[str] | None, module: str) -> bool:
+            if isinstance(given, str):
+                return module in self.matched[given]
+            return any(module == name or module.endswith(f".{name}") for name in given or ())
+
+        chosen = [
+            module
+            for module in modules
+            if (module not in outputs if every else named(targets, module))
+        ]
         if using:
             numbers = layers if isinstance(layers, list) else [layers]
             inside = {module for pattern in of_layers for module in self.matched[pattern]}
-            chosen = [module for module in chosen if module in inside and _number(module) in numbers]
-        self.targets = {module for module in chosen if not named(config.get("exclude_modules"), module)}
+            chosen = [
+                module for module in chosen if module in inside and _number(module) in numbers
+            ]
+        self.targets = {
+            module for module in chosen if not named(config.get("exclude_modules"), module)
+        }
 
     def rank(self, module: str) -> int:
         return self._of("rank_pattern", "r", module)
 
     def share(self, module: str) -> float:
         rank = self.rank(module)
-        return self._of("alpha_pattern", "lora_alpha", module) / (rank**0.5 if self.config.get("use_rslora") else rank)
+        return self._of("alpha_pattern", "lora_alpha", module) / (
+            rank**0.5 if self.config.get("use_rslora") else rank
+        )
 
     def _of(self, patterns: str, default: str, module: str):
         """A module's rank or alpha, by the first pattern that its name ends with."""
         entries = (self.config.get(patterns) or {}).items()
-        own = (x for pattern, x in entries if module in self.matched[rf"(.*\.)?({pattern})"])
-        return next(own, self.config[default])
+        of_module = (x for pattern, x in entries if module in self.matched[rf"(.*\.)?({pattern})"])
+        return next(of_module, self.config[default])
 
 
 def _number(module: str) -> int | None:
@@ -266,41 +376,73 @@ def _outputs(family: str, lm: LM) -> set[str]:
 
 
 def _read_layer(
-    tensors: Mapping[str, Stored], module: str, of: _Chosen, inputs: int, outputs: int, modules: list[str]
+    tensors: Mapping[str, Stored],
+    module: str,
+    of: _Chosen,
+    inputs: int,
+    outputs: int,
+    modules: list[str],
 ) -> tuple:
-    """A module's A, share, B and, for DoRA, magnitude, with zeros up to the largest rank; zeros alone without an adapter.
+    """A module's A, share, B and, for DoRA, magnitude, with zeros up to the largest rank; zeros
+    alone without an adapter.
 
     What is 0 in A and in B stays so: neither has a gradient.
     """
+    # Layers are one stacked array: the largest rank is that of all, and zeros fill the others.
     largest = max(of.rank(other) for other in modules if other in of.targets)
     if module not in of.targets:
-        return np.zeros((inputs, largest), np.float32), np.float32(1), np.zeros((largest, outputs), np.float32)
-    end = lambda name: tensors[f"{PREFIX}{module}.{name}"].read().T
+        return (
+            np.zeros((inputs, largest), np.float32),
+            np.float32(1),
+            np.zeros((largest, outputs), np.float32),
+        )
+
+    # PyTorch's linear layers hold `[out, in]`, ours `[in, out]`.
+    def read(name: str) -> np.ndarray:
+        return tensors[f"{PREFIX}{module}.{name}"].read().T
+
     rank = of.rank(module)
-    a = np.pad(end("lora_A.weight"), ((0, 0), (0, largest - rank)))
-    b = np.pad(end("lora_B.weight"), ((0, largest - rank), (0, 0)))
-    magnitude = [end("lora_magnitude_vector")] if of.config.get("use_dora") else []
-    a, b, *magnitude = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b, *magnitude))
+    a = np.pad(read("lora_A.weight"), ((0, 0), (0, largest - rank)))
+    b = np.pad(read("lora_B.weight"), ((0, largest - rank), (0, 0)))
+    magnitude = [read("lora_magnitude_vector")] if of.config.get("use_dora") else []
+    a, b, *magnitude = (
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b, *magnitude)
+    )
     return a, np.float32(of.share(module)), b, *magnitude
 
 
 def _alive(w: LoRAWeight) -> LoRAWeight | None:
     """An adapter without what is 0 in A and in B; None where that is all of it."""
-    kept = np.any(np.asarray(w.a) != 0, axis=0) | np.any(np.asarray(w.b) != 0, axis=1)
+    is_used = np.any(np.asarray(w.a) != 0, axis=0) | np.any(np.asarray(w.b) != 0, axis=1)
     if w.magnitude is not None:
-        kept[0] = True  # the magnitude is there without it
-    return w._replace(a=w.a[:, kept], b=w.b[kept]) if kept.any() else None
+        # A magnitude computes something even where A and B are 0; PEFT needs a rank of at least 1.
+        is_used[0] = True
+    return w._replace(a=w.a[:, is_used], b=w.b[is_used]) if is_used.any() else None
 
 
 def _leaves(params: Any) -> dict[str, Any]:
-    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)}
+    return {
+        dotted(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapter)
+    }
 
 
-def _matrices(lm: LM, family: str, leaves: Mapping[str, Any]) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """The family's rows of matrices that `leaves` has: the row, our leaves' names, PEFT's names of the modules by layer."""
+def _matrices(
+    lm: LM, family: str, leaves: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, list[str], list[str]]]:
+    """The family's rows of matrices that `leaves` has: the row, our leaves' names, PEFT's names of
+    the modules by layer.
+    """
     config = config_of(lm)
-    shapes = {tuple(name.split(".")): (w.base if is_adapter(w) else w).shape for name, w in leaves.items()}
-    rows = [row for row in family_of(family).rows(config) if row.name.endswith(".weight") and row.name.count("{}") < 2]
+    shapes = {
+        tuple(name.split(".")): (w.base if is_adapter(w) else w).shape for name, w in leaves.items()
+    }
+    rows = [
+        row
+        for row in family_of(family).rows(config)
+        # Two places in a name, layer and expert: matrices of experts are left out.
+        if row.name.endswith(".weight") and row.name.count("{}") < 2
+    ]
     for row in rows:
         if modules := [name.removesuffix(".weight") for name in places([row], shapes, config)]:
             yield row, row.leaves.split(), modules
@@ -308,6 +450,7 @@ def _matrices(lm: LM, family: str, leaves: Mapping[str, Any]) -> Iterator[tuple[
 
 def _layer(w: Any, layer: int | None) -> Any:
     """One layer's adapter, without its base, on the host; or one layer's plain matrix."""
+    # Without the base, which is large, and is not written.
     w = jax.device_get(w._replace(base=None)) if is_adapter(w) else w
     return w if layer is None else jax.tree.map(lambda x: x[layer], w)
 
@@ -317,29 +460,43 @@ def _side_by_side(parts: list, row: Tensor, heads: int) -> LoRAWeight:
     if len(parts) == 1:
         return parts[0]
     adapted = [w for w in parts if is_adapter(w)]
-    together = lambda columns: joined(columns, row._replace(transpose=False), heads)
+
+    # `transpose=False`: these are columns of ours already, not of the file.
+    def join_columns(columns):
+        return joined(columns, row._replace(transpose=False), heads)
+
+    # A of all parts stands in a row, so that B must be block diagonal: a part's columns are 0 but
+    # in the rows of its own A.  The file has one scale: the others' goes into their B.
     a = np.concatenate([w.a for w in adapted], axis=-1)
-    columns, start = [], 0
+    columns = []
+    start = 0
     for w in parts:
-        own = np.zeros((a.shape[-1], (w.b if is_adapter(w) else w).shape[-1]), a.dtype)
+        b = np.zeros((a.shape[-1], (w.b if is_adapter(w) else w).shape[-1]), a.dtype)
         if is_adapter(w):
-            own[start : start + len(w.b)] = w.b * (w.scale / adapted[0].scale)
+            b[start : start + len(w.b)] = w.b * (w.scale / adapted[0].scale)
             start += len(w.b)
-        columns.append(own)
-    whole = adapted[0]._replace(a=a, b=together(columns))
-    if whole.magnitude is None:
-        return whole
-    norms = [w.magnitude if is_adapter(w) else np.linalg.norm(np.asarray(w, np.float32), axis=0) for w in parts]
-    return whole._replace(magnitude=together(norms))
+        columns.append(b)
+    merged = adapted[0]._replace(a=a, b=join_columns(columns))
+    if merged.magnitude is None:
+        return merged
+    # The norm of a matrix without an adapter is the magnitude that changes nothing of it.
+    norms = [
+        w.magnitude if is_adapter(w) else np.linalg.norm(np.asarray(w, np.float32), axis=0)
+        for w in parts
+    ]
+    return merged._replace(magnitude=join_columns(norms))
 
 
 def _check(wanted: Mapping[str, tuple], tensors: Mapping[str, Stored], folder: Path) -> None:
+    # Shapes are read from the file's header, before any tensor.
     other = [name for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name]]
     problems = {
         "missing": sorted(wanted.keys() - tensors.keys()),
         "left over": sorted(tensors.keys() - wanted.keys()),
         "not of floats": sorted(name for name in tensors if tensors[name].dtype not in FLOATS),
-        "of another shape": [f"{name} {list(tensors[name].shape)} but {list(wanted[name])}" for name in sorted(other)],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} but {list(wanted[name])}" for name in sorted(other)
+        ],
     }
     if any(problems.values()):
         found = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)

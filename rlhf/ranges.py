@@ -1,4 +1,5 @@
-"""Ranges of numbers: what an option or an argument may be, declared beside its type and checked in one place.
+"""Ranges of numbers: what an option or an argument may be, declared beside its type and checked in
+one place.
 
 learning_rate: Annotated[float, above(0)] = 1e-5
 """
@@ -16,14 +17,17 @@ import numpy as np
 
 from rlhf.fields import documented
 
-FLOAT32 = 3.4e38  # numbers beyond it are infinite on a device
+# Numbers beyond it are infinite on a device.
+FLOAT32 = 3.4e38
 INT32 = 2**31 - 1
-LONGEST = 80  # letters of a value that a message shows
+# Letters of a value that a message shows.
+LONGEST = 80
 
 
 @documented
 class Range(NamedTuple):
-    """An interval of finite numbers; open where `above` or `below` says so.  Beside a list, it is of its entries' number.
+    """An interval of finite numbers; open where `above` or `below` says so.  Beside a list, it is
+    of its entries' number.
 
     Attributes:
       low: the lower bound.
@@ -47,11 +51,20 @@ class Range(NamedTuple):
             return not self.above
         if value == self.high:
             return not self.below
-        return bool(self.low < value < self.high)  # not for NaN
+        # False for NaN, which compares with nothing.
+        return bool(self.low < value < self.high)
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {_number(self.low)}" if self.low > -FLOAT32 else ""
-        high = f"{'below' if self.below else 'at most'} {_number(self.high)}" if self.high < FLOAT32 else ""
+        low = (
+            f"{'above' if self.above else 'at least'} {_number(self.low)}"
+            if self.low > -FLOAT32
+            else ""
+        )
+        high = (
+            f"{'below' if self.below else 'at most'} {_number(self.high)}"
+            if self.high < FLOAT32
+            else ""
+        )
         return " and ".join(filter(None, [low, high])) or "that is finite"
 
 
@@ -68,6 +81,12 @@ def at_least(low: float) -> Range:
 def between(low: float, high: float, *, above: bool = False, below: bool = False) -> Range:
     """Numbers between two bounds; `above`, `below`: without the lower, the upper one."""
     return Range(low, high, above, below)
+
+
+class FromPython:
+    """A note on a type: such an option is given from Python alone, and the command line does not
+    have it.
+    """
 
 
 # What options most often are.  A number beyond these bounds is a slip of the hand, not a choice.
@@ -110,9 +129,10 @@ def shown(value: Any) -> str:
     """A value as options are written, cut where it is long."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    # Python writes no whole number of more than 4,300 digits.
     try:
         text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:
         return "a number of thousands of digits"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
@@ -128,12 +148,15 @@ def checked(fn: Callable) -> Callable:
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
+        # `bind` raises TypeError for arguments that do not fit, as the call itself would; defaults
+        # are not checked.
         check(hints_of(fn), signature(fn).bind(*args, **kwargs).arguments)
         return fn(*args, **kwargs)
 
     return call
 
 
+# Cached: resolving annotations imports and evaluates them, for every checked call.
 @cache
 def hints_of(described: Any) -> dict[str, Any]:
     """The types of a function's parameters or a dataclass's fields, with their ranges."""
@@ -147,36 +170,64 @@ def problem(hint: Any, value: Any) -> str | None:
     ('a number at least 0 and at most 1, or null', 'a list with entries')
     """
     kind, range_ = kind_of(hint)
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    fits, wanted = True, ""
+    origin = typing.get_origin(kind)
+    parts = typing.get_args(kind)
+    # A kind that is not listed, such as Any, takes everything.
+    fits = True
+    wanted = ""
+    # `bool` is a subclass of `int` in Python: true is no number here.
     if kind is float:
-        fits, wanted = not isinstance(value, bool) and value in range_, f"a number {range_}"
+        fits = not isinstance(value, bool) and value in range_
+        wanted = f"a number {range_}"
     elif kind is int:
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        fits, wanted = whole and value in range_, f"a whole number {range_}"
+        is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        fits = is_integer and value in range_
+        wanted = f"a whole number {range_}"
     elif kind is bool:
-        fits, wanted = isinstance(value, bool), "true or false"
+        fits = isinstance(value, bool)
+        wanted = "true or false"
     elif kind is str:
-        fits, wanted = isinstance(value, str), "text"
+        fits = isinstance(value, str)
+        wanted = "text"
     elif kind is type(None):
-        fits, wanted = value is None, "null"
+        fits = value is None
+        wanted = "null"
     elif origin is typing.Literal:
-        fits, wanted = value in parts, f"one of {', '.join(map(str, parts))}"
+        fits = value in parts
+        wanted = f"one of {', '.join(map(str, parts))}"
     elif origin in (typing.Union, types.UnionType):
-        told = [problem(part, value) for part in parts]
-        fits, wanted = None in told, ", or ".join(filter(None, sorted(told, key=lambda want: want == "null")))
+        wants = [problem(part, value) for part in parts]
+        fits = None in wants
+        # "null" last, wherever None stands in the type.
+        in_order = sorted(wants, key=lambda want: want == "null")
+        wanted = ", or ".join(filter(None, in_order))
     elif origin is list:
+        # A range beside a list is of the number of its entries.
         few = range_.low > -FLOAT32 and isinstance(value, list | tuple) and len(value) < range_.low
         fits = isinstance(value, list | tuple) and not few
         wanted = "a list with entries" if range_.low > -FLOAT32 else "a list"
-        wrong = next((want for entry in value if (want := problem(parts[0], entry))), None) if fits else None
-        fits, wanted = fits and not wrong, f"a list of which each is {wrong}" if wrong else wanted
+        wrong = (
+            next((want for entry in value if (want := problem(parts[0], entry))), None)
+            if fits
+            else None
+        )
+        fits = fits and not wrong
+        wanted = f"a list of which each is {wrong}" if wrong else wanted
     elif origin is dict:
         of_text = isinstance(value, dict) and not any(problem(str, name) for name in value)
-        wrong = next((want for entry in value.values() if (want := problem(parts[1], entry))), None) if of_text else None
-        fits, wanted = of_text and not wrong, f"a mapping of text to {wrong or problem(parts[1], None) or 'anything'}"
+        wrong = (
+            next((want for entry in value.values() if (want := problem(parts[1], entry))), None)
+            if of_text
+            else None
+        )
+        fits = of_text and not wrong
+        wanted = f"a mapping of text to {wrong or problem(parts[1], None) or 'anything'}"
     elif dataclasses.is_dataclass(kind):
-        fits, wanted = isinstance(value, typing.cast(type, kind)), f"a {getattr(kind, '__name__', kind)}"
+        fits = isinstance(value, typing.cast(type, kind))
+        wanted = f"a {getattr(kind, '__name__', kind)}"
+    elif isinstance(kind, type) and kind is not typing.Any:
+        # An object from Python, beside the names that the command line takes: it has no words.
+        fits = isinstance(value, kind)
     return None if fits else wanted
 
 

@@ -1,4 +1,6 @@
-"""Where arrays live: logical axis names, one table to mesh axes, states created sharded, steps jitted for a mesh."""
+"""Where arrays live: logical axis names, one table to mesh axes, states created sharded, steps
+jitted for a mesh.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# The one table from an array's axes to the mesh's: models name their axes, and know of no mesh.
 RULES: Mapping[str, Any] = {
     "batch": ("data", "fsdp"),
     "sequence": None,
@@ -18,11 +21,14 @@ RULES: Mapping[str, Any] = {
     "layers": None,
     "expert": None,
 }
-SMALL = 1024  # elements; larger arrays of a state are never whole on one device when fsdp > 1
+# Elements.  Larger arrays of a state are always split when fsdp > 1; of smaller ones, such as
+# norms, a copy on every device is cheaper than gathering them.
+SMALL = 1024
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh with axes `data` (batch), `fsdp` (batch and parameters) and `tensor` (heads, MLP, vocabulary).
+    """A mesh with axes `data` (batch), `fsdp` (batch and parameters) and `tensor` (heads, MLP,
+    vocabulary).
 
     Raises: ValueError where the sizes do not multiply to the number of devices.
 
@@ -31,12 +37,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     """
     devices = jax.devices() if devices is None else devices
     if data * fsdp * tensor != len(devices):
-        raise ValueError(f"data {data} × fsdp {fsdp} × tensor {tensor} = {data * fsdp * tensor} but {len(devices)} devices")
+        raise ValueError(
+            f"data {data} × fsdp {fsdp} × tensor {tensor} = {data * fsdp * tensor} but "
+            f"{len(devices)} devices"
+        )
     return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
 
 
 def spec(names, mesh, rules: Mapping[str, Any] = RULES) -> PartitionSpec:
-    """Logical names to a `PartitionSpec`; mesh axes that `mesh` lacks, or has with size 1, are left out.
+    """Logical names to a `PartitionSpec`; mesh axes that `mesh` lacks, or has with size 1, are left
+    out.
 
     Raises: ValueError for a name the table lacks, or two names of one array on the same mesh axis.
 
@@ -47,59 +57,90 @@ def spec(names, mesh, rules: Mapping[str, Any] = RULES) -> PartitionSpec:
     taken: dict[str, str | None] = {}
     for name in names:
         if name is not None and name not in rules:
-            raise ValueError(f"logical axis {name!r} of {names} is not in the table, which has {sorted(rules)}")
+            raise ValueError(
+                f"logical axis {name!r} of {names} is not in the table, which has {sorted(rules)}"
+            )
         target = rules[name] if name is not None else None
-        axes = tuple(a for a in ((target,) if isinstance(target, str) else target or ()) if mesh.shape.get(a, 1) > 1)
+        # Axes of size 1 are left out, so that one device gives the same specs as no mesh at all.
+        axes = tuple(
+            a
+            for a in ((target,) if isinstance(target, str) else target or ())
+            if mesh.shape.get(a, 1) > 1
+        )
+        # An array split twice over one axis is an error in XLA, far from the name that caused it.
         for axis in axes:
             if axis in taken:
-                raise ValueError(f"{taken[axis]!r} and {name!r} of {names} both map to mesh axis {axis!r}")
+                raise ValueError(
+                    f"{taken[axis]!r} and {name!r} of {names} both map to mesh axis {axis!r}"
+                )
             taken[axis] = name
         out.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*out)
 
 
-def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
+def shardings(
+    tree: Any,
+    axes: Any,
+    mesh: Mesh,
+    rules: Mapping[str, Any] = RULES,
+    *,
+    say: Callable[[str], Any] | None = None,
+) -> Any:
     """A `NamedSharding` for every leaf of a state.
 
-    A leaf whose path ends like a path in `axes` gets those names: parameters, their moments in the optimizer, reference
-    parameters.  With fsdp > 1, a leaf above `SMALL` elements that no name puts on `fsdp` is split there along its largest
-    axis that divides.
+    A leaf whose path ends like a path in `axes` gets those names: parameters, their moments in the
+    optimizer, reference parameters.  With fsdp > 1, a leaf above `SMALL` elements that no name puts
+    on `fsdp` is split there along its largest axis that divides.
 
     Args:
       tree: arrays or their shapes, for example a `TrainState`.
       axes: `lm.axes()`, or a dict of several.
+      mesh: of devices.
+      rules: logical axis name -> mesh axes.
+      say: `(text)`, called where a size does not divide: the axis is kept whole.  None: that
+        raises.
 
-    Raises: ValueError where a size does not divide by its mesh axes, or a large array cannot be split at all.
+    Raises: ValueError where a size does not divide by its mesh axes, or a large array cannot be
+    split at all.
     """
+
+    def indivisible(what: str, cure: str) -> None:
+        if say is None:
+            raise ValueError(f"{what}; {cure}")
+        say(f"{what}: kept whole")
+
     names = {_path(path): leaf for path, leaf in _with_path(axes)}
 
     def one(path, leaf):
         path = _path(path)
+        # The longest end of the path that has names: Adam's `mu.layers.q` is found as `layers.q`.
         known = next((names[path[i:]] for i in range(len(path)) if path[i:] in names), None)
-        known = known if known is not None and len(known) == len(leaf.shape) else (None,) * len(leaf.shape)
+        # A leaf of another rank under the same name, such as Adafactor's means, has axes of its
+        # own.
+        known = (
+            known
+            if known is not None and len(known) == len(leaf.shape)
+            else (None,) * len(leaf.shape)
+        )
         parts = list(spec(known, mesh, rules))
-        for size, part, name in zip(leaf.shape, parts, known, strict=True):
-            if size % _ways(part, mesh):
-                raise ValueError(
-                    f"{'.'.join(path)} {list(leaf.shape)}: {name} = {size} does not divide by mesh axis {part} = "
-                    f"{_ways(part, mesh)}; pad it, or map {name!r} to None in the table"
-                )
-        if "fsdp" not in jax.tree.leaves(parts):
-            parts = _split(leaf, path, parts, mesh)
+        for i, (size, part, name) in enumerate(zip(leaf.shape, parts, known, strict=True)):
+            ways = _ways(part, mesh)
+            if size % ways:
+                what = f"{'.'.join(path)} {list(leaf.shape)}: {name} = {size} does not divide by mesh axis {part} = {ways}"
+                indivisible(what, f"pad it, or map {name!r} to None in the table")
+                parts[i] = None
+        # What no name puts on fsdp is split there all the same: memory is what fsdp is for.
+        ways = _ways("fsdp", mesh)
+        if "fsdp" not in jax.tree.leaves(parts) and ways > 1 and np.prod(leaf.shape) > SMALL:
+            free = [i for i, part in enumerate(parts) if part is None and leaf.shape[i] % ways == 0]
+            if free:
+                parts[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
+            else:
+                what = f"{'.'.join(path)} {list(leaf.shape)}: no free axis divides by fsdp = {ways}"
+                indivisible(what, "pad one")
         return NamedSharding(mesh, PartitionSpec(*parts))
 
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _split(leaf, path, parts, mesh):
-    ways = mesh.shape.get("fsdp", 1)
-    if ways == 1 or np.prod(leaf.shape) <= SMALL:
-        return parts
-    free = [i for i, part in enumerate(parts) if part is None and leaf.shape[i] % ways == 0]
-    if not free:
-        raise ValueError(f"{'.'.join(path)} {list(leaf.shape)}: no free axis divides by fsdp = {ways}; pad one")
-    largest = max(free, key=lambda i: leaf.shape[i])
-    return [*parts[:largest], "fsdp", *parts[largest + 1 :]]
 
 
 def create(init: Callable, axes: Any, mesh: Mesh, *args, rules: Mapping[str, Any] = RULES) -> Any:
@@ -110,6 +151,7 @@ def create(init: Callable, axes: Any, mesh: Mesh, *args, rules: Mapping[str, Any
     >>> create(head.init, head.axes(), make_mesh(devices=jax.devices()[:1]), jax.random.key(0))["weight"].shape
     (4,)
     """
+    # Shapes first, places next, arrays last: a model larger than one device can be born only so.
     where = shardings(jax.eval_shape(init, *args), axes, mesh, rules)
     return jax.jit(init, out_shardings=where)(*args)
 
@@ -124,26 +166,33 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any
 
     Raises: ValueError where the rows do not divide.
     """
-    rows, whole = batch_sharding(mesh, rules), NamedSharding(mesh, PartitionSpec())
+    rows = batch_sharding(mesh, rules)
+    replicated = NamedSharding(mesh, PartitionSpec())
     ways = _ways(rows.spec[0], mesh)
 
     def place(path, x):
         shape = jax.typeof(x).shape
         if shape and shape[0] % ways:
-            raise ValueError(f"{'.'.join(_path(path))} {list(shape)}: {shape[0]} rows do not divide by {ways} devices")
-        return jax.device_put(x, rows if shape else whole)
+            raise ValueError(
+                f"{'.'.join(_path(path))} {list(shape)}: {shape[0]} rows do not divide by {ways} "
+                "devices"
+            )
+        return jax.device_put(x, rows if shape else replicated)
 
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> Callable:
-    """Jits `step(state, *inputs) -> (state, metrics)` for a mesh; the state stays where it is and its memory is reused.
+    """Jits `step(state, *inputs) -> (state, metrics)` for a mesh; the state stays where it is and
+    its memory is reused.
 
     Args:
       step: what `rlhf.train_step` returns, a recipe's iteration, or any function of that form.
       state: a state as `create` made it; only its shardings are read.
       donate: the state passed in is consumed.
     """
+    # Pinned: left to XLA, the new state may be placed otherwise, and the second step would compile
+    # again.
     where = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, out_shardings=(where, None), donate_argnums=0 if donate else ())
 
@@ -155,12 +204,17 @@ def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> 
 
 
 def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES) -> jax.Array:
-    """Keeps an activation where its names say, if a mesh is set and the sizes divide; elsewhere `x` as it is."""
+    """Keeps an activation where its names say, if a mesh is set and the sizes divide; elsewhere `x`
+    as it is.
+    """
+    # Without constraints XLA may replicate activations of a sharded batch on every device.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     parts = [
-        part if size % _ways(part, mesh) == 0 else None for size, part in zip(x.shape, spec(names, mesh, rules), strict=True)
+        # Sizes that do not divide, such as a single row in sampling, stay as they are.
+        part if size % _ways(part, mesh) == 0 else None
+        for size, part in zip(x.shape, spec(names, mesh, rules), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
@@ -178,18 +232,30 @@ def row_ways(rules: Mapping[str, Any] = RULES) -> int:
 def start_distributed(**kwargs) -> None:
     """Joins the hosts of one run: call first, once per process  (`jax.distributed.initialize`).
 
-    On Cloud TPU, Slurm and Open MPI the cluster is found by itself; elsewhere give `coordinator_address`, `num_processes`
-    and `process_id`.  A single process without arguments is left as it is.
+    On Cloud TPU, Slurm and Open MPI the cluster is found by itself; elsewhere give
+    `coordinator_address`, `num_processes` and `process_id`.  A single process without arguments is
+    left as it is.
     """
     import os
 
-    cluster = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS")
+    # What each launcher sets; elsewhere `initialize` without arguments would raise.
+    cluster = (
+        "SLURM_JOB_ID",
+        "OMPI_MCA_orte_hnp_uri",
+        "TPU_WORKER_HOSTNAMES",
+        "JAX_COORDINATOR_ADDRESS",
+    )
     if kwargs or any(name in os.environ for name in cluster):
         jax.distributed.initialize(**kwargs)
 
 
 def _ways(part, mesh) -> int:
-    return int(np.prod([mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ())], dtype=int))
+    return int(
+        np.prod(
+            [mesh.shape.get(a, 1) for a in ((part,) if isinstance(part, str) else part or ())],
+            dtype=int,
+        )
+    )
 
 
 def _is_names(x) -> bool:
@@ -201,4 +267,5 @@ def _with_path(axes):
 
 
 def _path(path) -> tuple[str, ...]:
+    # Keys of dicts, fields of NamedTuples and numbers of tuples, each by its name alone.
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

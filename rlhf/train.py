@@ -1,4 +1,6 @@
-"""The train step: a loss that is a weighted sum, differentiated in micro-batches, then one optimizer update."""
+"""The train step: a loss that is a weighted sum, differentiated in micro-batches, then one
+optimizer update.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ import optax
 
 from rlhf import metrics as metrics_lib
 from rlhf.fields import documented
+from rlhf.typing import LossFn, ScoresFn, ScoresObjective, StepFn
 
 Array = jax.Array
 
@@ -32,7 +35,9 @@ class TrainState(NamedTuple):
     context: Any = ()
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array, context: Any = ()) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: Array, context: Any = ()
+) -> TrainState:
     """The state at step 0.  `key` is consumed, and so is every array once the state is donated.
 
     Raises: ValueError where two leaves are the same array: a donated state would free it twice.
@@ -42,14 +47,16 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array,
     0
     """
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, context)
-    seen: dict[int, str] = {}
+    # XLA reports a buffer that is donated twice without saying which: names are found here.
+    names: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path)
-        if id(leaf) in seen:
+        if id(leaf) in names:
             raise ValueError(
-                f"{name} and {seen[id(leaf)]} are one array, which a donated state frees twice; use reference(params)"
+                f"{name} and {names[id(leaf)]} are one array, which a donated state frees twice; "
+                "use reference(params)"
             )
-        seen[id(leaf)] = name
+        names[id(leaf)] = name
     return state
 
 
@@ -64,26 +71,34 @@ def reference(params: Any) -> Any:
 
 
 def train_step(
-    loss_fn: Callable,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
+    group_size: int = 1,
     update_context: Callable | None = None,
-) -> Callable:
+) -> StepFn:
     """A step of gradient descent on `loss_fn`, which must be a sum over rows.
 
     Args:
-      loss_fn: `(params, context, batch, key) -> (loss, metrics)`.  The loss is a weighted sum over the batch's rows, so that
-        the sum over micro-batches is the loss of the whole; `metrics` is a dict of scalars that add up, `Ratio`s and `Max`es.
+      loss_fn: `(params, context, batch, key) -> (loss, metrics)`.  The loss is a weighted sum over
+        the batch's rows, so that the sum over micro-batches is the loss of the whole; `metrics` is
+        a dict of scalars that add up, `Ratio`s and `Max`es.
       optimizer: any optax transformation.
-      micro_batches: M; micro-batch m is rows m, m + M, …, so that a sharded batch stays where it is.
-      update_context: `(context, params, metrics) -> context` after the update, for controllers and moving references.
+      micro_batches: M; micro-batch m is groups m, m + M, …, so that a sharded batch stays where it
+        is.
+      group_size: rows that stay together, one after another, such as the samples of a prompt.
+      update_context: `(context, params, metrics) -> context` after the update, for controllers and
+        moving references.
 
-    Returns: `step(state, batch) -> (state, metrics)`, a plain function to jit, scan, vmap or shard.  The metrics gain `loss`,
-    `grad_norm` and `skipped`, which is 1 where the gradient is not finite: params, optimizer and context then stay.
-    Leaves of the batch without axes are given whole to every micro-batch.
+    Returns: `step(state, batch) -> (state, metrics)`, a plain function to jit, scan, vmap or shard.
+    The metrics gain `loss`, `grad_norm` and `skipped`, which is 1 where the gradient is not finite:
+    params, optimizer and context then stay.  Leaves of the batch without axes are given whole to
+    every micro-batch.
 
-    Raises: ValueError where M does not divide the rows, or `loss_fn` returns something else than a scalar and a dict.
+    Raises: ValueError where M does not divide the groups, or the group size the rows, or `loss_fn`
+    returns something else than
+      a scalar and a dict.
 
     >>> loss_fn = lambda params, context, batch, key: (jnp.sum((params - batch) ** 2), {})
     >>> step = train_step(loss_fn, optax.sgd(0.25), micro_batches=2)
@@ -96,36 +111,48 @@ def train_step(
         def one(params, rows, key):
             loss, metrics = loss_fn(params, state.context, rows, key)
             _check_loss(loss, metrics, "loss_fn")
+            # The loss is a metric too: micro-batches add it up like all others.
             return loss, {"loss": loss, **metrics}
 
         def run(rows, key):
             (_, metrics), grads = jax.value_and_grad(one, has_aux=True)(state.params, rows, key)
             return grads, metrics
 
-        return _accumulate(run, state, batch, micro_batches)
+        return _accumulate(run, state, batch, micro_batches, group_size)
 
     return _step(gradients, optimizer, update_context)
 
 
 def coupled_train_step(
-    scores_fn: Callable,
-    objective: Callable,
+    scores_fn: ScoresFn,
+    objective: ScoresObjective,
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
     update_context: Callable | None = None,
-) -> Callable:
+) -> StepFn:
     """A step on an objective that couples rows, exact under any micro-batching.
 
-    Pass 1 computes the scores of all rows, in micro-batches and without gradients; `objective` is differentiated with respect
-    to them; pass 2 replays the micro-batches with those derivatives as constant cotangents, under the same keys.
+    Pass 1 computes the scores of all rows, in micro-batches and without gradients; `objective` is
+    differentiated with respect to them; pass 2 replays the micro-batches with those derivatives as
+    constant cotangents, under the same keys.
 
     Args:
-      scores_fn: `(params, context, batch, key) -> scores`, a pytree of `[rows, ...]` arrays, row by row.
+      scores_fn: `(params, context, batch, key) -> scores`, a pytree of `[rows, ...]` arrays, row by
+        row.
       objective: `(scores, context, batch) -> (loss, metrics)` of the whole mini-batch.
-      optimizer, micro_batches, update_context: as `train_step`.
+      optimizer: any optax transformation.
+      micro_batches: M; micro-batch m is rows m, m + M, …, so that a sharded batch stays where it
+        is.
+      update_context: `(context, params, metrics) -> context` after the update, for controllers and
+        moving references.
 
-    Returns and raises as `train_step`; ValueError too where a score does not have one entry a row.
+    Returns: `step(state, batch) -> (state, metrics)`, a plain function to jit, scan, vmap or shard.
+    The metrics gain `loss`, `grad_norm` and `skipped`, which is 1 where the gradient is not finite:
+    params, optimizer and context then stay.
+
+    Raises: ValueError where M does not divide the rows, a score does not have one entry a row, or
+    `objective` returns something else than a scalar and a dict.
 
     >>> scores_fn = lambda params, context, batch, key: params * batch
     >>> objective = lambda scores, context, batch: (jnp.max(scores), {})
@@ -135,28 +162,36 @@ def coupled_train_step(
     """
 
     def gradients(state, batch):
-        run = lambda params, rows, key: scores_fn(params, state.context, rows, key)
+        def run(params, rows, key):
+            return scores_fn(params, state.context, rows, key)
 
         def forward(rows, key):
             scores = run(state.params, rows, key)
             expected = _rows(rows)
             for x in jax.tree.leaves(scores):
                 if x.ndim < 1 or x.shape[0] != expected:
-                    raise ValueError(f"scores_fn must return one entry a row, [{expected}, ...], but returned {list(x.shape)}")
+                    raise ValueError(
+                        f"scores_fn must return one entry a row, [{expected}, ...], but returned "
+                        f"{list(x.shape)}"
+                    )
             return scores
 
         scores = _over_micro_batches(forward, state, batch, micro_batches)
         scores = jax.lax.stop_gradient(_merge(scores))
 
-        def whole(scores):
+        def of_scores(scores):
             loss, metrics = objective(scores, state.context, batch)
             _check_loss(loss, metrics, "objective")
             return loss, {"loss": loss, **metrics}
 
-        cotangents, metrics = jax.grad(whole, has_aux=True, allow_int=True)(scores)
+        # The objective sees all scores at once, of which there are few: this is where rows couple.
+        # `allow_int`: scores may include counts.
+        cotangents, metrics = jax.grad(of_scores, has_aux=True, allow_int=True)(scores)
 
         def backward(inputs, key):
             rows, cotangent = inputs
+            # The same keys as in pass 1, so that dropout is the same; the activations of one
+            # micro-batch at a time are in memory.
             _, vjp = jax.vjp(lambda params: run(params, rows, key), state.params)
             return vjp(cotangent)[0], {}
 
@@ -166,7 +201,7 @@ def coupled_train_step(
     return _step(gradients, optimizer, update_context)
 
 
-def minibatches(key: Array, batch: Any, n: int, epochs: int = 1) -> Any:
+def minibatches(key: Array, batch: Any, n: int, epochs: int = 1, *, group_size: int = 1) -> Any:
     """Cuts a batch into `n` optimizer mini-batches, `epochs` times over, each time in a new order.
 
     Make weights and whiten per mini-batch, inside the scan over them.
@@ -174,45 +209,113 @@ def minibatches(key: Array, batch: Any, n: int, epochs: int = 1) -> Any:
     Args:
       key: consumed.
       batch: a pytree; leaves without axes are repeated.
+      n: mini-batches of an epoch.
+      epochs: passes over the batch.
+      group_size: rows that stay together, one after another, such as the samples of a prompt.
 
     Returns: the same pytree with leaves `[epochs * n, B / n, ...]`, to scan a step over.
 
-    Raises: ValueError where `n` does not divide the rows.
+    Raises: ValueError where `n` does not divide the groups, or the group size the rows.
 
     >>> minibatches(jax.random.key(0), jnp.arange(4), 2, epochs=3).shape
     (6, 2)
+    >>> minibatches(jax.random.key(0), jnp.arange(6), 3, group_size=2).tolist()
+    [[0, 1], [4, 5], [2, 3]]
     """
     rows = _rows(batch)
-    if n < 1 or rows % n:
-        raise ValueError(f"{n} mini-batches do not divide {rows} rows")
-    order = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, epochs)).reshape(epochs * n, rows // n)
-    return jax.tree.map(lambda x: x[order] if jnp.ndim(x) else jnp.broadcast_to(x, (epochs * n,)), batch)
+    groups = _number_of_groups(rows, group_size)
+    if n < 1 or groups % n:
+        raise ValueError(f"{n} mini-batches do not divide {_counted(rows, group_size)}")
+    # Groups are shuffled and not rows: samples of a prompt stay neighbours, and share its prefix.
+    orders = jax.vmap(lambda k: jax.random.permutation(k, groups))(jax.random.split(key, epochs))
+    # Numbers of groups to numbers of rows: `[epochs, groups, group_size]`.
+    order = orders[..., None] * group_size + jnp.arange(group_size)[None, None]
+    order = order.reshape(epochs * n, rows // n)
+    return jax.tree.map(
+        lambda x: x[order] if jnp.ndim(x) else jnp.broadcast_to(x, (epochs * n,)), batch
+    )
+
+
+def run_minibatches(
+    step: StepFn, state: TrainState, batches: Any, *, target_kl: float | None = None
+) -> tuple[TrainState, dict]:
+    """Optimizer steps over mini-batches; metrics are means over the steps that were taken.
+
+    Args:
+      step: `(state, mini-batch) -> (state, metrics)`, of `train_step`, with what is made of a
+        mini-batch as a whole before it.
+      batches: leaves `[N, B / N, ...]`, of `minibatches`.
+      target_kl: nats a token; where a step's metric `approx_kl` is above, it is the last one.  The
+        others are counted in `state.step`, and change nothing else.
+
+    Returns: the state, and metrics; with a `target_kl` also `updates`, the number of steps that
+    were taken.
+
+    >>> step = lambda state, batch: (state + batch, {"batch": batch})
+    >>> state, metrics = run_minibatches(step, jnp.float32(0.0), jnp.array([1.0, 3.0]))
+    >>> state.item(), metrics["batch"].item()
+    (4.0, 2.0)
+    """
+    if target_kl is None:
+        state, metrics = jax.lax.scan(step, state, batches)
+        return state, jax.tree.map(jnp.mean, metrics)
+    # Both branches of a `cond` must return the same structure: that of the metrics is traced here.
+    first = jax.tree.map(lambda x: x[0], batches)
+    _, shapes = jax.eval_shape(step, state, first)
+    no_metrics = jax.tree.map(jnp.zeros_like, shapes)
+
+    def pass_over(state, batch):
+        # The step still counts: schedules and resuming rely on a fixed number of them a rollout.
+        return state._replace(step=state.step + 1), no_metrics
+
+    def unless_far(carry, batch):
+        state, is_far = carry
+        # `cond` and not `where`: a step that is passed over is not computed either.  Under vmap it
+        # is.
+        new_state, metrics = jax.lax.cond(is_far, pass_over, step, state, batch)
+        is_far_now = is_far | (metrics["approx_kl"] > target_kl)
+        return (new_state, is_far_now), {**metrics, "updates": 1.0 - is_far}
+
+    (state, _), metrics = jax.lax.scan(unless_far, (state, jnp.array(False)), batches)
+    # At least 1: the first step is always taken.  The others added zeros.
+    number = metrics.pop("updates").sum()
+    return state, {**jax.tree.map(lambda x: x.sum() / number, metrics), "updates": number}
 
 
 def _step(gradients, optimizer, update_context):
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         grads, metrics = gradients(state, batch)
         metrics = metrics_lib.result(metrics)
+        # One infinite or NaN number anywhere makes the norm so: a single test for all gradients.
         norm = optax.tree_utils.tree_norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {**metrics, "grad_norm": norm, "skipped": (~finite).astype(jnp.float32)}
-        context = update_context(state.context, params, metrics) if update_context else state.context
-        kept = (state.params, state.opt_state, state.context)
+        context = (
+            update_context(state.context, params, metrics) if update_context else state.context
+        )
+        unchanged = (state.params, state.opt_state, state.context)
+        # Chosen inside the program, since a branch on the host would wait for every step.  What is
+        # the same array on both sides needs no choice, and no copy: frozen parameters and
+        # references.
         params, opt_state, context = jax.tree.map(
-            lambda new, old: new if new is old else jnp.where(finite, new, old), (params, opt_state, context), kept
+            lambda new, old: new if new is old else jnp.where(finite, new, old),
+            (params, opt_state, context),
+            unchanged,
         )
         return TrainState(state.step + 1, params, opt_state, state.key, context), metrics
 
     return step
 
 
-def _accumulate(run, state, batch, micro_batches):
+def _accumulate(run, state, batch, micro_batches, group_size=1):
     """The sums over micro-batches of `run(rows, key) -> (gradients, metrics)`."""
+    # Without a scan of one step: gradients need not be copied into a carry.
     if micro_batches == 1:
         return run(batch, _key(state, 0))
-    pieces = _split(batch, micro_batches)
+    pieces = _split(batch, micro_batches, group_size)
+    # The sum starts at zeros of the gradients' own types, which the scan's carry must have.
     shapes, _ = jax.eval_shape(lambda: run(jax.tree.map(lambda x: x[0], pieces), _key(state, 0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -229,30 +332,55 @@ def _over_micro_batches(run, state, batch, micro_batches):
     """`run(rows, key)` of every micro-batch, stacked `[M, B / M, ...]`."""
     if micro_batches == 1:
         return jax.tree.map(lambda x: x[None], run(batch, _key(state, 0)))
-    return jax.lax.map(lambda x: run(x[1], _key(state, x[0])), (jnp.arange(micro_batches), _split(batch, micro_batches)))
+    return jax.lax.map(
+        lambda x: run(x[1], _key(state, x[0])),
+        (jnp.arange(micro_batches), _split(batch, micro_batches)),
+    )
 
 
 def _key(state, micro_batch):
+    # The run's key is never split: a key depends on step and micro-batch alone, and so resumes.
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), micro_batch)
 
 
 def _rows(batch) -> int:
     sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
     if len(sizes) != 1:
-        raise ValueError(f"the leaves of a batch must agree in their first axis, but have {sorted(sizes) or 'no axes'}")
+        raise ValueError(
+            "the leaves of a batch must agree in their first axis, but have "
+            f"{sorted(sizes) or 'no axes'}"
+        )
     return sizes.pop()
 
 
-def _split(batch, micro_batches):
-    """`[B, ...]` -> `[M, B / M, ...]`, micro-batch m being rows m, m + M, …"""
+def _number_of_groups(rows: int, group_size: int) -> int:
+    if group_size < 1 or rows % group_size:
+        raise ValueError(f"groups of {group_size} rows do not divide {rows} rows")
+    return rows // group_size
+
+
+def _counted(rows: int, group_size: int) -> str:
+    return (
+        f"{rows} rows" if group_size == 1 else f"{rows // group_size} groups of {group_size} rows"
+    )
+
+
+def _split(batch, micro_batches, group_size=1):
+    """`[B, ...]` -> `[M, B / M, ...]`, micro-batch m being groups m, m + M, …"""
     rows = _rows(batch)
-    if micro_batches < 1 or rows % micro_batches:
-        raise ValueError(f"{micro_batches} micro-batches do not divide {rows} rows")
+    groups = _number_of_groups(rows, group_size)
+    if micro_batches < 1 or groups % micro_batches:
+        raise ValueError(
+            f"{micro_batches} micro-batches do not divide {_counted(rows, group_size)}"
+        )
 
     def one(x):
         if not jnp.ndim(x):
             return jnp.broadcast_to(x, (micro_batches,))
-        return jnp.moveaxis(x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]), 1, 0)
+        # Strided and not contiguous: of a batch split over devices every micro-batch has rows on
+        # each.  Contiguous parts would lie on a few devices, and be moved.
+        x = x.reshape(groups // micro_batches, micro_batches, group_size, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(micro_batches, rows // micro_batches, *x.shape[3:])
 
     return jax.tree.map(one, batch)
 
@@ -265,5 +393,6 @@ def _merge(pieces):
 def _check_loss(loss, metrics, name) -> None:
     if jnp.shape(loss) != () or not isinstance(metrics, dict):
         raise ValueError(
-            f"{name} must return (loss [], metrics dict), but returned {list(jnp.shape(loss))}, {type(metrics).__name__}"
+            f"{name} must return (loss [], metrics dict), but returned {list(jnp.shape(loss))}, "
+            f"{type(metrics).__name__}"
         )

@@ -1,4 +1,6 @@
-"""Rollouts: a language model in, batches of tokens out; and what models, programs and tools say of tokens."""
+"""Rollouts: a language model in, batches of tokens out; and what models, programs and tools say of
+tokens.
+"""
 
 from rlhf.rollouts import answers as answers
 from rlhf.rollouts import filtering as filtering
@@ -59,5 +61,6 @@ from rlhf.rollouts.types import batch_of as batch_of
 from rlhf.rollouts.types import check_ids as check_ids
 from rlhf.rollouts.types import joined as joined
 from rlhf.rollouts.types import pair_rows as pair_rows
-from rlhf.rollouts.types import whole_rows as whole_rows
+from rlhf.rollouts.types import token_rows as token_rows
+from rlhf.rollouts.types import unpacked_rows as unpacked_rows
 from rlhf.rollouts.workers import in_worker as in_worker

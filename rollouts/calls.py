@@ -1,4 +1,6 @@
-"""Calls of other people's functions: side by side, within a time limit, and no exception of theirs ends the caller."""
+"""Calls of other people's functions: side by side, within a time limit, and no exception of theirs
+ends the caller.
+"""
 
 import asyncio
 import contextlib
@@ -31,22 +33,35 @@ async def attempt(fn: Callable, *args, timeout: float) -> Outcome:
             if error is not None:
                 raise error
             return (await value if inspect.isawaitable(value) else value), None
-    except BaseException as error:  # a tool that calls exit() must not end the loop
-        if told_from_outside(error):
+    # BaseException, since a tool that calls exit() raises SystemExit, which must not end the loop.
+    except BaseException as error:
+        if cancelled_from_outside(error):
             raise
-        return None, f"no answer within {timeout:g} seconds" if limit.expired() else f"{type(error).__name__}: {error}"
+        return (
+            None,
+            f"no answer within {timeout:g} seconds"
+            if limit.expired()
+            else f"{type(error).__name__}: {error}",
+        )
 
 
-def told_from_outside(error: BaseException) -> bool:
-    """Whether an exception tells the running task to end; all others are what its function raised, of whatever kind."""
+def cancelled_from_outside(error: BaseException) -> bool:
+    """Whether an exception tells the running task to end; all others are what its function raised,
+    of whatever kind.
+    """
+    # A function may raise CancelledError itself: only a task that is being cancelled counts.
     task = asyncio.current_task()
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def in_thread(fn: Callable, *args, **kwargs) -> Future:
-    """`(value, None)` or `(None, exception)` of a call, in a thread that keeps no process alive as a pool's would."""
+    """`(value, None)` or `(None, exception)` of a call, in a thread that keeps no process alive as
+    a pool's would.
+    """
     future: Future = Future()
-    future.set_running_or_notify_cancel()  # so that an answer after the time-out is no error
+    # A running future cannot be cancelled: a result that comes after the time-out still has a place
+    # to go to, and raises nothing.
+    future.set_running_or_notify_cancel()
 
     def work():
         try:
@@ -55,13 +70,16 @@ def in_thread(fn: Callable, *args, **kwargs) -> Future:
             outcome = None, error
         future.set_result(outcome)
 
+    # A pool would wait for its threads when Python ends, and one of them may hang for ever.
     threading.Thread(target=work, daemon=True).start()
     return future
 
 
 @contextlib.contextmanager
 def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """One event loop for all turns, in a thread: what an environment opens in one serves it in the next."""
+    """One event loop for all turns, in a thread: what an environment opens in one serves it in the
+    next.
+    """
     started: Future = Future()
 
     async def serve():
@@ -79,16 +97,23 @@ def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
         thread.join(GRACE)
 
 
-def together(loop: asyncio.AbstractEventLoop, fn: Callable, calls: list[tuple], timeout: float) -> list[Outcome]:
+def attempt_all(
+    loop: asyncio.AbstractEventLoop, fn: Callable, calls: list[tuple], timeout: float
+) -> list[Outcome]:
     """`attempt` of all calls at the same time."""
+    # Filled in place, so that what is there counts where the loop itself does not return.
     outcomes: list[Outcome] = [(None, f"no answer within {timeout:g} seconds")] * len(calls)
 
     async def one(i, args):
         outcomes[i] = await attempt(fn, *args, timeout=timeout)
 
     async def every():
-        await asyncio.gather(*(one(i, args) for i, args in enumerate(calls)), return_exceptions=True)
+        await asyncio.gather(
+            *(one(i, args) for i, args in enumerate(calls)), return_exceptions=True
+        )
 
-    with contextlib.suppress(TimeoutError):  # an async function blocks the loop: take what is there
+    # An async function that blocks holds the loop, and with it every time limit. The caller's own
+    # limit then ends the wait, and what is there is taken.
+    with contextlib.suppress(TimeoutError):
         asyncio.run_coroutine_threadsafe(every(), loop).result(timeout + GRACE)
     return list(outcomes)

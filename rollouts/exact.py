@@ -1,4 +1,5 @@
-"""Exact values of written numbers and expressions: fractions and square roots, as people and LaTeX write them.
+"""Exact values of written numbers and expressions: fractions and square roots, as people and LaTeX
+write them.
 
 What is not understood to its end has no value: nothing is read off a part of it.
 """
@@ -40,13 +41,15 @@ class Unreadable(ValueError):
 def value(text: str) -> tuple[Value, str]:
     """The value of the expression that a text begins with, and what follows it.
 
-    Reads signs, decimals, thousands (`1,234`), exponents (`1.5e3`), fractions, mixed numbers (`3/4`, `\\frac{3}{4}`, `1 3/4`),
-    `+ - * /`, powers, square roots, and roots that are rational.  `1/2\\sqrt{3}`, which people read in two ways, is not read.
+    Reads signs, decimals, thousands (`1,234`), exponents (`1.5e3`), fractions, mixed numbers
+    (`3/4`, `\\frac{3}{4}`, `1 3/4`), `+ - * /`, powers, square roots, and roots that are rational.
+    `1/2\\sqrt{3}`, which people read in two ways, is not read.
 
     Args:
       text: as `plain` gives it.
 
-    Raises: Unreadable for a text that begins with no such expression, one too long or too deep, and one without a value.
+    Raises: Unreadable for a text that begins with no such expression, one too long or too deep, and
+    one without a value.
 
     >>> value("2^{10}"), value("6/4 cups")
     ((Fraction(1024, 1), ''), (Fraction(3, 2), ' cups'))
@@ -67,10 +70,13 @@ def plain(text: str) -> str:
     '-\\\\frac{1}{2} * 10000'
     """
     text = text.strip().strip("*").strip()
+    # Marks of mathematics around the whole text.
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         if len(text) > 1 and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)]
-    text = re.sub(r"\\(?:left|right|displaystyle|quad|,|!|;|:)(?![a-zA-Z])|~", "", text.replace("{,}", ","))
+    text = re.sub(
+        r"\\(?:left|right|displaystyle|quad|,|!|;|:)(?![a-zA-Z])|~", "", text.replace("{,}", ",")
+    )
     text = re.sub(r"\^ ?\{? ?\\circ ?\}?", "°", text)
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"(?<![\\a-zA-Z])sqrt(?=\s*\()", r"\\sqrt", text)
@@ -80,11 +86,27 @@ def plain(text: str) -> str:
     return re.sub(r"\\div(?![a-zA-Z])", "/", text).strip()
 
 
-_SIGNS = {"−": "-", "×": "*", "⋅": "*", "·": "*", "∗": "*", "÷": "/", "⁄": "/", "√": "\\sqrt", "²": "^2", "³": "^3"}
+_SIGNS = {
+    "−": "-",
+    "×": "*",
+    "⋅": "*",
+    "·": "*",
+    "∗": "*",
+    "÷": "/",
+    "⁄": "/",
+    "√": "\\sqrt",
+    "²": "^2",
+    "³": "^3",
+}
 _SIGNS |= {"\\%": "%", "\\$": "$", "\\ ": " "}
-_NUMBER = re.compile(r"((?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE]([-+]?\d{1,3})(?![\w.]))?", re.ASCII)
+_NUMBER = re.compile(
+    r"((?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE]([-+]?\d{1,3})(?![\w.]))?",
+    re.ASCII,
+)
 _MIXED = re.compile(r"(\d+) +(\d+) ?/ ?(\d+)(?![\d.,^])", re.ASCII)
-_MIXED_LATEX = re.compile(r"(\d+) *\\frac *(?:\{ *(\d+) *\} *\{ *(\d+) *\}|(\d) *(\d)(?!\d))(?! *\^)", re.ASCII)
+_MIXED_LATEX = re.compile(
+    r"(\d+) *\\frac *(?:\{ *(\d+) *\} *\{ *(\d+) *\}|(\d) *(\d)(?!\d))(?! *\^)", re.ASCII
+)
 
 _Terms = dict[int, Fraction]  # n -> factor of √n; 1 is what is rational
 
@@ -93,25 +115,30 @@ class _Reader:
     """Recursive descent over a text."""
 
     def __init__(self, text: str):
-        self.text, self.at = text, 0
+        self.text = text
+        self.at = 0
 
     def sum(self, depth: int) -> _Terms:
         if depth > DEEPEST:
             raise Unreadable("too deep")
         total = self.product(depth)
+        # The sign must stand before a term: in "5 - km" it does not belong to the number.
         while sign := self.take(r" *([-+])(?! *[-+*/^]) *(?=[\d.(\\{])"):
             factor = self.product(depth)
             total = _add(total, factor if sign.strip() == "+" else _times(factor, _number(-1)))
         return total
 
     def product(self, depth: int) -> _Terms:
-        found, divided = self.signed(depth), False
+        found = self.signed(depth)
+        divided = False
         while True:
             if sign := self.take(r" *(\*(?!\*)|/) *"):
                 other = self.signed(depth)
                 found = _times(found, other) if "*" in sign else _divided(found, other)
                 divided |= "/" in sign
             elif self.sees(r" *(\(|\\sqrt|\\frac)"):
+                # "1/2√3" is (1/2)√3 to some and 1/(2√3) to others; "2 1/2" as LaTeX is a mixed
+                # number.
                 bare = self.text[: self.at].rstrip()[-1:].isdigit()
                 if divided or (bare and self.sees(r" *\\frac")):
                     raise Unreadable("a product without a sign, that can be read in two ways")
@@ -130,22 +157,30 @@ class _Reader:
         if not self.take(r" *(\^|\*\*) *"):
             return base
         in_braces = self.sees(r"[{(]")
-        exponent = self.atom(depth) if in_braces else _number(int(self.take(r"-?\d{1,5}(?![\d.])") or self.fail()))
+        exponent = (
+            self.atom(depth)
+            if in_braces
+            else _number(int(self.take(r"-?\d{1,5}(?![\d.])") or self.fail()))
+        )
         if self.sees(r" *(\^|\*\*)"):
             self.fail()
         return _power(base, exponent)
 
     def atom(self, depth: int) -> _Terms:
+        # Mixed numbers come before plain ones, which would read their first part.
         for pattern in (_MIXED, _MIXED_LATEX):
             if found := pattern.match(self.text, self.at):
-                whole, *parts = (int(_digits(digits)) for digits in found.groups() if digits)
+                integer, *parts = (int(_digits(digits)) for digits in found.groups() if digits)
+                # "1 5/4" is no mixed number; its writer meant something else.
                 if not 0 < parts[0] < parts[1]:
                     self.fail()
                 self.at = found.end()
-                return _number(whole + Fraction(*parts))
+                return _number(integer + Fraction(*parts))
         if found := _NUMBER.match(self.text, self.at):
             self.at = found.end()
-            return _number(Fraction(_digits(found[1].replace(",", ""))) * Fraction(10) ** int(found[2] or 0))
+            return _number(
+                Fraction(_digits(found[1].replace(",", ""))) * Fraction(10) ** int(found[2] or 0)
+            )
         for opening, closing in (("(", ")"), ("{", "}")):
             if self.take(rf" *\{opening} *"):
                 inside = self.sum(depth + 1)
@@ -158,7 +193,9 @@ class _Reader:
         return self.fail()
 
     def argument(self, depth: int) -> _Terms:
-        """In braces or parentheses, or one digit, with no other behind it that a reader might take for its own."""
+        """In braces or parentheses, or one digit, with no other behind it that a reader might take
+        for its own.
+        """
         self.take(" *")
         if self.sees(r"[{(]"):
             return self.atom(depth)
@@ -196,6 +233,7 @@ def _times(a: _Terms, b: _Terms) -> _Terms:
     total: _Terms = {}
     for m, x in a.items():
         for n, y in b.items():
+            # √m √n = g √(mn / g²), g the greatest common divisor: n stays without square factors.
             common = math.gcd(m, n)
             total = _add(total, {m * n // common**2: x * y * common})
     if len(total) > 16:
@@ -220,7 +258,11 @@ def _power(base: _Terms, exponent: _Terms) -> _Terms:
         raise Unreadable("a power that is no whole number")
     if power.denominator == 2:
         return _power(_root(base, 2), _number(power.numerator))
-    size = max((abs(x.numerator * x.denominator).bit_length() + n.bit_length() for n, x in base.items()), default=1)
+    # The bits that the power will have: checked before it is computed, since 9^9^9 never ends.
+    size = max(
+        (abs(x.numerator * x.denominator).bit_length() + n.bit_length() for n, x in base.items()),
+        default=1,
+    )
     if abs(power) * size > BITS or (len(base) > 1 and abs(power) > 8):
         raise Unreadable("too large")
     if not base:
@@ -237,20 +279,24 @@ def _root(x: _Terms, degree: int) -> _Terms:
     inside = _of_terms(x)
     if not isinstance(inside, Fraction) or degree < 2:
         raise Unreadable("a root of a root")
+    # Odd roots of negative numbers are real.
     sign = -1 if inside < 0 and degree % 2 else 1
     if inside * sign < 0:
         raise Unreadable("a root of a negative number")
-    above, below = (_whole_root(abs(part), degree) for part in inside.as_integer_ratio())
+    above, below = (_integer_root(abs(part), degree) for part in inside.as_integer_ratio())
     if above is not None and below is not None:
         return _number(sign * Fraction(above, below))
     if degree != 2:
         raise Unreadable("a root that is no fraction")
+    # √(a/b) = √(ab) / b.
     square, rest = _square_factor(inside.numerator * inside.denominator)
     return {rest: Fraction(square, inside.denominator)}
 
 
-def _whole_root(n: int, degree: int) -> int | None:
-    low, high = 0, 1 << (n.bit_length() // degree + 1)
+def _integer_root(n: int, degree: int) -> int | None:
+    low = 0
+    # Integers all the way: a float root of a large number would be wrong by one.
+    high = 1 << (n.bit_length() // degree + 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if middle**degree <= n else (low, middle - 1)
@@ -261,12 +307,16 @@ def _square_factor(n: int) -> tuple[int, int]:
     """`(a, b)` with n = a² b, b without square factors."""
     if n > SQUARE:
         raise Unreadable("a root of too large a number")
-    square, rest, d = 1, 1, 2
+    square = 1
+    rest = 1
+    d = 2
     while d * d <= n:
         power = 0
         while n % d == 0:
-            n, power = n // d, power + 1
-        square, rest = square * d ** (power // 2), rest * d ** (power % 2)
+            n = n // d
+            power = power + 1
+        square = square * d ** (power // 2)
+        rest = rest * d ** (power % 2)
         d += 1
     return square, rest * n
 

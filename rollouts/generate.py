@@ -1,7 +1,8 @@
 """Sampling completions: prompts are read once, then compiled loops run over new tokens.
 
-`generate` gives every completion a row of its own; `generate_many` runs any number of them through a fixed number of rows, each
-of which takes the next prompt once its completion has ended.  Row, prompt and key decide what is sampled, and nothing else.
+`generate` gives every completion a row of its own; `generate_many` runs any number of them through
+a fixed number of rows, each of which takes the next prompt once its completion has ended.  Row,
+prompt and key decide what is sampled, and nothing else.
 """
 
 from functools import partial
@@ -27,7 +28,8 @@ from rlhf.rollouts.decoding import (
 )
 from rlhf.rollouts.types import Array, Prompts, Rollout, check_ids
 
-MAX_STAGES, MIN_TOKENS = 4, 16  # loops that a long completion is decoded in; new tokens of each
+MAX_STAGES = 4  # loops that a long completion is decoded in
+MIN_TOKENS = 16  # new tokens of a stage, at least
 
 
 def generate(
@@ -47,9 +49,9 @@ def generate(
 ) -> Rollout:
     """Samples `num_samples` completions of every prompt, in one jitted program.
 
-    A prompt is read once; its keys and values serve all its samples.  The cache grows in up to four stages, each a loop of 16
-    tokens or more, so that attention reads few columns that hold nothing yet.  A row's random numbers depend on its own key and
-    position alone.  `key` is consumed.
+    A prompt is read once; its keys and values serve all its samples.  The cache grows in up to four
+    stages, each a loop of 16 tokens or more, so that attention reads few columns that hold nothing
+    yet.  A row's random numbers depend on its own key and position alone.  `key` is consumed.
 
     Args:
       lm, params: the policy.
@@ -61,14 +63,16 @@ def generate(
       stop: of `stop_strings`, texts that end a row; None: none.
       prefix: `[S]` int32 tokens before every prompt, read once for all: a common system prompt.
       pad_id: what stands in `tokens` after the end.
-      early_end: stop when all rows have ended.  False: a loop of fixed length, for runs that are vmapped.
+      early_end: stop when all rows have ended.  False: a loop of fixed length, for runs that are
+        vmapped.
 
-    Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row `p * num_samples + g` is
-    sample g of prompt p.  No gradient flows.
+    Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row
+    `p * num_samples + g` is sample g of prompt p.  No gradient flows.
 
-    Raises: ValueError on wrong shapes or counts, a prompt without tokens, a token or an end token beyond the vocabulary, more
-      tokens than a model has learned positions, or a prefix for prompts with inputs of their own; TypeError on a mask that is
-      not bool.
+    Raises: ValueError on wrong shapes or counts, a prompt without tokens, a token or an end token
+    beyond the vocabulary, more
+      tokens than a model has learned positions, or a prefix for prompts with inputs of their own;
+      TypeError on a mask that is not bool.
 
     >>> from rlhf.models import TransformerConfig, transformer
     >>> lm = transformer(TransformerConfig(vocab_size=9, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
@@ -99,19 +103,35 @@ def generate_many(
     pad_id: int = 0,
     refill: int | None = None,
 ) -> Rollout:
-    """As `generate`, with continuous batching: `slots` rows decode at a time, and rows that have ended take the next prompts.
+    """As `generate`, with continuous batching: `slots` rows decode at a time, and rows that have
+    ended take the next prompts.
 
-    It gives what `generate` gives with the same key, whatever the number of slots (log-probs to rounding), and pays where the
-    lengths of completions differ.
+    It gives what `generate` gives with the same key, whatever the number of slots (log-probs to
+    rounding), and pays where the lengths of completions differ.
 
     Args:
-      slots: rows that decode at a time; at least `num_samples`, since a prompt's samples start together.
-      refill: prompts that are read together, once so many rows are free; None: an eighth of the slots.
-      Others as `generate`.
+      lm, params: the policy.
+      prompts: `[P, L]`, padded anywhere; they are shifted to end in column L.
+      key: one key, or `[P]` keys, one a prompt, which then samples the same in whatever company.
+      slots: rows that decode at a time; at least `num_samples`, since a prompt's samples start
+        together.
+      max_new_tokens: the most tokens sampled a row; the end token counts.
+      num_samples: completions a prompt.
+      sampler: from `samplers.sampler` or `samplers.greedy`.
+      eos_ids: tokens that end a row; the end token itself is saved and trained on.
+      stop: of `stop_strings`, texts that end a row; None: none.
+      prefix: `[S]` int32 tokens before every prompt, read once for all: a common system prompt.
+      pad_id: what stands in `tokens` after the end.
+      refill: prompts that are read together, once so many rows are free; None: an eighth of the
+        slots.
 
-    Returns: as `generate`.
+    Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row
+    `p * num_samples + g` is sample g of prompt p.  No gradient flows.
 
-    Raises: as `generate`; ValueError where the slots are fewer than the samples of the prompts that are read together.
+    Raises: ValueError on wrong shapes or counts, a prompt without tokens, a token or an end token
+    beyond the vocabulary, more tokens than a model has learned positions, a prefix for prompts with
+    inputs of their own, or fewer slots than the samples of the prompts that are read together;
+    TypeError on a mask that is not bool.
 
     >>> from rlhf.models import TransformerConfig, transformer
     >>> lm = transformer(TransformerConfig(vocab_size=9, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
@@ -124,10 +144,12 @@ def generate_many(
     settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
     _check_prefix(prefix, prompts)
     _check_ids(lm, prompts, prefix, settings)
+    # An eighth: reading a prompt pays off over several rows, and waiting rows do nothing.
     refill = max(1, slots // (8 * num_samples)) if refill is None else refill
     if refill < 1 or slots < refill * num_samples:
         raise ValueError(
-            f"{slots} slots but {refill} prompts of {num_samples} samples are read together; give at least "
+            f"{slots} slots but {refill} prompts of {num_samples} samples are read together; give "
+            "at least "
             f"{max(refill, 1) * num_samples} slots"
         )
     return _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, stop, prefix)
@@ -135,51 +157,80 @@ def generate_many(
 
 @partial(jax.jit, static_argnums=range(3))
 def _generate(lm, settings, early_end, params, prompts, key, sampler, stop, prefix):
-    """Stage by stage, each a loop of its own: until a later one begins, attention reads none of its columns."""
+    """Stage by stage, each a loop of its own: until a later one begins, attention reads none of its
+    columns.
+    """
     parts = decoder(lm, settings, params, sampler, stop, prefix, _width(prompts, settings))
-    rows = parts.emit(*parts.read(prompts, row_keys(key, prompts, settings)))
-    new, length = settings.max_new_tokens, prompts.tokens.shape[1]
+    rows = parts.sample_next(*parts.prefill(prompts, row_keys(key, prompts, settings)))
+    new = settings.max_new_tokens
+    length = prompts.tokens.shape[1]
+    # Short completions are one loop: a stage costs a compiled loop and a copy of the cache.
     stages = max(1, min(MAX_STAGES, new // MIN_TOKENS))
-    for begin, end in pairwise(new * i // stages for i in range(stages + 1)):
-        rows = complete(parts.decode, parts.widen(rows, length + end), settings, early_end, max(1, begin), end)
+    for start, end in pairwise(new * i // stages for i in range(stages + 1)):
+        rows = complete(
+            parts.decode, parts.widen(rows, length + end), settings, early_end, max(1, start), end
+        )
     return _rollout(rows, prompts, prefix, settings, sampler)
 
 
 @partial(jax.jit, static_argnums=range(4))
 def _generate_many(lm, settings, slots, refill, params, prompts, key, sampler, stop, prefix):
-    """An outer loop that reads prompts, and an inner one that decodes until there is room for the next ones."""
-    number, samples, together = prompts.tokens.shape[0], settings.num_samples, refill * settings.num_samples
+    """An outer loop that reads prompts, and an inner one that decodes until there is room for the
+    next ones.
+    """
+    number = prompts.tokens.shape[0]
+    samples = settings.num_samples
+    refill_rows = refill * settings.num_samples
     total = number * samples
     width = _width(prompts, settings)
     parts = decoder(lm, settings, params, sampler, stop, prefix, width)
     keys = row_keys(key, prompts, settings)
 
     def start(next_prompt):
-        """The next prompts' rows with their first tokens; rows beyond the last prompt are over before they begin."""
-        of_prompts, of_rows = next_prompt + jnp.arange(refill), next_prompt * samples + jnp.arange(together)
+        """The next prompts' rows with their first tokens; rows beyond the last prompt are over
+        before they begin.
+        """
+        of_prompts = next_prompt + jnp.arange(refill)
+        of_rows = next_prompt * samples + jnp.arange(refill_rows)
+        # Beyond the last prompt the last one is read again, since shapes stay; `beyond` ends its
+        # rows.
         some = jax.tree.map(lambda x: jnp.take(x, of_prompts, axis=0, mode="clip"), prompts)
-        rows = parts.widen(parts.emit(*parts.read(some, jnp.take(keys, of_rows, mode="clip"))), width)
+        rows = parts.widen(
+            parts.sample_next(*parts.prefill(some, jnp.take(keys, of_rows, mode="clip"))), width
+        )
         beyond = of_rows >= total
         return rows._replace(finished=rows.finished | beyond), jnp.where(beyond, total, of_rows)
 
     def fill(state):
         rows, of_row, done, next_prompt = state
+        # Finished completions are saved before their slots are written over.
         done = _flush(done, rows, of_row)
         new, of_new = start(next_prompt)
-        free = jnp.argsort(alive(rows, settings), stable=True)[:together]
-        rows, of_row = jax.tree.map(lambda old, new: old.at[free].set(new), (rows, of_row), (new, of_new))
+        # False first: the rows that are over, in their order.
+        free = jnp.argsort(alive(rows, settings), stable=True)[:refill_rows]
+        rows, of_row = jax.tree.map(
+            lambda old, new: old.at[free].set(new), (rows, of_row), (new, of_new)
+        )
 
         def room(state):
             going = alive(state, settings)
-            waiting = (next_prompt + refill < number) & (slots - going.sum() >= together)
+            # Decoding stops for the next prompts only when all of their rows find a slot.
+            waiting = (next_prompt + refill < number) & (slots - going.sum() >= refill_rows)
             return going.any() & ~waiting
 
         return jax.lax.while_loop(room, parts.decode, rows), of_row, done, next_prompt + refill
 
+    # `eval_shape` runs nothing: the first refill happens inside the loop, like all others.
     shapes, _ = jax.eval_shape(start, jnp.int32(0))
-    empty = lambda rows: lambda x: jnp.broadcast_to(jnp.zeros((), x.dtype), (rows, *x.shape[1:]))
-    rows = jax.tree.map(empty(slots), shapes)._replace(finished=jnp.ones(slots, bool))
-    done = jax.tree.map(empty(total), shapes._replace(cache=None, inputs=None))
+
+    def empty(tree, rows: int):
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.zeros((), x.dtype), (rows, *x.shape[1:])), tree
+        )
+
+    rows = empty(shapes, slots)._replace(finished=jnp.ones(slots, bool))
+    # The cache of a finished row is not needed, and would be as large as all prompts'.
+    done = empty(shapes._replace(cache=None, inputs=None), total)
     state = rows, jnp.full(slots, total, jnp.int32), done, jnp.int32(0)
     rows, of_row, done, _ = jax.lax.while_loop(lambda state: state[-1] < number, fill, state)
     return _rollout(_flush(done, rows, of_row), prompts, prefix, settings, sampler)
@@ -192,17 +243,26 @@ def _width(prompts: Prompts, settings: Settings) -> int:
 def _flush(done: Rows, rows: Rows, of_row: Array) -> Rows:
     """Slots copied to the rows of the result that they hold; those that hold none are dropped."""
     rows = rows._replace(cache=None, inputs=None)
-    return jax.tree.map(lambda all_rows, some: all_rows.at[of_row].set(some, mode="drop"), done, rows)
+    return jax.tree.map(
+        lambda all_rows, some: all_rows.at[of_row].set(some, mode="drop"), done, rows
+    )
 
 
 def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) -> Rollout:
     start = prompts.tokens.shape[1]
-    tokens, segment_ids = rows.tokens, rows.segment_ids | new_columns(rows)
+    tokens = rows.tokens
+    segment_ids = rows.segment_ids | new_columns(rows)
     logprobs, sampling_logprobs = logprobs_of(rows)
-    if prefix is not None:  # the prefix moves to its prompt, so that padding is on the left
+    # The prefix moves up to its prompt: a rollout has its padding on the left, not between them.
+    if prefix is not None:
         before = Prompts(
-            jnp.concatenate([jnp.broadcast_to(prefix, (tokens.shape[0], prefix.shape[0])), tokens[:, :start]], axis=1),
-            jnp.pad(segment_ids[:, :start] != 0, ((0, 0), (prefix.shape[0], 0)), constant_values=True),
+            jnp.concatenate(
+                [jnp.broadcast_to(prefix, (tokens.shape[0], prefix.shape[0])), tokens[:, :start]],
+                axis=1,
+            ),
+            jnp.pad(
+                segment_ids[:, :start] != 0, ((0, 0), (prefix.shape[0], 0)), constant_values=True
+            ),
         )
         start += prefix.shape[0]
         aligned, real, _ = align_right(before)
@@ -210,6 +270,7 @@ def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) 
         segment_ids = jnp.concatenate([real, segment_ids[:, -settings.max_new_tokens :]], axis=1)
     columns = jnp.arange(tokens.shape[1])[None, :]
     sampled = (segment_ids != 0) & (columns >= start)
+    # `first` is the position of column `start`, from which all others are counted.
     positions = jnp.where(segment_ids != 0, columns - (start - rows.first)[:, None], 0)
     widen = lambda x: jnp.pad(x, ((0, 0), (start, 0)))
     return Rollout(
@@ -227,9 +288,14 @@ def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) 
 
 def _check_prefix(prefix, prompts: Prompts) -> None:
     if prefix is not None and prefix.ndim != 1:
-        raise ValueError(f"prefix {list(prefix.shape)} but it must be [S], the same tokens for every prompt")
+        raise ValueError(
+            f"prefix {list(prefix.shape)} but it must be [S], the same tokens for every prompt"
+        )
     if prefix is not None and prompts.inputs is not None:
-        raise ValueError("a prefix is read once for all, but these prompts have inputs of their own; write it before each")
+        raise ValueError(
+            "a prefix is read once for all, but these prompts have inputs of their own; write it "
+            "before each"
+        )
 
 
 def _check_ids(lm: LM, prompts: Prompts, prefix, settings: Settings) -> None:

@@ -1,4 +1,6 @@
-"""JSON over HTTP with the standard library alone: a server of one function, and readers of a request's fields."""
+"""JSON over HTTP with the standard library alone: a server of one function, and readers of a
+request's fields.
+"""
 
 import json
 import math
@@ -15,15 +17,21 @@ class Refused(Exception):
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 256  # clients send hundreds of rows at once; the system drops what finds no place
+    request_queue_size = (
+        256  # clients send hundreds of rows at once; the system drops what finds no place
+    )
 
 
-def json_server(answer: Callable[[str, str, bytes], Any], *, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that listens; while `serve_forever()` runs, every request has a thread and is answered in JSON.
+def json_server(
+    handle: Callable[[str, str, bytes], Any], *, host: str, port: int
+) -> ThreadingHTTPServer:
+    """A server that listens; while `serve_forever()` runs, every request has a thread and is
+    answered in JSON.
 
     Args:
-      answer: `(command, path, body) -> content`, of `("POST", "/name", b"{}")` for example.  `Refused` becomes its status, all
-        else that is raised status 500 and a traceback on stderr; both say `{"error": {"message", "type", "param", "code"}}`.
+      handle: `(command, path, body) -> content`, of `("POST", "/name", b"{}")` for example.
+        `Refused` becomes its status, all else that is raised status 500 and a traceback on stderr;
+        both say `{"error": {"message", "type", "param", "code"}}`.
       host, port: where to listen; port 0: any that is free, `server_port` says which.
 
     Returns: the server, quiet about its requests; `with` closes it.
@@ -42,14 +50,19 @@ def json_server(answer: Callable[[str, str, bytes], Any], *, host: str, port: in
         def do_POST(self):
             try:
                 data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, content = 200, encoded(answer(self.command, self.path, data))
+                status = 200
+                content = encoded(handle(self.command, self.path, data))
             except Refused as refusal:
-                status, content = refusal.args[0], _error(*refusal.args)
+                status = refusal.args[0]
+                content = _error(*refusal.args)
+            # SystemExit too: a function of the user's that exits must not leave a request open.
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
-                status, content = 500, _error(500, f"{type(error).__name__}: {error}")
+                status = 500
+                content = _error(500, f"{type(error).__name__}: {error}")
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            # With a length the client knows where the body ends, even over a connection that stays.
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -112,20 +125,22 @@ def number(body: dict, name: str, default: float) -> float:
     (0.5, 1)
     """
     value = default if body.get(name) is None else body[name]
+    # Booleans are ints to Python. The comparison with infinity is False for NaN too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise ValueError(f"{name} must be a number, but is {value!r}")
     return value
 
 
-def whole(body: dict, name: str, default: int, *, least: int = 1) -> int:
+def integer(body: dict, name: str, default: int, *, least: int = 1) -> int:
     """The whole number of a field, or the default where it is missing or null.
 
     Args:
-      body: fields of a request.  name: of the field.  default: a whole number.  least: the smallest that is taken.
+      body: fields of a request.  name: of the field.  default: a whole number.  least: the smallest
+        that is taken.
 
     Raises: ValueError on anything but a whole number from `least` on.
 
-    >>> whole({"n": 2}, "n", 1)
+    >>> integer({"n": 2}, "n", 1)
     2
     """
     value = number(body, name, default)
@@ -152,9 +167,13 @@ def text(body: dict, name: str) -> str:
 
 def _plain(x):
     if not hasattr(x, "tolist"):
-        raise TypeError(f"{type(x).__name__} does not go into JSON; give text, numbers, lists and arrays")
+        raise TypeError(
+            f"{type(x).__name__} does not go into JSON; give text, numbers, lists and arrays"
+        )
     return x.tolist()
 
 
 def _error(status: int, message: str) -> bytes:
-    return encoded({"error": {"message": message, "type": TYPES[status], "param": None, "code": status}})
+    return encoded(
+        {"error": {"message": message, "type": TYPES[status], "param": None, "code": status}}
+    )

@@ -1,7 +1,9 @@
-"""A process for one function of a user's: `workers.Worker` starts this file, and talks to it in pickles over two pipes.
+"""A process for one function of a user's: `workers.Worker` starts this file, and talks to it in
+pickles over two pipes.
 
-It needs the standard library alone, so that it starts at once.  What the function prints goes to stderr, what it raises and
-returns goes back in plain words and numbers, and when the process that started this one is gone, so is this one.
+It needs the standard library alone, so that it starts at once.  What the function prints goes to
+stderr, what it raises and returns goes back in plain words and numbers, and when the process that
+started this one is gone, so is this one.
 """
 
 import asyncio
@@ -33,21 +35,28 @@ class Refused(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line: its type, its words, and the deepest line of a file that is no library's.
+    """An exception in one line: its type, its words, and the deepest line of a file that is no
+    library's.
 
     >>> describe(SystemExit(3))
     'SystemExit: 3'
     """
     try:
         words = " ".join(str(error).split())
-    except BaseException:  # a user's own class may do anything
+    # The text of an exception is code of a user's class, and may itself raise anything.
+    except BaseException:
         words = "(its text cannot be had)"
     if isinstance(error, SyntaxError) and error.filename:
         return f"SyntaxError: {error.msg} ({Path(error.filename).name}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen")
+    ]
     frames = [frame for frame in frames if frame.filename != __file__]
-    own = [frame for frame in frames if not _of_library(frame.filename)] or frames
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    # The deepest line that a user wrote says more than the library's below it.
+    of_user = [frame for frame in frames if not _of_library(frame.filename)] or frames
+    where = f" ({Path(of_user[-1].filename).name}:{of_user[-1].lineno})" if of_user else ""
     return f"{type(error).__name__}: {words[:WORDS]}{where}"
 
 
@@ -73,17 +82,28 @@ def find(name: str) -> Callable:
     found: Any = module
     for part in inside.split("."):
         if not hasattr(found, part):
-            known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            known = [
+                key
+                for key, value in vars(found).items()
+                if callable(value) and not key.startswith("_")
+            ]
             near = difflib.get_close_matches(part, known, n=1)
             hint = (
-                f"did you mean {near[0]}? it has {', '.join(known)}" if near else f"it has {', '.join(known) or 'no function'}"
+                f"did you mean {near[0]}? it has {', '.join(known)}"
+                if near
+                else f"it has {', '.join(known) or 'no function'}"
             )
             raise Refused(f"{where} has no {part}; {hint}")
         found = getattr(found, part)
     if inspect.isclass(found):
-        raise Refused(f"{inside} of {where} is a class; give a function, or an object of it that can be called")
+        raise Refused(
+            f"{inside} of {where} is a class; give a function, or an object of it that can be "
+            "called"
+        )
     if not callable(found):
-        raise Refused(f"{inside} of {where} is {shown(found)}, which cannot be called; give a function")
+        raise Refused(
+            f"{inside} of {where} is {shown(found)}, which cannot be called; give a function"
+        )
     return found
 
 
@@ -95,12 +115,17 @@ def taken(signature: inspect.Signature | None, given: dict[str, Any]) -> dict[st
     """
     if signature is None or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         return given
-    named = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     return {name: given[name] for name in named if name in given}
 
 
 def listed(returned: Any, number: int) -> Any:
-    """What a function returned for `number` rows as a list, of at most one entry more; itself, where it has no rows in order.
+    """What a function returned for `number` rows as a list, of at most one entry more; itself,
+    where it has no rows in order.
 
     >>> listed((x for x in range(9)), 2), listed({1.0, 2.0}, 2)
     ([0, 1, 2], {1.0, 2.0})
@@ -111,26 +136,37 @@ def listed(returned: Any, number: int) -> Any:
         rows = iter(returned)
     except TypeError:
         return returned
-    return list(itertools.islice(rows, number + 1))  # it may never end
+    # A generator may never end: one entry too many is enough to refuse it.
+    return list(itertools.islice(rows, number + 1))
 
 
 def plain(returned: Any, number: int) -> Any:
-    """What a function returned for `number` rows, as lists, numbers and None; ("odd", its text) for all else."""
+    """What a function returned for `number` rows, as lists, numbers and None; ("odd", its text) for
+    all else.
+    """
     rows = listed(returned, number)
-    return [_plain_entry(row) for row in rows] if isinstance(rows, list) else ("odd", shown(returned))
+    return (
+        [_plain_entry(row) for row in rows] if isinstance(rows, list) else ("odd", shown(returned))
+    )
 
 
 def main() -> None:
     """Reads a function, then calls, until there are no more."""
-    requests, replies, owner = os.fdopen(os.dup(0), "rb"), os.dup(1), os.getpid()
+    # The two pipes move to descriptors of their own. What the function prints then goes to stderr,
+    # and what it reads from stdin is empty: neither breaks the protocol.
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.dup(1)
+    owner = os.getpid()
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this process is the one to go
+        # Where the machine runs out of memory, Linux ends the process of the highest score first.
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
     def reply(*message: Any) -> None:
-        if os.getpid() != owner:  # a fork that a function has left behind comes out here too
+        # A function that forks, and lets the child return, comes out here a second time.
+        if os.getpid() != owner:
             os._exit(0)
         data = memoryview(pickle.dumps(message))
         for part in (LENGTH.pack(len(data)), data):
@@ -142,17 +178,31 @@ def main() -> None:
         function = find(function) if isinstance(function, str) else pickle.loads(function)
         signature = _signature(function)
     except BaseException as error:
+        # os._exit, since a normal exit would wait for threads that the module has started.
         reply("refused", _refusal(function, error))
         os._exit(0)
-    reply("ready", signature and [(p.name, int(p.kind), p.default is p.empty) for p in signature.parameters.values()])
+    reply(
+        "ready",
+        signature
+        and [(p.name, int(p.kind), p.default is p.empty) for p in signature.parameters.values()],
+    )
     while True:
         number, timeout, arguments, named = _read(requests)
-        faulthandler.dump_traceback_later(timeout + SPARE, exit=True, file=nothing)  # needs no lock of Python's
+        # If nobody waits any more, the call ends by itself. This timer runs in C, and so works even
+        # where the function never lets go of the lock.
+        faulthandler.dump_traceback_later(timeout + SPARE, exit=True, file=nothing)
         message: tuple
         try:
-            message = "returned", plain(_run(function(*arguments, **taken(signature, named))), number)
+            message = (
+                "returned",
+                plain(_run(function(*arguments, **taken(signature, named))), number),
+            )
         except BaseException as error:
-            message = "raised", describe(error), any(kind.__name__ == "Unreachable" for kind in type(error).__mro__)
+            message = (
+                "raised",
+                describe(error),
+                any(kind.__name__ == "Unreachable" for kind in type(error).__mro__),
+            )
         reply(*message)
         faulthandler.cancel_dump_traceback_later()
 
@@ -160,7 +210,8 @@ def main() -> None:
 def _read(file: Any) -> Any:
     head = file.read(LENGTH.size)
     if len(head) < LENGTH.size:
-        os._exit(0)  # nobody asks any more; threads of the function's do not count
+        # The pipe has closed: the run is over. Threads that the function left behind do not count.
+        os._exit(0)
     return pickle.loads(file.read(LENGTH.unpack(head)[0]))
 
 
@@ -183,7 +234,8 @@ def _plain_entry(entry: Any) -> Any:
 def _plain_number(x: Any) -> Any:
     if x is None or type(x) in (bool, int, float):
         return x
-    if isinstance(x, Number) and not isinstance(x, complex) and hasattr(x, "__float__"):  # fractions, decimals
+    # Fractions and decimals are numbers too; a complex one is no reward.
+    if isinstance(x, Number) and not isinstance(x, complex) and hasattr(x, "__float__"):
         return float(x)
     return "odd", shown(x)
 
@@ -192,14 +244,19 @@ def _signature(function: Callable) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
     except (ValueError, TypeError):
-        return None  # written in C
+        # Some functions that are written in C have no signature.
+        return None
 
 
 def _refusal(function: str | bytes, error: BaseException) -> str:
     if isinstance(error, Refused):
         return str(error)
     module = function.partition(":")[0] if isinstance(function, str) else ""
-    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and f"{module}.".startswith(f"{error.name}.")
+    ):
         return f"{error}; is it in this folder, or on the Python path?"
     return f"cannot be imported: {describe(error)}"
 
@@ -208,8 +265,10 @@ def _of_file(path: Path) -> Any:
     if not path.is_file():
         raise Refused(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # it ends in .py
+    # The name ends in .py, for which there always is a loader.
+    assert spec is not None
     assert spec.loader is not None
+    # A file may import what stands beside it, as a script may.
     sys.path.insert(0, str(path.parent.resolve()))
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

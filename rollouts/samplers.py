@@ -1,8 +1,9 @@
 """Samplers: a temperature and a composition of logit transforms.
 
-A transform is a function `(logits [B, V], step) -> logits [B, V]`, minus infinity where a token may not be sampled; `step` says
-what has been sampled so far, and from which hidden states the logits were made.  The ones here are `jax.tree_util.Partial`s of
-module functions, so that their settings are arrays: changing one compiles nothing.
+A transform is a function `(logits [B, V], step) -> logits [B, V]`, minus infinity where a token may
+not be sampled; `step` says what has been sampled so far, and from which hidden states the logits
+were made.  The ones here are `jax.tree_util.Partial`s of module functions, so that their settings
+are arrays: changing one compiles nothing.
 """
 
 import inspect
@@ -60,28 +61,42 @@ class Step(NamedTuple):
 def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
     """`transforms` in order, of logits divided by `temperature`.
 
-    A transform of your own is any function `(logits [B, V], step) -> logits [B, V]`: ILQL's shift by β (Q - V) is
-    `lambda logits, step: logits + beta * (q.apply(q_params, step.hidden) - v.apply(v_params, step.hidden)[:, None])`.
+    A transform of your own is any function `(logits [B, V], step) -> logits [B, V]`: ILQL's shift
+    by β (Q - V) is
+    `lambda
+    logits, step: logits + beta * (q.apply(q_params, step.hidden) - v.apply(v_params,
+    step.hidden)[:, None])`.
 
-    Raises: ValueError where the temperature is not above 0 (for the likeliest token use `greedy()`); TypeError where a
+    Raises: ValueError where the temperature is not above 0 (for the likeliest token use
+    `greedy()`); TypeError where a
       transform does not take logits and step.
 
     >>> s = sampler(top_k(2), temperature=0.5)
     >>> apply(s, jnp.array([0., 1., 2.]))[1].tolist()
     [-inf, 2.0, 4.0]
     """
-    if isinstance(temperature, int | float) and temperature not in ranges.between(0, 1e6, above=True):
-        raise ValueError(f"temperature must be above 0, but is {temperature}; for the likeliest token use greedy()")
+    if isinstance(temperature, int | float) and temperature not in ranges.between(
+        0, 1e6, above=True
+    ):
+        raise ValueError(
+            f"temperature must be above 0, but is {temperature}; for the likeliest token use "
+            "greedy()"
+        )
     for transform in transforms:
         try:
             inspect.signature(transform).bind(None, None)
         except TypeError as error:
-            raise TypeError(f"a transform takes (logits, step), but {transform} does not: {error}") from None
-    return Sampler(temperature, tuple(t if isinstance(t, Partial) else Partial(t) for t in transforms))
+            raise TypeError(
+                f"a transform takes (logits, step), but {transform} does not: {error}"
+            ) from None
+    return Sampler(
+        temperature, tuple(t if isinstance(t, Partial) else Partial(t) for t in transforms)
+    )
 
 
 def greedy() -> Sampler:
-    """The likeliest token, the first one on ties: `[..., V]` logits with all others at minus infinity.
+    """The likeliest token, the first one on ties: `[..., V]` logits with all others at minus
+    infinity.
 
     >>> apply(greedy(), jnp.array([0.0, 2.0, 2.0]))[1].tolist()
     [-inf, 2.0, -inf]
@@ -91,17 +106,22 @@ def greedy() -> Sampler:
 
 def apply(sampler: Sampler, logits: Array, step: Step | None = None) -> tuple[Array, Array]:
     """Logits after the temperature, and after the transforms too.  `[B, V]` -> two of `[B, V]`."""
+    # In the dtype of the logits: a float32 temperature would promote bfloat16.
     tempered = logits / jnp.asarray(sampler.temperature, logits.dtype)
     filtered = tempered
     for transform in sampler.transforms:
         filtered = transform(filtered, step)
         if filtered.shape != logits.shape:
-            raise ValueError(f"a logit transform must keep the shape {list(logits.shape)}, but returned {list(filtered.shape)}")
+            raise ValueError(
+                f"a logit transform must keep the shape {list(logits.shape)}, but returned "
+                f"{list(filtered.shape)}"
+            )
     return tempered, filtered
 
 
 def draw(u: Array, logits: Array) -> Array:
-    """One token a row, from softmax(logits), by inverting the cumulative distribution: one random number a row.
+    """One token a row, from softmax(logits), by inverting the cumulative distribution: one random
+    number a row.
 
     Args:
       u: `[B]`, uniform in [0, 1).  logits: `[B, V]`.
@@ -112,9 +132,12 @@ def draw(u: Array, logits: Array) -> Array:
     [0, 1]
     """
     levels = [jnp.exp(logits - logits.max(-1, keepdims=True))]
-    while levels[-1].shape[1] > BLOCK:  # a running sum of all tokens would cost more than sums of sums
+    # Sums of blocks, then sums of those sums: a running sum over all tokens would cost more.
+    while levels[-1].shape[1] > BLOCK:
         levels.append(_blocks(levels[-1]).sum(-1))
-    index, target = jnp.zeros_like(u, jnp.int32), u.astype(logits.dtype) * levels[-1].sum(-1)
+    index = jnp.zeros_like(u, jnp.int32)
+    target = u.astype(logits.dtype) * levels[-1].sum(-1)
+    # From the top level down, each look-up narrows the choice to one block of the next.
     for level in reversed(levels):
         block = jnp.take_along_axis(_blocks(level), index[:, None, None], axis=1)[:, 0]
         place, target = _invert(block, target)
@@ -124,22 +147,34 @@ def draw(u: Array, logits: Array) -> Array:
 
 def _blocks(weights: Array) -> Array:
     """`[B, N]` -> `[B, N / BLOCK, BLOCK]`, zeros at the end."""
-    return jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % BLOCK))).reshape(weights.shape[0], -1, BLOCK)
+    return jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % BLOCK))).reshape(
+        weights.shape[0], -1, BLOCK
+    )
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
-    """The first index at which the running sum of weights `[B, N]` passes the target `[B]`, and what is left of the target."""
+    """The first index at which the running sum of weights `[B, N]` passes the target `[B]`, and
+    what is left of the target.
+    """
     size = weights.shape[1]
+    # A running sum of 32 numbers as a product with a triangular matrix. "highest", since the
+    # default precision of accelerators would round probabilities.
     upto = jnp.dot(weights, jnp.triu(jnp.ones((size, size), weights.dtype)), precision="highest")
-    places, there = jnp.arange(size)[None, :], weights > 0  # a product may add up neighbours in different orders
-    last = jnp.max(jnp.where(there, places, 0), axis=-1, keepdims=True)  # where rounding leads beyond it
+    # Only tokens of probability above 0 may be chosen. A product may add up two neighbours in
+    # different orders, so that a sum seems to rise where the weight is 0.
+    places = jnp.arange(size)[None, :]
+    there = weights > 0
+    # The last possible token, where rounding takes the target beyond the total.
+    last = jnp.max(jnp.where(there, places, 0), axis=-1, keepdims=True)
     index = jnp.min(jnp.where(there & (upto > target[:, None]), places, last), axis=-1)
     before = jnp.take_along_axis(upto - weights, index[:, None], axis=-1)[:, 0]
-    return index, jnp.maximum(target - before, 0)  # below 0 it would choose a first weight of 0
+    # Below 0 the next level would take its first token, even one of weight 0.
+    return index, jnp.maximum(target - before, 0)
 
 
 def top_k(k) -> Partial:
-    """The `k` likeliest tokens, and whatever ties with the last of them  (Fan et al., arXiv:1805.04833).
+    """The `k` likeliest tokens, and whatever ties with the last of them  (Fan et al.,
+    arXiv:1805.04833).
 
     Args:
       k: a number of tokens, or a `[]` int32 array.
@@ -157,12 +192,14 @@ def top_k(k) -> Partial:
 
 
 def top_p(p) -> Partial:
-    """The smallest set of likeliest tokens whose probabilities sum to at least `p`  (nucleus, arXiv:1904.09751).
+    """The smallest set of likeliest tokens whose probabilities sum to at least `p`  (nucleus,
+    arXiv:1904.09751).
 
     Args:
       p: a probability, or a `[]` float array; 1 keeps every token.
 
-    Returns: a transform of logits `[..., V]`; whatever ties with the least likely token kept stays too.
+    Returns: a transform of logits `[..., V]`; whatever ties with the least likely token kept stays
+    too.
 
     Raises: ValueError where p is outside (0, 1].
 
@@ -188,12 +225,15 @@ def min_p(p) -> Partial:
     [-1.204, -0.5108, -inf]
     """
     if isinstance(p, int | float) and not 0 <= p <= 1:
-        raise ValueError(f"p is a share of the likeliest token's probability, 0 <= p <= 1, but it is {p}")
+        raise ValueError(
+            f"p is a share of the likeliest token's probability, 0 <= p <= 1, but it is {p}"
+        )
     return Partial(_min_p, p=p)
 
 
 def repetition_penalty(penalty) -> Partial:
-    """`l / penalty` where l > 0, else `l penalty`, for tokens of the prompt and the completion  (CTRL, arXiv:1909.05858).
+    """`l / penalty` where l > 0, else `l penalty`, for tokens of the prompt and the completion
+    (CTRL, arXiv:1909.05858).
 
     Args:
       penalty: above 1 to discourage; 1 changes nothing.
@@ -203,12 +243,16 @@ def repetition_penalty(penalty) -> Partial:
     Raises: ValueError where the penalty is not above 0.
     """
     if isinstance(penalty, int | float) and penalty not in ranges.between(0, 1000, above=True):
-        raise ValueError(f"the repetition penalty divides logits and must be above 0, but is {penalty}; 1 changes nothing")
+        raise ValueError(
+            f"the repetition penalty divides logits and must be above 0, but is {penalty}; 1 "
+            "changes nothing"
+        )
     return Partial(_repetition_penalty, penalty=penalty)
 
 
 def presence_penalty(penalty) -> Partial:
-    """`l - penalty / temperature` for tokens that were sampled before, once each: the logits lose `penalty`, as vLLM has it.
+    """`l - penalty / temperature` for tokens that were sampled before, once each: the logits lose
+    `penalty`, as vLLM has it.
 
     Args:
       penalty: in units of logits; below 0 to encourage.
@@ -219,25 +263,33 @@ def presence_penalty(penalty) -> Partial:
 
 
 def frequency_penalty(penalty) -> Partial:
-    """`l - n penalty / temperature` for tokens that were sampled n times before: as `presence_penalty`, for each time."""
+    """`l - n penalty / temperature` for tokens that were sampled n times before: as
+    `presence_penalty`, for each time.
+    """
     return Partial(_count_penalty, penalty=_subtracted(penalty), most=jnp.iinfo(jnp.int32).max)
 
 
 def banned(words: Sequence[Sequence[int]]) -> Partial:
-    """No word is completed: its last token gets minus infinity where the tokens before it stand there already.
+    """No word is completed: its last token gets minus infinity where the tokens before it stand
+    there already.
 
     Args:
       words: token sequences; `[[7]]` bans token 7.
 
     Returns: a transform of logits `[B, V]`.
 
-    Raises: ValueError where a word is empty or has a token below 0, or there is none.  One beyond the vocabulary makes NaN.
+    Raises: ValueError where a word is empty or has a token below 0, or there is none.  One beyond
+    the vocabulary makes NaN.
     """
     if not words or not all(len(word) for word in words):
-        raise ValueError(f"banned words have at least one token, for example [[7], [3, 4]], but got {list(map(list, words))}")
+        raise ValueError(
+            "banned words have at least one token, for example [[7], [3, 4]], but got "
+            f"{list(map(list, words))}"
+        )
     _check_tokens("banned words", [token for word in words for token in word])
     longest = max(map(len, words))
-    padded = np.full((len(words), longest), -1, np.int32)  # on the left: anything may stand there
+    # Short words are padded on the left with -1, which matches anything.
+    padded = np.full((len(words), longest), -1, np.int32)
     for row, word in zip(padded, words, strict=True):
         row[longest - len(word) :] = word
     return Partial(_banned, words=jnp.asarray(padded))
@@ -273,6 +325,7 @@ def min_new_tokens(n, eos_ids: Sequence[int]) -> Partial:
 
 def _top_k(logits, step=None, *, k):
     ascending = jnp.sort(logits, axis=-1)
+    # `k` may be traced: `top_k` would need a number that is known when it is compiled.
     index = jnp.maximum(logits.shape[-1] - k, 0)
     return _keep(logits, logits >= jax.lax.dynamic_index_in_dim(ascending, index, axis=-1))
 
@@ -280,13 +333,16 @@ def _top_k(logits, step=None, *, k):
 def _top_p(logits, step=None, *, p):
     descending = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # the mass of likelier tokens; the likeliest always stays
+    # The mass of likelier tokens: 0 for the likeliest, which therefore always stays.
+    before = jnp.cumsum(probs, axis=-1) - probs
     least = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
     return _keep(logits, logits >= least)
 
 
 def _min_p(logits, step=None, *, p):
-    return _keep(logits, logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p, logits.dtype)))
+    return _keep(
+        logits, logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p, logits.dtype))
+    )
 
 
 def _only_first_best(logits, step=None):
@@ -300,13 +356,18 @@ def _repetition_penalty(logits, step, *, penalty):
 
 def _count_penalty(logits, step, *, penalty, most):
     times = jnp.minimum(_times(logits, step.tokens, step.sampled), most)
+    # The logits were divided by the temperature already: so is the penalty, as vLLM's comes first.
     return logits - (times * penalty / step.temperature).astype(logits.dtype)
 
 
 def _subtracted(penalty):
-    """The penalty.  Raises: ValueError where a Python number is no finite one; traced values are trusted."""
+    """The penalty.  Raises: ValueError where a Python number is no finite one; traced values are
+    trusted.
+    """
     if isinstance(penalty, int | float) and penalty not in ranges.between(-1000, 1000):
-        raise ValueError(f"a penalty must be a number at least -1,000 and at most 1,000, but is {penalty}")
+        raise ValueError(
+            f"a penalty must be a number at least -1,000 and at most 1,000, but is {penalty}"
+        )
     return penalty
 
 
@@ -317,14 +378,21 @@ def _times(logits, tokens, where):
 
 
 def _banned(logits, step, *, words):
-    before = step.column[:, None] - jnp.arange(words.shape[1] - 1, 0, -1)[None, :]  # [B, n - 1] columns
+    before = (
+        step.column[:, None] - jnp.arange(words.shape[1] - 1, 0, -1)[None, :]
+    )  # [B, n - 1] columns
     at = jnp.maximum(before, 0)
     last = jnp.take_along_axis(step.tokens, at, axis=1)
     here = jnp.take_along_axis(step.here, at, axis=1) & (before >= 0)
     same = here[:, None] & (last[:, None] == words[None, :, :-1])
     completes = (same | (words[None, :, :-1] < 0)).all(-1)  # [B, W]
-    rows, logits = jnp.arange(logits.shape[0])[:, None], _if_known(logits, words)
-    return logits.at[rows, words[None, :, -1]].min(jnp.where(completes, -jnp.inf, jnp.inf).astype(logits.dtype))
+    rows = jnp.arange(logits.shape[0])[:, None]
+    logits = _if_known(logits, words)
+    # `min` with infinity changes nothing: words that are not completed here leave their token
+    # alone.
+    return logits.at[rows, words[None, :, -1]].min(
+        jnp.where(completes, -jnp.inf, jnp.inf).astype(logits.dtype)
+    )
 
 
 def _allowed(logits, step=None, *, tokens):

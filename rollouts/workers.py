@@ -1,4 +1,6 @@
-"""Functions of a user's in processes of their own: what hangs, exits, crashes or eats memory costs its row, not the run."""
+"""Functions of a user's in processes of their own: what hangs, exits, crashes or eats memory costs
+its row, not the run.
+"""
 
 import inspect
 import os
@@ -21,7 +23,7 @@ from rlhf.rollouts.rewards import LATE, Failed
 
 LOADING = 60.0  # seconds that a module may take to be imported
 WATCH = 0.05  # seconds between looks at a process's memory
-LARGEST = 1 << 30  # bytes of an answer
+LARGEST = 1 << 30  # bytes of what a call returns
 
 
 class CallFailed(Exception):
@@ -45,28 +47,36 @@ class Odd:
 class Worker:
     """A process that calls one function, and is started anew where it had to be ended.
 
-    It has no part in this process's JAX: its own, if the function wants one, is on the CPU.  Forks die with it.
+    It has no part in this process's JAX: its own, if the function wants one, is on the CPU.  Forks
+    die with it.
 
     Args:
-      function: `module:function`, looked up in the current folder first; `file.py:function`; or a function that pickle knows.
+      function: `module:function`, looked up in the current folder first; `file.py:function`; or a
+        function that pickle knows.
       memory: bytes that it may take, on Linux; None: half of what is free now.
 
     Raises: ValueError for a function that no other process can find.
     """
 
     def __init__(self, function: str | Callable, *, memory: int | None = None):
-        self.name = function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
+        self.name = (
+            function
+            if isinstance(function, str)
+            else getattr(function, "__name__", type(function).__name__)
+        )
         self._memory = memory or _free_memory() // 2
         self._path = [os.getcwd(), *filter(None, sys.path)]
         self._function = function if isinstance(function, str) else _pickled(function)
-        self._lock = threading.Lock()  # one call at a time
+        # The pipes carry one call at a time.
+        self._lock = threading.Lock()
         self._refused: str | None = None
         self._start()
 
     def signature(self, timeout: float = LOADING) -> inspect.Signature | None:
         """The function's; None where Python does not know it.
 
-        Raises: ValueError where there is no such function, or its module cannot be imported in time.
+        Raises: ValueError where there is no such function, or its module cannot be imported in
+        time.
         """
         with self._lock:
             try:
@@ -77,18 +87,22 @@ class Worker:
 
     def wait(self) -> float:
         """Waits until the process is ready, or cannot be; the seconds that it took."""
-        begin = time.monotonic()
+        started = time.monotonic()
         with self._lock, suppress(CallFailed):
             self._wait_until_ready(LOADING)
-        return time.monotonic() - begin
+        return time.monotonic() - started
 
-    def call(self, number: int, timeout: float, arguments: Sequence = (), named: Mapping[str, Any] = {}) -> Any:
-        """What the function returns: a list of numbers, lists of numbers, None and `Odd`; or an `Odd`.
+    def call(
+        self, number: int, timeout: float, arguments: Sequence = (), named: Mapping[str, Any] = {}
+    ) -> Any:
+        """What the function returns: a list of numbers, lists of numbers, None and `Odd`; or an
+        `Odd`.
 
         Args:
           number: of entries, beyond which there is no reading on.
           timeout: seconds.
-          arguments, named: of the function, which gets those of the named that it takes; pickle must know them.
+          arguments, named: of the function, which gets those of the named that it takes; pickle
+            must know them.
 
         Raises: CallFailed where it raised, ended its process, or took too long or too much memory.
         """
@@ -106,19 +120,26 @@ class Worker:
         self._end()
 
     def _start(self) -> None:
+        # The accelerator belongs to this process, which has taken most of its memory.
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         # -P: beside that file there is a types.py
         command = [sys.executable, "-P", reward_worker.__file__]
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # A session of its own, so that it ends together with every fork that it makes.
         process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
         assert process.stdin is not None
         assert process.stdout is not None
-        self._requests, self._replies = process.stdin.fileno(), process.stdout.fileno()
+        self._requests = process.stdin.fileno()
+        self._replies = process.stdout.fileno()
+        # Neither pipe may block: a full one would hold this process beyond every time limit.
         os.set_blocking(self._requests, False)
         os.set_blocking(self._replies, False)
-        self._process, self._ready = process, False
-        self._end = weakref.finalize(self, _end, process)  # where Python ends, too
-        with suppress(OSError):  # where it has ended already, the first call says so
+        self._process = process
+        self._ready = False
+        # A finalizer also runs where Python ends, or where the worker is just forgotten.
+        self._end = weakref.finalize(self, _end, process)
+        # If the process has ended already, the first call reports it.
+        with suppress(OSError):
             self._write((self._path, self._function), time.monotonic() + LOADING)
 
     def _restart(self) -> None:
@@ -137,7 +158,8 @@ class Worker:
         if kind == "refused":
             self._refused = content
             raise CallFailed(content, hopeless=True)
-        self._signature, self._ready = _signature(content), True
+        self._signature = _signature(content)
+        self._ready = True
 
     def _send(self, message: Any, deadline: float, timeout: float) -> None:
         try:
@@ -151,20 +173,24 @@ class Worker:
         try:
             data = pickle.dumps(message)
         except Exception as error:
-            raise CallFailed(f"its columns cannot be sent to another process: {error}", hopeless=True) from None
+            raise CallFailed(
+                f"its columns cannot be sent to another process: {error}", hopeless=True
+            ) from None
         rest = memoryview(LENGTH.pack(len(data)) + data)
         while rest:
             if not select.select([], [self._requests], [], max(deadline - time.monotonic(), 0))[1]:
                 return False
             with suppress(BlockingIOError):
+                # 64 KiB at a time: between two pieces the deadline is looked at.
                 rest = rest[os.write(self._requests, rest[: 1 << 16]) :]
         return True
 
     def _receive(self, deadline: float, timeout: float) -> tuple:
         size = LENGTH.unpack(self._read(LENGTH.size, deadline, timeout))[0]
         if size > LARGEST:
-            self._fail(f"an answer of {size} bytes")
-        return pickle.loads(self._read(size, deadline, timeout))  # of built-in types alone
+            self._fail(f"a result of {size} bytes")
+        # The other side sends built-in types alone: unpickling runs no code of the user's.
+        return pickle.loads(self._read(size, deadline, timeout))
 
     def _read(self, size: int, deadline: float, timeout: float) -> bytes:
         found = bytearray()
@@ -172,9 +198,12 @@ class Worker:
             left = deadline - time.monotonic()
             if left <= 0:
                 self._fail(f"{LATE} {timeout:g} s")
+            # Short waits, so that a process that eats memory is ended before the machine suffers.
             if not select.select([self._replies], [], [], min(left, WATCH))[0]:
                 if (taken := _memory_of(self._process.pid)) > self._memory:
-                    self._fail(f"took {taken >> 20} MiB of memory, of {self._memory >> 20} that it may")
+                    self._fail(
+                        f"took {taken >> 20} MiB of memory, of {self._memory >> 20} that it may"
+                    )
                 continue
             part = os.read(self._replies, min(size - len(found), 1 << 20))
             if not part:
@@ -189,7 +218,9 @@ class Worker:
         if code is None:
             return "closed its pipe"
         return (
-            f"ended its process, by {signal.Signals(-code).name}" if code < 0 else f"ended its process, with exit code {code}"
+            f"ended its process, by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended its process, with exit code {code}"
         )
 
     def _fail(self, message: str) -> None:
@@ -201,7 +232,8 @@ class InWorker:
     """A reward function that runs in a process of its own: `in_worker` makes it."""
 
     def __init__(self, worker: Worker, timeout: float):
-        self._worker, self._timeout = worker, timeout
+        self._worker = worker
+        self._timeout = timeout
         self.__name__ = worker.name
 
     def load(self) -> None:
@@ -219,52 +251,66 @@ class InWorker:
         try:
             returned = self._worker.call(number, self._timeout, named=given)
         except CallFailed as failure:
+            # With a single row there is nothing to narrow down.
             if failure.hopeless or number < 2:
                 return [Failed(str(failure))] * number
             return self._row_by_row(given, number)
-        whole = isinstance(returned, list) and len(returned) == number
-        return returned if whole or number < 2 else self._row_by_row(given, number)
+        complete = isinstance(returned, list) and len(returned) == number
+        return returned if complete or number < 2 else self._row_by_row(given, number)
 
     def close(self) -> None:
         """Ends the process."""
         self._worker.close()
 
     def _row_by_row(self, given: dict[str, Sequence], number: int) -> list:
-        """Every row by itself, all of them within `timeout` again; one row takes at most a quarter of what is left of it."""
-        begin, deadline = time.monotonic(), time.monotonic() + self._timeout
+        """Every row by itself, all of them within `timeout` again; one row takes at most a quarter
+        of what is left of it.
+        """
+        started = time.monotonic()
+        deadline = time.monotonic() + self._timeout
         found: list = []
         for row in range(number):
-            if time.monotonic() - begin < LOADING:
-                deadline += self._worker.wait()  # for a process that is started anew
+            if time.monotonic() - started < LOADING:
+                # A process that is started anew takes time to import, for which its row is not to
+                # blame.
+                deadline += self._worker.wait()
             left = deadline - time.monotonic()
             if left <= 0:
                 rest = f"{LATE} {self._timeout:g} s: the rows before it took them"
                 return found + [Failed(rest)] * (number - row)
             try:
                 one = {name: column[row : row + 1] for name, column in given.items()}
+                # A quarter of what is left, so that one hanging row leaves time for those behind
+                # it.
                 returned = self._worker.call(1, left / 4, named=one)
             except CallFailed as failure:
                 found.append(Failed(str(failure)))
                 continue
-            whole = isinstance(returned, list) and len(returned) == 1
-            found.append(returned[0] if whole else Failed(f"returned {returned!r:.80} for one completion"))
+            complete = isinstance(returned, list) and len(returned) == 1
+            found.append(
+                returned[0] if complete else Failed(f"returned {returned!r:.80} for one completion")
+            )
         return found
 
 
-def in_worker(function: str | Callable, *, timeout: float = 60.0, memory: int | None = None) -> InWorker:
-    """A reward function in a process of its own, for `score_texts`: what hangs or ends it costs its row alone.
+def in_worker(
+    function: str | Callable, *, timeout: float = 60.0, memory: int | None = None
+) -> InWorker:
+    """A reward function in a process of its own, for `score_texts`: what hangs or ends it costs its
+    row alone.
 
-    The process starts now and stays; it is ended, with its forks, where a call takes too long or too much memory, and started
-    anew.  A batch that fails is tried again row by row, within the same time once more.  What the function prints goes to
-    stderr.
+    The process starts now and stays; it is ended, with its forks, where a call takes too long or
+    too much memory, and started anew.  A batch that fails is tried again row by row, within the
+    same time once more.  What the function prints goes to stderr.
 
     Args:
-      function: `module:function`, looked up in the current folder first; `file.py:function`; or a function, a partial or an
-        object that pickle knows, which is what modules define by name.
+      function: `module:function`, looked up in the current folder first; `file.py:function`; or a
+        function, a partial or an object that pickle knows, which is what modules define by name.
       timeout: seconds of a call on a batch.
       memory: bytes that it may take, on Linux; None: half of what is free now.
 
-    Returns: a reward function; its `load()` waits until the function is there, and raises ValueError where it is not.
+    Returns: a reward function; its `load()` waits until the function is there, and raises
+    ValueError where it is not.
 
     Raises: ValueError for a function that no other process can find, such as a lambda.
 
@@ -276,7 +322,8 @@ def in_worker(function: str | Callable, *, timeout: float = 60.0, memory: int | 
 
 def _end(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # before it is waited for: until then nobody else has its number
+        # Killed before it is waited for: until then no other process can have its number.
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for pipe in filter(None, (process.stdin, process.stdout)):
         with suppress(OSError):
@@ -286,11 +333,16 @@ def _end(process: subprocess.Popen) -> None:
 def _pickled(function: Callable) -> bytes:
     name = getattr(function, "__qualname__", repr(function))
     if getattr(function, "__module__", None) == "__main__":
-        raise ValueError(f"{name} is of the program that runs, which another process would run again; put it into a module")
+        raise ValueError(
+            f"{name} is of the program that runs, which another process would run again; put it "
+            "into a module"
+        )
     try:
         return pickle.dumps(function)
     except Exception as error:
-        raise ValueError(f"{name} cannot be found by another process ({error}); define it by name in a module") from None
+        raise ValueError(
+            f"{name} cannot be found by another process ({error}); define it by name in a module"
+        ) from None
 
 
 def _signature(parameters: list[tuple[str, int, bool]] | None) -> inspect.Signature | None:
@@ -303,9 +355,18 @@ def _signature(parameters: list[tuple[str, int, bool]] | None) -> inspect.Signat
         inspect.Parameter.KEYWORD_ONLY,
         inspect.Parameter.VAR_KEYWORD,
     )
-    of = lambda name, kind, needed: inspect.Parameter(name, kinds[kind], default=inspect.Parameter.empty if needed else None)
+
+    def parameter(name: str, kind: int, needed: bool) -> inspect.Parameter:
+        default = inspect.Parameter.empty if needed else None
+        return inspect.Parameter(name, kinds[kind], default=default)
+
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature([of(name, kind, needed or kinds[kind] in variable) for name, kind, needed in parameters])
+    return inspect.Signature(
+        [
+            parameter(name, kind, needed or kinds[kind] in variable)
+            for name, kind, needed in parameters
+        ]
+    )
 
 
 def _of_plain(content: Any) -> Any:
@@ -326,8 +387,13 @@ def _free_memory() -> int:
     found = []
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+        found.append(
+            1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        )
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        found.append(
+            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )
+    # At least 256 MiB, so that a worker still starts where memory is nearly full.
     return max(min(found, default=1 << 40), 1 << 28)

@@ -18,14 +18,52 @@ from pathlib import Path
 
 TINY = ["--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]
 RUNS = {
-    "sft": ["--dataset_size", "64", "--max_length", "32", "--eval_dataset", "task:reverse", "--eval_every", "20"],
-    "grpo": ["--dataset_size", "64", "--num_samples", "4", "--max_new_tokens", "4", "--beta", "0.1"],
+    "sft": [
+        "--dataset_size",
+        "64",
+        "--max_length",
+        "32",
+        "--eval_dataset",
+        "task:reverse",
+        "--eval_every",
+        "20",
+    ],
+    "grpo": [
+        "--dataset_size",
+        "64",
+        "--num_samples",
+        "4",
+        "--max_new_tokens",
+        "4",
+        "--kl_coef",
+        "0.1",
+    ],
 }
-OF_ALL = ["--dataset", "task:reverse", "--batch_size", "4", "--learning_rate", "1e-3", "--save_every", "5"]
+OF_ALL = [
+    "--dataset",
+    "task:reverse",
+    "--batch_size",
+    "4",
+    "--learning_rate",
+    "1e-3",
+    "--save_every",
+    "5",
+]
 
 
 def command(name: str, base: Path, output: Path, steps: int) -> list[str]:
-    ask = [sys.executable, "-m", "rlhf", name, "--model", str(base), *OF_ALL, *RUNS[name], "--steps", str(steps)]
+    ask = [
+        sys.executable,
+        "-m",
+        "rlhf",
+        name,
+        "--model",
+        str(base),
+        *OF_ALL,
+        *RUNS[name],
+        "--steps",
+        str(steps),
+    ]
     return [*ask, "--output", str(output)]
 
 
@@ -36,7 +74,9 @@ def begun(output: Path) -> list[str]:
 
 def killed(ask: list[str], output: Path, seconds: float, from_folder: bool) -> bool:
     """Starts a command and kills it after so many seconds, from its start or from its folder's; whether it was at work yet."""
-    with subprocess.Popen([*ask, *begun(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [*ask, *begun(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while from_folder and process.poll() is None and not output.exists():
             time.sleep(0.002)
         time.sleep(seconds)
@@ -49,15 +89,16 @@ def finished(ask: list[str], output: Path) -> None:
     """Runs a command to its end.  Raises: SystemExit where it fails."""
     ran = subprocess.run([*ask, *begun(output)], capture_output=True, text=True)
     if ran.returncode:
-        raise SystemExit(f"{output}: exit code {ran.returncode}\n{ran.stderr}\n{sorted(os.listdir(output))}")
+        left = sorted(os.listdir(output)) if output.exists() else "no folder"
+        raise SystemExit(f"{output}: exit code {ran.returncode}\n{ran.stderr}\n{left}")
 
 
 def outcome(output: Path) -> tuple[list[dict], bytes]:
-    """What a run comes to: its figures, without times, and its weights."""
+    """What a run comes to: its metrics, without times, and its weights."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "mfu")
-    figures = [{key: value for key, value in row.items() if key not in timed} for row in rows]
-    return figures, (output / "model" / "model.safetensors").read_bytes()
+    timed = ("seconds", "tokens_per_second", "mfu", "compilations", "time/sampling", "time/rewards")
+    metrics = [{key: value for key, value in row.items() if key not in timed} for row in rows]
+    return metrics, (output / "model" / "model.safetensors").read_bytes()
 
 
 def main() -> None:
@@ -69,7 +110,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=list(RUNS))
     parser.add_argument("--moments", nargs="+", default=["first", "during"])
     args = parser.parse_args()
-    draw = random.Random(args.seed)
+    rng = random.Random(args.seed)
     args.folder.mkdir(parents=True)
     base = args.folder / "base"
     subprocess.run([sys.executable, "-m", "rlhf", "new", str(base), *TINY], check=True)
@@ -84,7 +125,7 @@ def main() -> None:
         for number in range(args.kills if "first" in args.moments else 0):  # one run each
             output = args.folder / f"{name}-first"
             ask = command(name, base, output, args.steps)
-            killed(ask, output, draw.random(), from_folder=number % 4 != 0)
+            killed(ask, output, rng.random(), from_folder=number % 4 != 0)
             what = ", ".join(sorted(os.listdir(output))) if output.exists() else "no folder"
             left[what] = left.get(what, 0) + 1
             finished(ask, output)
@@ -92,7 +133,10 @@ def main() -> None:
                 raise SystemExit(f"{output}: not as the whole run, after kill {number}")
             shutil.rmtree(output)
         if left:
-            print(f"{name}: {args.kills} kills in the first second, all resumed bit for bit; what was left:", flush=True)
+            print(
+                f"{name}: {args.kills} kills in the first second, all resumed bit for bit; what was left:",
+                flush=True,
+            )
         for what, times in left.items():
             print(f"  {times} times {what}")
 
@@ -101,10 +145,12 @@ def main() -> None:
         output = args.folder / f"{name}-during"  # one run, killed over and over
         ask, hit = command(name, base, output, args.steps), 0
         while hit < args.kills:
-            hit += killed(ask, output, draw.uniform(0.3, lasts), from_folder=False)
+            hit += killed(ask, output, rng.uniform(0.3, lasts), from_folder=False)
             if output.exists() and (output / "metrics.jsonl").exists() and hit < args.kills:
                 rows = (output / "metrics.jsonl").read_text().splitlines()
-                if len(rows) >= len(expected[0]) and (output / "README.md").exists():  # over already: another
+                if (
+                    len(rows) >= len(expected[0]) and (output / "README.md").exists()
+                ):  # over already: another
                     finished(ask, output)
                     if outcome(output) != expected:
                         raise SystemExit(f"{output}: not as the whole run, after {hit} kills")
@@ -112,7 +158,9 @@ def main() -> None:
         finished(ask, output)
         if outcome(output) != expected:
             raise SystemExit(f"{output}: not as the whole run, after {hit} kills")
-        print(f"{name}: {hit} kills during runs of {lasts:.1f} s, all resumed bit for bit", flush=True)
+        print(
+            f"{name}: {hit} kills during runs of {lasts:.1f} s, all resumed bit for bit", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,22 @@ HOME = Path(__file__).parent / "checkpoints"
 CHECKPOINTS = Path(os.environ.get("RLHF_CHECKPOINTS", HOME))
 LATER = ("deepseek_v3", "gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "smolvlm")  # no families yet
 NEW = 8
-WAYS = ("gpt2", "llama", "bloom", "falcon_new", "gemma3_text", "gptj", "opt", "phi3_longrope", "qwen3_moe", "t5", "bart")
-GENERATING = WAYS if CHECKPOINTS == HOME else [file.parent.name for file in CHECKPOINTS.glob("*/meta.json")]
+WAYS = (
+    "gpt2",
+    "llama",
+    "bloom",
+    "falcon_new",
+    "gemma3_text",
+    "gptj",
+    "opt",
+    "phi3_longrope",
+    "qwen3_moe",
+    "t5",
+    "bart",
+)
+GENERATING = (
+    WAYS if CHECKPOINTS == HOME else [file.parent.name for file in CHECKPOINTS.glob("*/meta.json")]
+)
 """Who generates: with our own checkpoints those that decode in a way of their own, which takes a minute; otherwise all."""
 
 
@@ -31,7 +45,9 @@ def names(*kinds):
     return [
         name
         for name in folders
-        if name not in LATER and meta(name).get("kind") in kinds and (CHECKPOINTS / name / "config.json").exists()
+        if name not in LATER
+        and meta(name).get("kind") in kinds
+        and (CHECKPOINTS / name / "config.json").exists()
     ]
 
 
@@ -59,7 +75,11 @@ def load(name):
 def source(tokens, mask):
     """An encoder's inputs; positions count from the start of the row, padding or not."""
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(positions), "segment_ids": jnp.asarray(mask)}
+    return {
+        "tokens": jnp.asarray(tokens),
+        "positions": jnp.asarray(positions),
+        "segment_ids": jnp.asarray(mask),
+    }
 
 
 def generate(name, eos_ids=(), num_samples=1):
@@ -69,7 +89,9 @@ def generate(name, eos_ids=(), num_samples=1):
     prompts = rollouts.Prompts(tokens, mask)
     if meta(name)["kind"] == "seq2seq":
         start = jnp.full((len(tokens), 1), g.config["decoder_start_token_id"], jnp.int32)
-        prompts = rollouts.Prompts(start, jnp.ones_like(start, bool), source(tokens, g.gen_attention_mask))
+        prompts = rollouts.Prompts(
+            start, jnp.ones_like(start, bool), source(tokens, g.gen_attention_mask)
+        )
     return rollouts.generate(
         lm, params, prompts, jax.random.key(0), max_new_tokens=NEW, sampler=rollouts.greedy(), eos_ids=eos_ids,
         num_samples=num_samples,
@@ -84,7 +106,9 @@ def rollout(name):
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(lm, params, tokens, positions, segment_ids, inputs=None):
     """Hidden states, logits, and the log-probs that `score` makes of such logits."""
-    hidden, _, _ = lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs)
+    hidden, _, _ = lm.hidden(
+        params, tokens, positions=positions, segment_ids=segment_ids, inputs=inputs
+    )
     logits = lm.unembed(params, hidden)
     of_next = losses.logits.token_logprob(logits[:, :-1], tokens[:, 1:])
     follows = (segment_ids[:, 1:] != 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])
@@ -101,17 +125,30 @@ def forward(name):
     else:
         blocks = {"rows": (g.input_ids, g.position_ids, g.attention_mask)}
     if hasattr(g, "packed_input_ids"):
-        blocks["packed"] = (g.packed_input_ids, g.packed_position_ids, np.cumsum(g.packed_position_ids == 0, axis=1))
+        blocks["packed"] = (
+            g.packed_input_ids,
+            g.packed_position_ids,
+            np.cumsum(g.packed_position_ids == 0, axis=1),
+        )
     if name in GENERATING:
-        blocks["generated"] = (rollout(name).tokens, rollout(name).positions, rollout(name).segment_ids)
+        blocks["generated"] = (
+            rollout(name).tokens,
+            rollout(name).positions,
+            rollout(name).segment_ids,
+        )
     stacked = lambda columns: [np.concatenate(column) for column in zip(*columns, strict=True)]
     length = max(tokens.shape[1] for tokens, _, _ in blocks.values())
     widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1]))).astype(np.int32)
     inputs = None
     if seq2seq:
-        read = [source(g.input_ids, g.attention_mask), *([rollout(name).inputs] if name in GENERATING else [])]
+        read = [
+            source(g.input_ids, g.attention_mask),
+            *([rollout(name).inputs] if name in GENERATING else []),
+        ]
         inputs = {key: np.concatenate([each[key] for each in read]) for key in read[0]}
-    whole = outputs(lm, params, *stacked([[widen(x) for x in block] for block in blocks.values()]), inputs)
+    whole = outputs(
+        lm, params, *stacked([[widen(x) for x in block] for block in blocks.values()]), inputs
+    )
     results, start = {}, 0
     for block, (tokens, _, _) in blocks.items():
         rows = slice(start, start + tokens.shape[0])

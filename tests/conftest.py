@@ -10,6 +10,8 @@ FLAGS = (
     "--xla_backend_optimization_level=0",  # compilation is most of a test's time; this halves it
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",  # the older ones halve it again
+    # Eight devices on two busy cores meet late: by default XLA ends the process after 40 seconds.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_cpu_parallel_codegen_split_count=1",  # one piece a program: they are small, and both cores are busy
 )
 
@@ -19,14 +21,21 @@ def known_flags(flags):
     ask = [sys.executable, "-c", "import jax; jax.devices()"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     asked = subprocess.run(ask, env=environment, capture_output=True, text=True)
-    refused = {word for line in asked.stderr.splitlines() if "Unknown flag" in line for word in line.split()}
+    refused = {
+        word
+        for line in asked.stderr.splitlines()
+        if "Unknown flag" in line
+        for word in line.split()
+    }
     known = [flag for flag in flags if flag not in refused]
     assert asked.returncode == 0 or len(known) < len(flags), asked.stderr
     return known
 
 
 if FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # workers inherit what their parent found
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *known_flags(FLAGS)]).strip()
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), *known_flags(FLAGS)]
+    ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -40,7 +49,11 @@ BY_NAME = ({"test_contract.py", "test_properties.py"}, {"test_families.py"})
 def pytest_collection_modifyitems(items):
     """Checks that share compilations stand side by side: function by function, model by model, instead of check by check."""
     for files in BY_NAME:
-        places = [i for i, item in enumerate(items) if item.path.name in files and "name" in callspec(item)]
+        places = [
+            i
+            for i, item in enumerate(items)
+            if item.path.name in files and "name" in callspec(item)
+        ]
         ordered = sorted((items[i] for i in places), key=lambda item: str(callspec(item)["name"]))
         for i, item in zip(places, ordered, strict=True):
             items[i] = item
@@ -52,8 +65,31 @@ def base(tmp_path_factory):
     from rlhf import cli
 
     folder = tmp_path_factory.mktemp("models") / "base"
-    assert cli.main(["new", str(folder), "--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]) == 0
+    assert (
+        cli.main(
+            ["new", str(folder), "--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]
+        )
+        == 0
+    )
     return str(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_device():
+    """Commands take one device, as on most machines; a test that is marked `mesh` gets all eight."""
+    from rlhf.training import meshes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "devices", lambda: jax.devices()[:1])
+        yield
+
+
+@pytest.fixture(autouse=True)
+def eight_devices(request, monkeypatch):
+    if "mesh" in request.keywords:
+        from rlhf.training import meshes
+
+        monkeypatch.setattr(meshes, "devices", jax.devices)
 
 
 @pytest.fixture(autouse=True, scope="module")

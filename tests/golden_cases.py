@@ -82,7 +82,9 @@ def check(fn, name, precision, *, given=(), where=None, leave_out=(), tolerance=
     data = arrays(case["file"])
     inputs = {role: data[key] for role, key in case["inputs"].items()}
     inputs |= {role: data[case["outputs"][role]] for role in given}
-    expected = {role: data[key] for role, key in case["outputs"].items() if role not in (*given, *leave_out)}
+    expected = {
+        role: data[key] for role, key in case["outputs"].items() if role not in (*given, *leave_out)
+    }
     cast = lambda x: x.astype(precision) if x.dtype == np.float64 else x
     inputs = {role: cast(x) for role, x in inputs.items()}
     with jax.enable_x64(precision == "float64"):
@@ -99,7 +101,9 @@ def check(fn, name, precision, *, given=(), where=None, leave_out=(), tolerance=
         ours, theirs = (np.where(mask.get(role, True), x, 0.0) for x in (got[role], want))
         error = np.abs(ours - theirs).max(initial=0)
         largest = np.abs(theirs).max(initial=0)
-        assert error <= tolerance * largest, f"{role}: off by {error:.1e}, largest entry {largest:.1e}"
+        assert error <= tolerance * largest, (
+            f"{role}: off by {error:.1e}, largest entry {largest:.1e}"
+        )
     for metric, value in metrics.items():
         want = float(case["metrics"][metric])
         assert abs(value - want) <= tolerance * max(1.0, abs(want)), f"{metric}: {value} but {want}"

@@ -27,9 +27,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SIGNS = {ast.Add: ast.Sub, ast.Sub: ast.Add}
-SWAPS = {"minimum": "maximum", "maximum": "minimum", "clip_low": "clip_high", "clip_high": "clip_low"}
-DROPS = {"stop_gradient": 0, "where": 1, "clean": 0, "constant": 0}  # the argument that is left of a call
-KEEPS = {"constant": "clean", "clean": "widen"}  # a call without its gradient stop, or without its `where`
+SWAPS = {
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "clip_low": "clip_high",
+    "clip_high": "clip_low",
+}
+DROPS = {
+    "stop_gradient": 0,
+    "where": 1,
+    "clean": 0,
+    "constant": 0,
+}  # the argument that is left of a call
+KEEPS = {
+    "constant": "clean",
+    "clean": "widen",
+}  # a call without its gradient stop, or without its `where`
 QUICK = ("test_definitions*.py", "test_gradients.py", "test_golden_*.py", "test_chunked.py")
 EQUIVALENT: dict[str, str] = {}  # `module.function:line: mutation` -> why no test can see it
 
@@ -44,14 +57,24 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.expr, str, ast.expr]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
             yield node, "sign", ast.BinOp(node.left, SIGNS[type(node.op)](), node.right)
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        elif (
+            isinstance(node, ast.UnaryOp)
+            and isinstance(node.op, ast.USub)
+            and not isinstance(node.operand, ast.Constant)
+        ):
             yield node, "sign", node.operand
         elif isinstance(node, ast.Call) and called(node) in KEEPS:
             name = KEEPS[called(node)]
-            yield node, f"{called(node)} -> {name}", ast.Call(ast.Name(name), node.args[: 2 if name == "clean" else 1], [])
+            yield (
+                node,
+                f"{called(node)} -> {name}",
+                ast.Call(ast.Name(name), node.args[: 2 if name == "clean" else 1], []),
+            )
         elif isinstance(node, ast.Call) and called(node) in DROPS:
             yield node, f"drop {called(node)}", node.args[DROPS[called(node)]]
-        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(getattr(node, "ctx", None), ast.Load):
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(
+            getattr(node, "ctx", None), ast.Load
+        ):
             name = node.attr if isinstance(node, ast.Attribute) else node.id
             if name in SWAPS:
                 other = copy.deepcopy(node)
@@ -79,8 +102,12 @@ def mutants(path: Path) -> Iterator[tuple[str, str]]:
         fresh = ast.parse(source)
         old, _, new = list(mutations(fresh))[i]
         changed = ast.fix_missing_locations(Replace(old, new).visit(fresh))
-        helpers = "" if path.name == "_common.py" else "from rlhf.losses._common import clean, widen\n"
-        where = next((f.name for f in tree.body if isinstance(f, ast.FunctionDef) and within(node, f)), "")
+        helpers = (
+            "" if path.name == "_common.py" else "from rlhf.losses._common import clean, widen\n"
+        )
+        where = next(
+            (f.name for f in tree.body if isinstance(f, ast.FunctionDef) and within(node, f)), ""
+        )
         yield f"{path.stem}.{where}:{node.lineno}: {what}", helpers + ast.unparse(changed)
 
 
@@ -107,8 +134,14 @@ def suites(folder: Path, module: str, function: str) -> Iterator[tuple[str, ...]
     seen: set[Path] = set()
     for word in (function, module):  # tests that name the function, then those that name its module
         named = re.compile(rf"\b{word}\b")
-        files = [file for pattern in QUICK for file in sorted((folder / "tests/losses").glob(pattern))]
-        files = [file for file in files if file not in seen and (private or named.search(file.read_text()))]
+        files = [
+            file for pattern in QUICK for file in sorted((folder / "tests/losses").glob(pattern))
+        ]
+        files = [
+            file
+            for file in files
+            if file not in seen and (private or named.search(file.read_text()))
+        ]
         seen |= set(files)
         if files:
             yield tuple(map(str, files))
@@ -152,27 +185,43 @@ def work(mutants_: list[tuple[str, str]], folder: Path, compiled: Path) -> list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--module", action="append", help="a module of losses; all if not given")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--every", type=int, default=1, help="try only every n-th mutant")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     args = parser.parse_args()
     paths = sorted((ROOT / "losses").glob("*.py"))
-    chosen = [m for p in paths if not args.module or p.stem in args.module for m in mutants(p)][:: args.every]
+    chosen = [m for p in paths if not args.module or p.stem in args.module for m in mutants(p)][
+        :: args.every
+    ]
     if args.list:
         print(*(name for name, _ in chosen), sep="\n")
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / str(i) for i in range(args.jobs)]
         for folder in folders:
-            shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
+            shutil.copytree(
+                ROOT,
+                folder,
+                symlinks=True,
+                ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"),
+            )
         parts = [chosen[i :: args.jobs] for i in range(args.jobs)]
-        with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            args.jobs, multiprocessing.get_context("spawn")
+        ) as pool:
             compiled = [Path(temporary) / "compiled"] * args.jobs
             survivors = [name for part in pool.map(work, parts, folders, compiled) for name in part]
-    print(f"{len(chosen)} mutants, {len(survivors)} survive ({len(survivors) / max(len(chosen), 1):.1%})")
-    print(*(f"  {name}  {EQUIVALENT.get(name, 'UNEXPLAINED')}" for name in sorted(survivors)), sep="\n")
+    print(
+        f"{len(chosen)} mutants, {len(survivors)} survive ({len(survivors) / max(len(chosen), 1):.1%})"
+    )
+    print(
+        *(f"  {name}  {EQUIVALENT.get(name, 'UNEXPLAINED')}" for name in sorted(survivors)),
+        sep="\n",
+    )
     return any(name not in EQUIVALENT for name in survivors)
 
 

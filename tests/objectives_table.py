@@ -41,7 +41,9 @@ def functions(module):
     """Public functions of a module of `rlhf.losses`, in the order in which they stand."""
     source = importlib.import_module(f"rlhf.losses.{module}")
     found = [
-        f for name, f in inspect.getmembers(source, inspect.isfunction) if f.__module__ == source.__name__ and name[0] != "_"
+        f
+        for name, f in inspect.getmembers(source, inspect.isfunction)
+        if f.__module__ == source.__name__ and name[0] != "_"
     ]
     return sorted(found, key=lambda f: f.__code__.co_firstlineno)
 
@@ -60,9 +62,13 @@ def summary(function) -> tuple[str, str]:
 def defaults(function) -> str:
     """Its knobs: the keyword-only arguments that have a number or a function as default."""
     knobs = [
-        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
     ]
-    shown = [(p.name, getattr(p.default, "__name__", p.default)) for p in knobs if p.default is not None]
+    shown = [
+        (p.name, getattr(p.default, "__name__", p.default)) for p in knobs if p.default is not None
+    ]
     return ", ".join(f"{name} {value}" for name, value in shown)
 
 
@@ -70,7 +76,13 @@ def table() -> str:
     lines = []
     for module, title in TOPICS.items():
         if title:
-            lines += ["", f"**{title}**", "", "| function | what it computes | source | defaults |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"**{title}**",
+                "",
+                "| function | what it computes | source | defaults |",
+                "|---|---|---|---|",
+            ]
         for function in functions(module):
             cells = (f"`{module}.{function.__name__}`", *summary(function), defaults(function))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -90,7 +90,9 @@ class Silent:
 
 sleeps = _when_bad(lambda completions: time.sleep(60))
 spins = _when_bad(lambda completions: sum(iter(int, 1)))
-holds_the_lock = _when_bad(lambda completions: ctypes.PyDLL(None).sleep(60))  # PyDLL keeps Python's lock
+holds_the_lock = _when_bad(
+    lambda completions: ctypes.PyDLL(None).sleep(60)
+)  # PyDLL keeps Python's lock
 ignores = _when_bad(_ignores)
 forks = _when_bad(_forks)
 leaves = _when_bad(lambda completions: os._exit(3))

@@ -26,7 +26,11 @@ SHORT = {
 
 def commands(page: str) -> list[list[str]]:
     """All commands of `rlhf` and `python -c` in a page's blocks of shell."""
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+    ]
     split = [shlex.split(line) for line in lines]
     return [argv for argv in split if argv[:1] == ["rlhf"] or argv[:2] == ["python", "-c"]]
 

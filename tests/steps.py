@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf import rollouts
+from rlhf.losses import presets
 from rlhf.models import TransformerConfig, scalar_head, transformer
-from rlhf.recipes import dpo, grpo, ppo, reward, sft
+from rlhf.recipes import ppo, reward
+from rlhf.training import policy_gradient, supervised
+from rlhf.training import preference as pair_losses
+from rlhf.training.policy import Policy
 
 VOCAB, HIDDEN, ROWS, LENGTH = 16, 16, 8, 10
 
@@ -26,15 +30,17 @@ def rows(rng: np.random.Generator, number: int = ROWS, length: int = LENGTH) -> 
     """Random right-padded rows of random lengths: a prompt of two tokens, then trained ones."""
     real = np.arange(length)[None, :] < rng.integers(4, length + 1, (number, 1))
     tokens = np.where(real, rng.integers(1, VOCAB, (number, length)), 0).astype(np.int32)
-    return rollouts.whole_rows(tokens, real, real & (np.arange(length)[None, :] >= 2))
+    return rollouts.unpacked_rows(tokens, real, real & (np.arange(length)[None, :] >= 2))
 
 
 def on_policy(rng: np.random.Generator, dtype) -> rollouts.Batch:
     """Rows with everything that GRPO and PPO read, close enough to the policy that the clips bind for some."""
     batch = rows(rng)
-    random = lambda scale, shift=0.0: (scale * rng.normal(size=batch.tokens.shape) + shift).astype(dtype)
+    random = lambda scale, shift=0.0: (scale * rng.normal(size=batch.tokens.shape) + shift).astype(
+        dtype
+    )
     return batch._replace(
-        logprobs=random(0.3, -2.8),
+        old_logprobs=random(0.3, -2.8),
         ref_logprobs=random(0.3, -2.8),
         values=random(0.5),
         returns=random(0.5),
@@ -46,7 +52,9 @@ def pairs(rng: np.random.Generator, number: int = ROWS) -> rollouts.Pairs:
     """Random preference pairs, unpacked."""
     batch = rows(rng, 2 * number)
     two = lambda x: np.reshape(x, (number, 2, LENGTH))
-    return rollouts.Pairs(two(batch.tokens), two(batch.mask), two(batch.positions), two(batch.segment_ids))
+    return rollouts.Pairs(
+        two(batch.tokens), two(batch.mask), two(batch.positions), two(batch.segment_ids)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +74,59 @@ def all_steps(dtype=jnp.float32, **knobs) -> dict[str, Step]:
     with_head = {"lm": lm_params, "head": head.init(jax.random.key(2))}
     rng = np.random.default_rng(0)
     text, sampled, preferred = rows(rng), on_policy(rng, dtype), pairs(rng)
+    algorithm = presets.grpo()
+    policy = Policy(lm)
+    group_loss = policy_gradient.make_loss(policy, algorithm, kl_coef=0.04)
+
+    def with_group_weights(batch):
+        return batch._replace(weights=algorithm.weights(batch.mask, batch.segment_ids))
+
+    def with_pair_weights(pairs, max_segments):
+        pairs = pair_losses.with_reference(
+            policy, {"reference": other}, pairs, max_segments=max_segments
+        )
+        return pair_losses.with_weights(pairs, max_segments=max_segments)
+
     return {
-        "sft": Step(lambda s: sft.objective(lm), lambda b, s: sft.prepare(b), lm_params, text),
+        "sft": Step(
+            lambda s: supervised.make_loss(policy),
+            lambda b, s: supervised.with_weights(b),
+            lm_params,
+            text,
+        ),
         "reward": Step(
-            lambda s: reward.objective(lm, head, max_segments=s),
-            lambda b, s: reward.prepare(b, max_segments=s),
+            lambda s: reward.make_loss(Policy(lm, head), max_segments=s),
+            lambda b, s: pair_losses.with_weights(b, max_segments=s),
             with_head,
             preferred,
         ),
-        "grpo": Step(lambda s: grpo.objective(lm), lambda b, s: grpo.prepare(b), lm_params, sampled),
-        "ppo": Step(lambda s: ppo.objective(lm, head), lambda b, s: ppo.prepare(b), with_head, sampled),
+        "grpo": Step(lambda s: group_loss, lambda b, s: with_group_weights(b), lm_params, sampled),
+        "ppo": Step(
+            lambda s: ppo.make_loss(Policy(lm, head)),
+            lambda b, s: ppo.with_weights(b),
+            with_head,
+            sampled,
+        ),
         "dpo": Step(
-            lambda s: dpo.objective(lm, max_segments=s),
-            lambda b, s: dpo.prepare(lm, other, b, max_segments=s),
+            lambda s: pair_losses.make_loss(policy, max_segments=s),
+            lambda b, s: with_pair_weights(b, s),
             lm_params,
             preferred,
         ),
     }
+
+
+def iteration(policy: Policy, update: Callable, reward_fn: Callable, **sampling) -> Callable:
+    """`(state, prompts, key) -> (state, metrics)`: samples, scores by `reward_fn(context, rollout, key)`, and updates."""
+
+    def iterate(state, prompts, key):
+        sample_key, reward_key, update_key = jax.random.split(key, 3)
+        params = policy.lm_params(state.params, state.context)
+        rollout = rollouts.generate(policy.lm, params, prompts, sample_key, **sampling)
+        rewards = reward_fn(state.context, rollout, reward_key)
+        return update(state, rollout, rewards, update_key)
+
+    return iterate
 
 
 def padded(data: Any) -> Any:
@@ -91,10 +135,14 @@ def padded(data: Any) -> Any:
     def pad(name, x):
         if not np.ndim(x):
             return x
-        junk = {"tokens": 3, "positions": 7}.get(name, False if x.dtype == bool else 0 if name == "segment_ids" else np.nan)
+        junk = {"tokens": 3, "positions": 7}.get(
+            name, False if x.dtype == bool else 0 if name == "segment_ids" else np.nan
+        )
         return np.pad(np.asarray(x), [(0, 0)] * (x.ndim - 1) + [(2, 3)], constant_values=junk)
 
-    return type(data)(**{name: None if x is None else pad(name, x) for name, x in data._asdict().items()})
+    return type(data)(
+        **{name: None if x is None else pad(name, x) for name, x in data._asdict().items()}
+    )
 
 
 def packed(data: Any) -> tuple[Any, int]:

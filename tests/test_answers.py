@@ -39,7 +39,12 @@ def atoms(draw):
     value, kind = Decimal(n), draw(st.integers(0, 7))
     if kind == 0:
         big = draw(st.integers(1000, 2_000_000))
-        written = [f"{big:,}", str(big), f"{big:,}".replace(",", "{,}"), f"{big:,}".replace(",", "\\,")]
+        written = [
+            f"{big:,}",
+            str(big),
+            f"{big:,}".replace(",", "{,}"),
+            f"{big:,}".replace(",", "\\,"),
+        ]
         return draw(st.sampled_from(written)), Decimal(big), True
     if kind == 1:
         digits = draw(st.sampled_from(["5", "25", "50", "125", "0"]))
@@ -49,7 +54,11 @@ def atoms(draw):
         command = draw(st.sampled_from(["frac", "dfrac", "tfrac"]))
         return f"\\{command}{{{n}}}{{{below}}}", value / below, True
     if kind == 3:
-        return draw(st.sampled_from([f"\\sqrt{{{n}}}", f"sqrt({n})", f"√({n})"])), value.sqrt(), True
+        return (
+            draw(st.sampled_from([f"\\sqrt{{{n}}}", f"sqrt({n})", f"√({n})"])),
+            value.sqrt(),
+            True,
+        )
     if kind == 4:
         base, power = draw(st.integers(2, 9)), draw(st.integers(0, 12))
         return (
@@ -90,7 +99,15 @@ def combined(inner):
 
 EXPRESSIONS = st.recursive(atoms(), combined, max_leaves=4)
 WRAPPED = st.sampled_from(
-    ["{}", "\\boxed{{{}}}", "so it is $\\boxed{{{}}}$.", "#### {}", "${}$", "x = {}", "Hence the answer is {}."]
+    [
+        "{}",
+        "\\boxed{{{}}}",
+        "so it is $\\boxed{{{}}}$.",
+        "#### {}",
+        "${}$",
+        "x = {}",
+        "Hence the answer is {}.",
+    ]
 )
 
 
@@ -117,8 +134,14 @@ def test_no_part_of_an_expression_earns_what_the_whole_does_not(expression, wrap
 def test_one_number_in_many_spellings_earns(numerator, denominator, factor):
     value = Fraction(numerator, denominator)
     sign, size = "-" if value < 0 else "", abs(value)
-    spellings = [f"{sign}\\frac{{{abs(numerator) * factor}}}{{{denominator * factor}}}", f"{numerator}/{denominator}"]
-    spellings += [f"\\dfrac{{{numerator}}}{{{denominator}}}", f"({numerator * factor})/({denominator * factor})"]
+    spellings = [
+        f"{sign}\\frac{{{abs(numerator) * factor}}}{{{denominator * factor}}}",
+        f"{numerator}/{denominator}",
+    ]
+    spellings += [
+        f"\\dfrac{{{numerator}}}{{{denominator}}}",
+        f"({numerator * factor})/({denominator * factor})",
+    ]
     whole, rest = divmod(size, 1)
     if whole and rest:
         spellings += [f"{sign}{whole} {rest.numerator}/{rest.denominator}"]
@@ -187,7 +210,24 @@ def test_no_solution_is_not_scored(cell):
 
 
 @pytest.mark.parametrize(
-    "piece", ["(", "{", "\\sqrt{", "\\frac{1}{", "2^{", "-", "1+", "9^9^", "√", "1 ", "(2)", "\\left(", "$", "=", "x="]
+    "piece",
+    [
+        "(",
+        "{",
+        "\\sqrt{",
+        "\\frac{1}{",
+        "2^{",
+        "-",
+        "1+",
+        "9^9^",
+        "√",
+        "1 ",
+        "(2)",
+        "\\left(",
+        "$",
+        "=",
+        "x=",
+    ],
 )
 @pytest.mark.parametrize("wrap", ["{}", "\\boxed{{{}}}"])
 def test_hostile_expressions_are_read_in_bounded_time(piece, wrap):

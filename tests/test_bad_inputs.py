@@ -48,25 +48,35 @@ CASES = [
 
 def contents(folder: Path) -> dict:
     """Every file, its size and when it was written."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.parametrize(("module", "argv", "message"), CASES)
-def test_a_bad_input_is_one_line_and_exit_code_2(module, argv, message, base, tmp_path, capsys, monkeypatch):
+def test_a_bad_input_is_one_line_and_exit_code_2(
+    module, argv, message, base, tmp_path, capsys, monkeypatch
+):
     tmp, out = tmp_path / "in", tmp_path / "out"
     tmp.mkdir()
     if hasattr(module, "prepare"):
         module.prepare(tmp, base)
     before = contents(tmp)
     words = {"BASE": base, "OUT": str(out), "TMP": str(tmp), "HERE": str(HERE)}
-    filled = [re.sub("BASE|OUT|TMP|HERE(?=/)", lambda found: words[found[0]], word) for word in argv]
+    filled = [
+        re.sub("BASE|OUT|TMP|HERE(?=/)", lambda found: words[found[0]], word) for word in argv
+    ]
     monkeypatch.chdir(tmp)
     monkeypatch.setenv("COLUMNS", "200")  # a progress bar is one line
     monkeypatch.setattr(sys, "path", [*sys.path])
     code = in_bounds(lambda: cli.main(filled))
     said = capsys.readouterr().err
-    error = "\n".join(line for line in said.splitlines() if line.strip() and not line.startswith(BAR))
+    error = "\n".join(
+        line for line in said.splitlines() if line.strip() and not line.startswith(BAR)
+    )
     assert code == 2, said
     assert message in error
     assert "\n" not in error
@@ -80,12 +90,14 @@ def in_bounds(call):
     """What it returns.  Raises: TookTooLong, and AssertionError where it took too much memory."""
 
     def late(number, frame):
-        raise TookTooLong(f"no answer after {SECONDS} s")
+        raise TookTooLong(f"nothing after {SECONDS} s")
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     earlier = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # native code hears no signal
+    faulthandler.dump_traceback_later(
+        3 * SECONDS, exit=True, file=sys.__stderr__
+    )  # native code hears no signal
     try:
         return call()
     finally:

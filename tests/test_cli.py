@@ -18,19 +18,37 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rlhf import cli, runs, tasks, track, trl_names
+from rlhf import cli, tasks, trl_names
 from rlhf.checkpoint import Checkpoints
+from rlhf.command_line import options_of
 from rlhf.models import huggingface
-from rlhf.options import options_of
-from rlhf.recipes import q_heads, setup
+from rlhf.training import datasets, q_heads, runs, track
+from rlhf.training.options import DatasetOptions
 
 HERE = Path(__file__).parent / "bad_inputs"
-SMALL = ["--dataset_size", "64", "--batch_size", "8", "--learning_rate", "1e-3", "--max_length", "32"]
+SMALL = [
+    "--dataset_size",
+    "64",
+    "--batch_size",
+    "8",
+    "--learning_rate",
+    "1e-3",
+    "--max_length",
+    "32",
+]
+
+UNSTEADY = (
+    "seconds",
+    "tokens_per_second",
+    "compilations",
+    "time/sampling",
+    "time/rewards",
+)  # of metrics
 
 
 def logged(folder: Path, phase: str) -> list[dict]:
     rows = [row for row in runs.metrics_of(folder) if row["phase"] == phase]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in UNSTEADY} for row in rows]
 
 
 def weights(folder: Path) -> bytes:
@@ -38,13 +56,26 @@ def weights(folder: Path) -> bytes:
 
 
 def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
-    ask = ["sft", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "5", "--save_every", "2", "--packing", "bfd"]
+    ask = [
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        *SMALL,
+        "--steps",
+        "5",
+        "--save_every",
+        "2",
+        "--packing",
+        "bfd",
+    ]
     ask += ["--batch_size", "4", "--eval_dataset", "task:reverse"]
     assert cli.main([*ask, "--output", str(tmp_path / "whole")]) == 0
     original = runs.RunFolder.log
 
-    def stop(self, phase, step, figures):
-        original(self, phase, step, figures)
+    def stop(self, phase, step, metrics):
+        original(self, phase, step, metrics)
         if step == 3:
             raise KeyboardInterrupt
 
@@ -60,7 +91,9 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
     for phase in ("train", "eval"):
         assert logged(tmp_path / "halves", phase) == logged(tmp_path / "whole", phase)
     assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
-    assert np.abs(early - huggingface.load(tmp_path / "whole" / "model")[1]["embedding"]).max() > 1e-4
+    assert (
+        np.abs(early - huggingface.load(tmp_path / "whole" / "model")[1]["embedding"]).max() > 1e-4
+    )
     first, last = logged(tmp_path / "whole", "train")[::4]
     assert last["loss"] < first["loss"]
     config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
@@ -70,10 +103,23 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
     assert (tmp_path / "whole" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_process_told_to_stop_saves_first(base, tmp_path):
-    ask = ["sft", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "1000000", "--output", str(tmp_path / "run")]
+def test_a_process_asked_to_stop_saves_first(base, tmp_path):
+    ask = [
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        *SMALL,
+        "--steps",
+        "1000000",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen([sys.executable, "-m", "rlhf", *ask], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf", *ask], stderr=subprocess.PIPE, text=True
+    ) as process:
         while process.poll() is None and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.1)
         process.terminate()
@@ -87,7 +133,16 @@ def test_a_process_told_to_stop_saves_first(base, tmp_path):
 
 
 def test_a_resumed_run_asks_for_the_same(base, tmp_path, capsys):
-    ask = ["sft", "--model", base, "--dataset", "task:reverse", *SMALL, "--output", str(tmp_path / "run")]
+    ask = [
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        *SMALL,
+        "--output",
+        str(tmp_path / "run"),
+    ]
     run = runs.RunFolder(tmp_path / "run", {"learning_rate": 1e-3, "model": "another"})
     run.describe()
     assert cli.main([*ask, "--resume"]) == 2
@@ -98,50 +153,97 @@ def test_a_resumed_run_asks_for_the_same(base, tmp_path, capsys):
 
 def test_reward_and_dpo_with_adapters(base, tmp_path):
     ask = ["--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "2", "--lora_rank", "2"]
-    assert cli.main(["reward", *ask, "--center_coef", "0.1", "--output", str(tmp_path / "reward")]) == 0
+    assert (
+        cli.main(["reward", *ask, "--center_coef", "0.1", "--output", str(tmp_path / "reward")])
+        == 0
+    )
     *_, params, _ = huggingface.load_classifier(tmp_path / "reward" / "model")
     assert np.abs(params["head"]["weight"]).max() > 0
     extra = ["--loss", "sigmoid", "sft", "--loss_weights=[1,0.5]", "--eval_dataset", "task:reverse"]
     assert cli.main(["dpo", *ask, *extra, "--output", str(tmp_path / "dpo")]) == 0
     first, second = logged(tmp_path / "dpo", "train")
-    assert first["margin"] == 0  # policy and reference are one
+    assert first["rewards/margins"] == 0  # policy and reference are one
     assert second["loss"] < first["loss"]
     assert (tmp_path / "dpo" / "adapter" / "adapter_config.json").exists()
-    before, after = (huggingface.load(folder)[1]["layers"]["q"] for folder in (base, tmp_path / "dpo" / "model"))
+    before, after = (
+        huggingface.load(folder)[1]["layers"]["q"] for folder in (base, tmp_path / "dpo" / "model")
+    )
     assert np.linalg.matrix_rank(np.asarray(after - before)[0], tol=1e-6) == 2
 
 
 def test_a_reference_follows_its_policy(base, tmp_path):
     ask = ["dpo", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "3"]
     assert cli.main([*ask, "--output", str(tmp_path / "stays")]) == 0
-    assert cli.main([*ask, "--sync_every", "2", "--sync_share", "1", "--output", str(tmp_path / "follows")]) == 0
+    assert (
+        cli.main(
+            [*ask, "--sync_every", "2", "--sync_share", "1", "--output", str(tmp_path / "follows")]
+        )
+        == 0
+    )
     stays, follows = (logged(tmp_path / name, "train") for name in ("stays", "follows"))
-    assert [row["margin"] for row in follows[:2]] == pytest.approx([row["margin"] for row in stays[:2]], abs=1e-5)
-    assert stays[2]["margin"] != 0
-    assert follows[2]["margin"] == pytest.approx(0, abs=1e-5)  # after two steps the reference is the policy
+    margins = lambda rows: [row["rewards/margins"] for row in rows]
+    assert margins(follows)[:2] == pytest.approx(margins(stays)[:2], abs=1e-5)
+    assert margins(stays)[2] != 0
+    assert margins(follows)[2] == pytest.approx(
+        0, abs=1e-5
+    )  # after two steps the reference is the policy
 
 
 def test_grpo_samples_scores_and_resumes(base, tmp_path):
-    ask = ["grpo", "--model", base, "--dataset", "task:reverse", "--dataset_size", "32", "--batch_size", "4", "--steps", "2"]
-    ask += ["--num_samples", "4", "--max_new_tokens", "4", "--beta", "0.1", "--mini_batches", "2", "--loss", "dapo"]
-    ask += ["--eval_dataset", "task:reverse", "--learning_rate", "1e-3", "--output", str(tmp_path / "run")]
+    ask = [
+        "grpo",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        "--dataset_size",
+        "32",
+        "--batch_size",
+        "4",
+        "--steps",
+        "2",
+    ]
+    ask += [
+        "--num_samples",
+        "4",
+        "--max_new_tokens",
+        "4",
+        "--kl_coef",
+        "0.1",
+        "--mini_batches",
+        "2",
+        "--loss",
+        "dapo",
+    ]
+    ask += [
+        "--eval_dataset",
+        "task:reverse",
+        "--learning_rate",
+        "1e-3",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     assert cli.main(ask) == 0
     rows = logged(tmp_path / "run", "train")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 <= row["reward"] <= 1 and row["tokens"] > 0 for row in rows)
-    table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "00000004.parquet").to_pydict()
+    table = pyarrow.parquet.read_table(
+        tmp_path / "run" / "samples" / "00000004.parquet"
+    ).to_pydict()
     assert sorted(table) == ["completion", "prompt", "reason", "reward"]
     assert len(table["reward"]) == 16
     written = weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
-    assert cli.main([*ask, "--resume"]) == 0  # it is over: its model is written again, and no step is taken
+    assert (
+        cli.main([*ask, "--resume"]) == 0
+    )  # it is over: its model is written again, and no step is taken
     assert weights(tmp_path / "run") == written
     assert logged(tmp_path / "run", "train") == rows
 
 
 def test_data_sets_are_mixed_and_cut_short():
     fine, task = bad("fine.jsonl"), "task:reverse"
-    rows = lambda **options: setup.Data(**options).rows(tasks.demonstrations)[0]
+    rows = lambda **options: datasets.load_rows(DatasetOptions(**options), tasks.demonstrations)[0]
     alone = rows(dataset=fine)
     assert rows(dataset=fine, max_rows=1) == alone[:1]
     assert len(alone) > 1
@@ -153,12 +255,12 @@ def test_data_sets_are_mixed_and_cut_short():
     assert len(mixed) == 2 * len(alone)
 
 
-def test_figures_go_to_trackers_too(tmp_path, monkeypatch):
+def test_metrics_go_to_trackers_too(tmp_path, monkeypatch):
     seen = []
 
     @contextlib.contextmanager
     def tracker(run):
-        yield lambda step, figures: seen.append((run.path.name, step, figures["loss"]))
+        yield lambda step, metrics: seen.append((run.path.name, step, metrics["loss"]))
 
     monkeypatch.setitem(track.TRACKERS, "wandb", tracker)
     with track.trackers(["wandb", "wandb"], runs.RunFolder(tmp_path / "run")) as log:
@@ -166,25 +268,39 @@ def test_figures_go_to_trackers_too(tmp_path, monkeypatch):
     assert seen == [("run", 3, 0.5)] * 2
 
 
-def test_chat_answers_line_after_line(base, capsys, monkeypatch):
+def test_chat_replies_line_after_line(base, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc=\ncd=\n\nnever\n"))
     assert cli.main(["chat", base, "--max_new_tokens", "3", "--top_k", "2"]) == 0
     said = capsys.readouterr()
     assert said.err.count("> ") == 3
-    answers = said.out.splitlines()
-    assert len(answers) == 2
-    assert all(set(answer) <= set("abcdefghijklmnopqrstuvwxyz0123456789=+-:\n ") for answer in answers)
+    replies = said.out.splitlines()
+    assert len(replies) == 2
+    assert all(
+        set(reply) <= set("abcdefghijklmnopqrstuvwxyz0123456789=+-:\n ") for reply in replies
+    )
 
 
-def shorter(prompts, answers, others):
-    """A judge: the shorter answer wins."""
-    return [0.5 if len(a) == len(b) else float(len(a) < len(b)) for a, b in zip(answers, others, strict=True)]
+def shorter(prompts, completions, others):
+    """A judge: the shorter completion wins."""
+    return [
+        0.5 if len(a) == len(b) else float(len(a) < len(b))
+        for a, b in zip(completions, others, strict=True)
+    ]
 
 
 def test_a_model_wins_against_another(base, tmp_path, capsys):
     other = str(tmp_path / "other")
     assert cli.main(["new", other, "--hidden_size", "16", "--num_heads", "2", "--seed", "1"]) == 0
-    ask = ["--dataset", "task:reverse", "--dataset_size", "16", "--max_new_tokens", "4", "--num_samples", "1"]
+    ask = [
+        "--dataset",
+        "task:reverse",
+        "--dataset_size",
+        "16",
+        "--max_new_tokens",
+        "4",
+        "--num_samples",
+        "1",
+    ]
 
     def rate(model, against, *more):
         assert cli.main(["eval", model, *ask, "--against", against, *more]) == 0
@@ -192,38 +308,70 @@ def test_a_model_wins_against_another(base, tmp_path, capsys):
         return float(words[words.index("win_rate") + 1])
 
     assert rate(base, base) == 0.5
-    assert rate(base, other, "--reward", "length") == pytest.approx(1 - rate(other, base, "--reward", "length"))
-    by_judge = rate(base, other, "--judge", f"{__name__}:shorter")
+    assert rate(base, other, "--reward", "length") == pytest.approx(
+        1 - rate(other, base, "--reward", "length")
+    )
+    by_judge = rate(base, other, "--preference", f"{__name__}:shorter")
     assert by_judge != 0.5
-    assert by_judge == pytest.approx(1 - rate(other, base, "--judge", f"{__name__}:shorter"))
+    assert by_judge == pytest.approx(1 - rate(other, base, "--preference", f"{__name__}:shorter"))
 
 
-def test_a_run_of_ilql_answers_by_its_values(base, tmp_path):
-    """Both Qs of one token are far above all others, and the run leaned to them: every answer is that token."""
+def test_a_run_of_ilql_samples_by_its_values(base, tmp_path):
+    """Both Qs of one token are far above all others, and the run leaned to them: every completion is that token."""
     (tmp_path / "run").mkdir()
     shutil.copytree(base, tmp_path / "run" / "model")
     (tmp_path / "run" / "config.yaml").write_text("beta: 2.0\n")
     tokenizer = huggingface.load_tokenizer(base)
     heads = q_heads.heads_of(16, huggingface.load(base)[1]["embedding"].shape[0])
     params = jax.tree.map(jnp.zeros_like, heads.init(jax.random.key(0)))
-    target = {**params["q"], "bias": params["q"]["bias"].at[:, tokenizer.convert_tokens_to_ids("k")].set(50.0)}
+    target = {
+        **params["q"],
+        "bias": params["q"]["bias"].at[:, tokenizer.convert_tokens_to_ids("k")].set(50.0),
+    }
     q_heads.save(tmp_path / "run" / q_heads.FILE, {**params, "target": target})
-    ask = ["--dataset", "task:reverse", "--dataset_size", "4", "--max_new_tokens", "3", "--num_samples", "1"]
+    ask = [
+        "--dataset",
+        "task:reverse",
+        "--dataset_size",
+        "4",
+        "--max_new_tokens",
+        "3",
+        "--num_samples",
+        "1",
+    ]
     for model, same in ((tmp_path / "run", True), (tmp_path / "run" / "model", False)):
-        assert cli.main(["eval", str(model), *ask, "--output", str(tmp_path / "answers.jsonl"), "--overwrite"]) == 0
-        answers = [json.loads(line)["completion"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-        assert (set(answers) == {"kkk"}) == same
+        assert (
+            cli.main(
+                [
+                    "eval",
+                    str(model),
+                    *ask,
+                    "--output",
+                    str(tmp_path / "completions.jsonl"),
+                    "--overwrite",
+                ]
+            )
+            == 0
+        )
+        rows = [
+            json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()
+        ]
+        assert ({row["completion"] for row in rows} == {"kkk"}) == same
 
 
 def test_a_run_without_a_model_yet_is_named(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("model: base\n")
     run = str(tmp_path)
-    for command in (["eval", run, "--dataset", "task:reverse"], ["chat", run], ["export", run, "--output", f"{run}/new"]):
+    for command in (
+        ["eval", run, "--dataset", "task:reverse"],
+        ["chat", run],
+        ["export", run, "--output", f"{run}/new"],
+    ):
         assert cli.main(command) == 2
         assert "a model yet (of adapters it comes last); --resume it" in capsys.readouterr().err
 
 
-def test_several_tokens_may_end_an_answer(base, tmp_path):
+def test_several_tokens_may_end_a_completion(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     tokenizer, file = huggingface.load_tokenizer(base), tmp_path / "base" / "generation_config.json"
     assert huggingface.end_ids(base, tokenizer) == (2,)
@@ -235,27 +383,73 @@ def test_several_tokens_may_end_an_answer(base, tmp_path):
 
 def test_every_name_of_trl_is_an_option_here():
     known = set()
-    for fn in (importlib.import_module(module).main for module, _ in cli.COMMANDS.values() if ".recipes." in module):
+    for fn in (
+        importlib.import_module(module).main
+        for module, _ in cli.COMMANDS.values()
+        if ".recipes." in module
+    ):
         known |= set(options_of(fn))
     names = trl_names.RENAMED | trl_names.TARGETS
     assert set(names.values()) <= known, set(names.values()) - known
 
 
 def test_options_from_a_file_and_from_the_command_line(tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("model: m\ndataset: task:sort\nlearning_rate: 0.5\nsteps: 3\n")
+    (tmp_path / "run.yaml").write_text(
+        "model: m\ndataset: task:sort\nlearning_rate: 0.5\nsteps: 3\n"
+    )
     with pytest.raises(SystemExit):
-        cli.main(["sft", "--config", str(tmp_path / "run.yaml"), "--output", "o", "--steps", "7", "--print_config"])
+        cli.main(
+            [
+                "sft",
+                "--config",
+                str(tmp_path / "run.yaml"),
+                "--output",
+                "o",
+                "--steps",
+                "7",
+                "--print_config",
+            ]
+        )
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["learning_rate"], shown["steps"], shown["dataset"]) == (0.5, 7, "task:sort")
     with pytest.raises(SystemExit):
-        cli.main(["sft", "--model_name_or_path", "m", "--dataset-name", "d", "--output_dir=o", "--resume", "--print_config"])
+        cli.main(
+            [
+                "sft",
+                "--model_name_or_path",
+                "m",
+                "--dataset-name",
+                "d",
+                "--output_dir=o",
+                "--resume",
+                "--print_config",
+            ]
+        )
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["model"], shown["dataset"], shown["output"], shown["resume"]) == ("m", "d", "o", True)
-    theirs = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--loss_type", "ipo"]
+    assert (shown["model"], shown["dataset"], shown["output"], shown["resume"]) == (
+        "m",
+        "d",
+        "o",
+        True,
+    )
+    theirs = [
+        "--per_device_train_batch_size",
+        "4",
+        "--gradient_accumulation_steps",
+        "2",
+        "--loss_type",
+        "ipo",
+    ]
     with pytest.raises(SystemExit):
-        cli.main(["dpo", "--model", "m", "--dataset", "d", "--output", "o", *theirs, "--print_config"])
+        cli.main(
+            ["dpo", "--model", "m", "--dataset", "d", "--output", "o", *theirs, "--print_config"]
+        )
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["batch_size"], shown["micro_batches"], shown["loss"]) == (8, 2, ["ipo"])  # the batch of TRL's step
+    assert (shown["batch_size"], shown["micro_batches"], shown["loss"]) == (
+        8,
+        2,
+        ["ipo"],
+    )  # the batch of TRL's step
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "help"])
@@ -267,16 +461,37 @@ def test_help_is_three_screens_of_options_and_defaults(name, capsys, monkeypatch
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 140
-    shown = {line.split()[0]: line.split()[1] for line in lines if line.startswith("  --")}
     options = options_of(importlib.import_module(cli.COMMANDS[name][0]).main)
     needed = {option for option in options if options[option].needed}
-    assert {option.removeprefix("--") for option, value in shown.items() if value == "..."} == needed
+    assert all(f"--{option} " in " ".join(lines) for option in options)
+    own = {option for option in options if options[option].of is None}
+    explained = {line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")}
+    assert own | needed <= explained
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "help"])
+def test_help_all_explains_every_option(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help", "all"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = {line.split()[0]: line.split()[1] for line in lines if line.startswith("  --")}
+    options = options_of(importlib.import_module(cli.COMMANDS[name][0]).main)
+    assert {option.removeprefix("--") for option in shown} == set(options)
+    needed = {option for option in options if options[option].needed}
+    assert {
+        option.removeprefix("--") for option, value in shown.items() if value == "..."
+    } == needed
     assert all(option.text for option in options.values())
     if "--learning_rate" in shown:
         assert shown["--learning_rate"] == "1e-05"
         assert shown["--patience"] == "0"
         assert shown["--track"] == "[]"
-        assert any("(linear, cosine, constant)" in line for line in lines)
+        choices = (
+            "(linear, cosine, constant, cosine_with_min_lr, warmup_stable_decay, inverse_sqrt)"
+        )
+        assert choices in " ".join(" ".join(lines).split())
 
 
 def test_help_without_a_command(capsys):
@@ -294,7 +509,9 @@ def bad(name: str) -> str:
 
 @pytest.mark.parametrize("argv", [["stf"], ["sft", "--lerning_rate", "1"], ["sft", "--model", "m"]])
 def test_a_mistake_in_a_process_of_its_own(argv):
-    found = subprocess.run([sys.executable, "-m", "rlhf", *argv], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "rlhf", *argv], capture_output=True, text=True, check=False
+    )
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
     assert found.stderr.count("\n") == 1

@@ -22,11 +22,15 @@ def test_a_small_run(example, monkeypatch):
     monkeypatch.setattr(example, "OBJECTIVES", {"saturating": example.mine})
     monkeypatch.setattr(example.demo, "SAMPLES", 32)
     # A model of two steps writes nothing grammatical, so that something else is rewarded here.
-    monkeypatch.setattr(example, "verdicts", lambda tokenizer, rollout: np.float32((rollout.tokens % 3 == 0).sum(-1)))
-    figures = example.main(["--steps", "2", "--sft-steps", "4", "--hidden-size", "16"])
-    assert list(figures) == ["language model", "saturating"]
-    assert figures["language model"]["kl_to_reference"] == pytest.approx(0.0, abs=1e-4)
-    assert figures["saturating"]["kl_to_reference"] > 1e-3  # it has moved
+    monkeypatch.setattr(
+        example,
+        "verdicts",
+        lambda tokenizer, rollout: np.float32((rollout.tokens % 3 == 0).sum(-1)),
+    )
+    metrics = example.main(["--steps", "2", "--sft-steps", "4", "--hidden-size", "16"])
+    assert list(metrics) == ["language model", "saturating"]
+    assert metrics["language model"]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics["saturating"]["objective/kl"] > 1e-3  # it has moved
 
 
 def test_every_objective_has_at_most_ten_lines():
@@ -38,7 +42,12 @@ def test_every_objective_has_at_most_ten_lines():
 
 
 def test_the_verdict_is_the_grammars(example, monkeypatch):
-    texts = {"prompts": ["the film", "the film", "the film"], "completions": ["is great .", "is dull .", "great is ."]}
+    texts = {
+        "prompts": ["the film", "the film", "the film"],
+        "completions": ["is great .", "is dull .", "great is ."],
+    }
     for name, value in texts.items():
-        monkeypatch.setattr(example.rollouts.text, name, lambda tokenizer, rollout, value=value: value)
+        monkeypatch.setattr(
+            example.rollouts.text, name, lambda tokenizer, rollout, value=value: value
+        )
     assert example.verdicts(None, None).tolist() == [1.0, 0.0, 0.0]

@@ -19,7 +19,9 @@ def test_encode_rows_trains_the_completion_and_the_end():
 
 
 def test_preference_pairs_share_their_prompt():
-    pairs = data.preference_pairs(reviews.tokenizer(), ["the film"], ["is great ."], ["was very dull ."], 8)
+    pairs = data.preference_pairs(
+        reviews.tokenizer(), ["the film"], ["is great ."], ["was very dull ."], 8
+    )
     assert pairs.tokens.shape == (1, 2, 8)
     np.testing.assert_array_equal(pairs.tokens[0, 0, :3], pairs.tokens[0, 1, :3])
     np.testing.assert_array_equal(pairs.mask.sum(-1), [[4, 5]])
@@ -71,12 +73,19 @@ def test_order_visits_every_row_once_an_epoch_and_depends_on_seed_and_step_alone
 @pytest.mark.parametrize("hosts", [1, 2, 3, 6])
 def test_the_hosts_shares_are_the_batch_of_one_host(hosts):
     for step in range(4):
-        shares = [data.batch_indices(3, step, 13, 6, process_index=i, process_count=hosts) for i in range(hosts)]
+        shares = [
+            data.batch_indices(3, step, 13, 6, process_index=i, process_count=hosts)
+            for i in range(hosts)
+        ]
         assert {len(share) for share in shares} == {6 // hosts}
         np.testing.assert_array_equal(np.concatenate(shares), data.batch_indices(3, step, 13, 6))
-    with pytest.raises(ValueError, match=f"process_index {hosts} but process_count {hosts}; hosts count from 0"):
+    with pytest.raises(
+        ValueError, match=f"process_index {hosts} but process_count {hosts}; hosts count from 0"
+    ):
         data.batch_indices(3, 0, 13, 6, process_index=hosts, process_count=hosts)
-    with pytest.raises(ValueError, match="a batch of 6 rows does not split evenly over 4 hosts; use a multiple"):
+    with pytest.raises(
+        ValueError, match="a batch of 6 rows does not split evenly over 4 hosts; use a multiple"
+    ):
         data.batch_indices(3, 0, 13, 6, process_count=4)
 
 
@@ -84,11 +93,20 @@ def test_the_grammar_judges_itself():
     rng = np.random.default_rng(0)
     for positive in (True, False):
         for _ in range(200):
-            assert reviews.sentiment(f"{reviews.prompt(rng)} {reviews.completion(rng, positive)}") is positive
+            assert (
+                reviews.sentiment(f"{reviews.prompt(rng)} {reviews.completion(rng, positive)}")
+                is positive
+            )
     texts = [reviews.review(rng) for _ in range(2000)]
     assert 0.45 < np.mean([reviews.sentiment(text) for text in texts]) < 0.55
     assert np.mean([reviews.sentiment(reviews.garbled(rng, text)) is None for text in texts]) > 0.9
-    for wrong in ("", "the film", "the film is great", "the film is great and the plot is dull .", "film the is great ."):
+    for wrong in (
+        "",
+        "the film",
+        "the film is great",
+        "the film is great and the plot is dull .",
+        "film the is great .",
+    ):
         assert reviews.sentiment(wrong) is None
     tokenizer = reviews.tokenizer()
     longest = max(len(tokenizer.encode(text)) for text in texts)

@@ -16,7 +16,7 @@ from rlhf.models import huggingface
 
 SMALL = dict(hidden_size=32, rows=32, corpus=64, pairs=64, steps=2)
 KEYS = {
-    "positive_before", "positive_after", "grammatical_after", "distinct_after", "kl_to_reference", "reward_accuracy", "seconds"
+    "positive_before", "positive_after", "grammatical_after", "distinct_after", "objective/kl", "reward_accuracy", "seconds"
 }  # fmt: skip
 
 
@@ -32,7 +32,14 @@ def small(monkeypatch):
 def test_demo_writes_everything(algorithm, tmp_path):
     folder = tmp_path / algorithm
     console = Console(quiet=True)
-    summary = demo.run(algorithm=algorithm, seed=0, output=str(folder), control="shuffled", console=console, **SMALL)
+    summary = demo.run(
+        algorithm=algorithm,
+        seed=0,
+        output=str(folder),
+        control="shuffled",
+        console=console,
+        **SMALL,
+    )
     assert set(summary) >= KEYS
     assert summary == json.loads((folder / "summary.json").read_text())
     assert all(np.isfinite(v) for v in summary.values() if isinstance(v, float))
@@ -49,13 +56,22 @@ def test_demo_writes_everything(algorithm, tmp_path):
     assert tokenizer.decode(tokenizer.encode("the film")) == "<bos> the film"
     if algorithm == "ppo":
         with pytest.raises(ValueError, match="already holds a run"):
-            demo.run(algorithm=algorithm, seed=0, output=str(folder), control="none", console=console, **SMALL)
+            demo.run(
+                algorithm=algorithm,
+                seed=0,
+                output=str(folder),
+                control="none",
+                console=console,
+                **SMALL,
+            )
         assert summary == json.loads((folder / "summary.json").read_text())  # nothing was lost
 
 
 def test_the_demos_model_is_about_a_million_parameters():
     models = demo.make_models(96)
-    size = sum(np.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(models.lm.init, jax.random.key(0))))
+    size = sum(
+        np.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(models.lm.init, jax.random.key(0)))
+    )
     assert 0.8e6 < size < 1.2e6
 
 
@@ -74,5 +90,7 @@ def test_help_as_a_process_needs_no_jax():
     code = "import sys; sys.modules['jax'] = None; from rlhf.cli import main; main(['--help'])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "grpo" in shown.stdout
-    module = subprocess.run([sys.executable, "-m", "rlhf"], capture_output=True, text=True, check=False)
+    module = subprocess.run(
+        [sys.executable, "-m", "rlhf"], capture_output=True, text=True, check=False
+    )
     assert module.returncode == 2

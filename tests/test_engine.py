@@ -30,14 +30,22 @@ TOKENIZER = HERE / "checkpoints" / "tokenizer"
 KEY = jax.random.key(0)
 NEW = 8
 PROMPTS = rollouts.Prompts(
-    jnp.array([[3, 4, 5], [0, 6, 7], [8, 0, 0]]), jnp.array([[True, True, True], [False, True, True], [True, False, False]])
+    jnp.array([[3, 4, 5], [0, 6, 7], [8, 0, 0]]),
+    jnp.array([[True, True, True], [False, True, True], [True, False, False]]),
 )
-ENDS = (2, *range(0, 100, 7))  # the server's own, and enough others that some rows end and some do not
+ENDS = (
+    2,
+    *range(0, 100, 7),
+)  # the server's own, and enough others that some rows end and some do not
 
 
 @pytest.fixture(scope="module")
 def model():
-    lm = transformer(TransformerConfig(100, 16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32, qkv_bias=True))
+    lm = transformer(
+        TransformerConfig(
+            100, 16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32, qkv_bias=True
+        )
+    )
     return lm, jax.tree.map(lambda x: 2.5 * x, lm.init(KEY))  # far from uniform
 
 
@@ -67,10 +75,21 @@ def running(server):
 @pytest.fixture(scope="module")
 def server(model, folder):
     """An engine that asks a process of `python -m rlhf.rollouts.server`."""
-    command = [sys.executable, "-m", "rlhf.rollouts.server", str(folder), "--port", "0", "--model", "policy"]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf.rollouts.server",
+        str(folder),
+        "--port",
+        "0",
+        "--model",
+        "policy",
+    ]
     with (
         open(folder / "errors", "w") as errors,
-        subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(
+            command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
     ):
         try:
             greedily(model)  # compiles while the server starts
@@ -79,18 +98,24 @@ def server(model, folder):
             url = line.split()[-1]
             with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
                 assert answer.status == 200
-            yield engines.openai_engine(url + "/v1", "policy", concurrency=8, retries=0, timeout=120)
+            yield engines.openai_engine(
+                url + "/v1", "policy", concurrency=8, retries=0, timeout=120
+            )
         finally:
             process.terminate()
 
 
 def ask(engine, key=KEY, prompts=PROMPTS, **settings):
-    return engines.generate_remote(engine, prompts, key, **dict(max_new_tokens=NEW, eos_ids=ENDS) | settings)
+    return engines.generate_remote(
+        engine, prompts, key, **dict(max_new_tokens=NEW, eos_ids=ENDS) | settings
+    )
 
 
 def greedily(model, **changes):
     lm, params = model
-    settings = dict(max_new_tokens=NEW, num_samples=2, sampler=rollouts.greedy(), eos_ids=ENDS) | changes
+    settings = (
+        dict(max_new_tokens=NEW, num_samples=2, sampler=rollouts.greedy(), eos_ids=ENDS) | changes
+    )
     return rollouts.generate(lm, settings.pop("params", params), PROMPTS, KEY, **settings)
 
 
@@ -125,7 +150,9 @@ def test_sampled_rows_have_the_logprobs_of_the_model(server, model):
         assert ended[-1] == finished
         assert finished or mask.sum() == NEW
     np.testing.assert_array_equal(ask(server, temperature=0.7, num_samples=2).tokens, remote.tokens)
-    assert not np.array_equal(ask(server, jax.random.key(1), temperature=0.7, num_samples=2).tokens, remote.tokens)
+    assert not np.array_equal(
+        ask(server, jax.random.key(1), temperature=0.7, num_samples=2).tokens, remote.tokens
+    )
 
 
 @pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
@@ -133,40 +160,62 @@ def test_filters_are_sent_and_leave_the_likeliest_token(server, model, setting):
     remote = ask(server, num_samples=2, **setting)
     np.testing.assert_array_equal(remote.tokens, greedily(model).tokens)
     np.testing.assert_allclose(remote.sampling_logprobs, 0, atol=1e-6)
-    np.testing.assert_allclose(engines.rescored(*model, remote).logprobs, greedily(model).logprobs, atol=1e-5)
+    np.testing.assert_allclose(
+        engines.rescored(*model, remote).logprobs, greedily(model).logprobs, atol=1e-5
+    )
 
 
 def test_texts_are_read_and_written(server, folder):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    ids = dict(prompt=[tokenizer.encode("ab")], temperature=0, stop_token_ids=ENDS, return_token_ids=True)
+    ids = dict(
+        prompt=[tokenizer.encode("ab")], temperature=0, stop_token_ids=ENDS, return_token_ids=True
+    )
     answer = json.loads(server.send("/v1/completions", ids))
-    text = json.loads(server.send("/v1/completions", ids | dict(prompt="ab", logprobs=1, return_token_ids=False)))
+    text = json.loads(
+        server.send("/v1/completions", ids | dict(prompt="ab", logprobs=1, return_token_ids=False))
+    )
     (choice,), (expected,) = text["choices"], answer["choices"]
     assert choice["text"] == tokenizer.decode(expected["token_ids"], skip_special_tokens=True) != ""
     assert choice["logprobs"]["tokens"] == tokenizer.convert_ids_to_tokens(expected["token_ids"])
-    assert len(choice["logprobs"]["token_logprobs"]) == text["usage"]["completion_tokens"] == len(expected["token_ids"])
+    assert (
+        len(choice["logprobs"]["token_logprobs"])
+        == text["usage"]["completion_tokens"]
+        == len(expected["token_ids"])
+    )
     assert "token_ids" not in choice
     assert expected["logprobs"] is None
 
 
 def test_penalties_equal_those_of_generate(server, model):
     settings = dict(repetition_penalty=1.4, frequency_penalty=0.75, presence_penalty=1.5)
-    transforms = [getattr(samplers, name)(value) for name, value in settings.items()] + [samplers.min_new_tokens(5, ENDS)]
+    transforms = [getattr(samplers, name)(value) for name, value in settings.items()] + [
+        samplers.min_new_tokens(5, ENDS)
+    ]
     local = greedily(model, sampler=rollouts.sampler(*transforms, *rollouts.greedy().transforms))
     assert_same(ask(server, temperature=0, num_samples=2, min_new_tokens=5, **settings), local)
     assert not np.array_equal(local.tokens, greedily(model).tokens)
     assert 5 <= local.mask.sum(1).min() < NEW
 
-    body = dict(prompt=[[3, 4, 5]], temperature=0.7, seed=5, stop_token_ids=ENDS, max_tokens=NEW, logprobs=1)
+    body = dict(
+        prompt=[[3, 4, 5]], temperature=0.7, seed=5, stop_token_ids=ENDS, max_tokens=NEW, logprobs=1
+    )
     body |= dict(min_tokens=5, return_token_ids=True, logit_bias={"11": 60, "12": -3}, **settings)
     (choice,) = json.loads(server.send("/v1/completions", body))["choices"]
-    bias = lambda logits, step: logits.at[:, jnp.array([11, 12])].add(jnp.array([[60.0, -3.0]]) / 0.7)
+    bias = lambda logits, step: logits.at[:, jnp.array([11, 12])].add(
+        jnp.array([[60.0, -3.0]]) / 0.7
+    )
     one = rollouts.Prompts(PROMPTS.tokens[:1], PROMPTS.mask[:1])
-    sampled = dict(max_new_tokens=NEW, eos_ids=ENDS, sampler=rollouts.sampler(bias, *transforms, temperature=0.7))
+    sampled = dict(
+        max_new_tokens=NEW,
+        eos_ids=ENDS,
+        sampler=rollouts.sampler(bias, *transforms, temperature=0.7),
+    )
     row = rollouts.generate(*model, one, jax.random.key(5), **sampled)
     assert choice["token_ids"] == row.tokens[row.mask].tolist()
     assert 11 in choice["token_ids"]
-    np.testing.assert_allclose(choice["logprobs"]["token_logprobs"], row.sampling_logprobs[row.mask], atol=1e-5)
+    np.testing.assert_allclose(
+        choice["logprobs"]["token_logprobs"], row.sampling_logprobs[row.mask], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("filters", [{}, dict(min_p=0.01, top_k=6, top_p=0.97)])
@@ -208,18 +257,26 @@ def test_logits_are_edited_in_vllms_order(filters):
     _, edited = samplers.apply(servers._sampler(body, 12, (2, 8), 9), jnp.asarray(logits), step)
     np.testing.assert_allclose(edited, expected, atol=1e-4)
     assert (np.isfinite(expected).sum(1) > 1).all()
-    _, greedy = samplers.apply(servers._sampler({"temperature": 0, "logit_bias": {"7": 100}}, 12, (), 9), logits, step)
+    _, greedy = samplers.apply(
+        servers._sampler({"temperature": 0, "logit_bias": {"7": 100}}, 12, (), 9), logits, step
+    )
     np.testing.assert_array_equal(np.argmax(greedy, axis=1), [7, 7])
 
 
 def test_a_stop_string_cuts_the_text_and_not_the_tokens(server, model, folder):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     free = greedily(model, eos_ids=())
-    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in free.tokens[0, 3:].tolist()]
+    pieces = [
+        tokenizer.decode([token], skip_special_tokens=True) for token in free.tokens[0, 3:].tolist()
+    ]
     whole = "".join(pieces)
-    at = next(i for i in range(2, NEW) if len(pieces[i]) > 1 and pieces[i - 1])  # a token of several letters ends the row
+    at = next(
+        i for i in range(2, NEW) if len(pieces[i]) > 1 and pieces[i - 1]
+    )  # a token of several letters ends the row
     before = len("".join(pieces[:at]))
-    string = whole[before - 1 : before + 1]  # the last letter of one token and the first of the next
+    string = whole[
+        before - 1 : before + 1
+    ]  # the last letter of one token and the first of the next
     assert whole.find(string) == before - 1
     stops = ["never", string]
 
@@ -229,8 +286,17 @@ def test_a_stop_string_cuts_the_text_and_not_the_tokens(server, model, folder):
     assert remote.finished[0]
     assert not remote.finished.all()
 
-    body = dict(prompt=[[3, 4, 5]], max_tokens=NEW, temperature=0, logprobs=1, return_token_ids=True, ignore_eos=True)
-    answer = lambda **changes: json.loads(server.send("/v1/completions", body | changes))["choices"][0]
+    body = dict(
+        prompt=[[3, 4, 5]],
+        max_tokens=NEW,
+        temperature=0,
+        logprobs=1,
+        return_token_ids=True,
+        ignore_eos=True,
+    )
+    answer = lambda **changes: json.loads(server.send("/v1/completions", body | changes))[
+        "choices"
+    ][0]
     for stop in (string, stops):
         choice = answer(stop=stop)
         assert choice["token_ids"] == free.tokens[0, 3 : 3 + at + 1].tolist()
@@ -239,7 +305,11 @@ def test_a_stop_string_cuts_the_text_and_not_the_tokens(server, model, folder):
         assert choice["text"] == whole[: before - 1]
     assert answer(stop=string, include_stop_str_in_output=True)["text"] == whole[: before + 1]
     over = answer(stop=string, max_tokens=at)  # the string would be complete one token later
-    assert (over["finish_reason"], over["stop_reason"], over["text"]) == ("length", None, whole[:before])
+    assert (over["finish_reason"], over["stop_reason"], over["text"]) == (
+        "length",
+        None,
+        whole[:before],
+    )
     assert answer(stop=None)["text"] == answer(stop=[])["text"] == whole
 
 
@@ -249,7 +319,12 @@ def test_the_stop_string_is_the_one_that_is_complete_first_however_tokens_cut_it
     seen = set()
     for _ in range(200):
         said = "".join(rng.choice(list("abé"), 8))
-        ends = [(end, s) for end in range(9) for s in sorted(strings, key=len, reverse=True) if said[:end].endswith(s)]
+        ends = [
+            (end, s)
+            for end in range(9)
+            for s in sorted(strings, key=len, reverse=True)
+            if said[:end].endswith(s)
+        ]
         cuts = np.sort(rng.integers(0, len(said.encode()) + 1, 3))
         pieces = [bytes(piece) for piece in np.split(np.frombuffer(said.encode(), np.uint8), cuts)]
         monkeypatch.setattr(servers, "_token_bytes", lambda tokenizer, pieces=pieces: pieces)
@@ -259,16 +334,24 @@ def test_the_stop_string_is_the_one_that_is_complete_first_however_tokens_cut_it
         seen.add(found and found[0])
     assert seen == {"éa", "béa", "aé", "bbb", None}  # inside "baéb" another is complete before
     monkeypatch.setattr(servers, "_token_bytes", lambda tokenizer: [b"a", b"b", b" the end"])
-    assert servers._found(None, [0, 3, 1], strings) is None  # a token beyond the tokenizer's is no text
-    tokenizer = types.SimpleNamespace(decode=lambda tokens, **settings: "the end", convert_ids_to_tokens=str)
-    choice = servers._choice(0, [1], [2], [-1.0], (), (" the",), tokenizer, {})  # its decoder drops the first space
+    assert (
+        servers._found(None, [0, 3, 1], strings) is None
+    )  # a token beyond the tokenizer's is no text
+    tokenizer = types.SimpleNamespace(
+        decode=lambda tokens, **settings: "the end", convert_ids_to_tokens=str
+    )
+    choice = servers._choice(
+        0, [1], [2], [-1.0], (), (" the",), tokenizer, {}
+    )  # its decoder drops the first space
     assert (choice["text"], choice["stop_reason"]) == ("", " the")
 
 
 def test_requests_share_their_programs(model, folder):
     programs = sys.modules["rlhf.rollouts.generate"]._generate._cache_size
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    answer = lambda **body: servers._completions(*model, tokenizer, body | dict(prompt=[[3, 4]]), (2,))
+    answer = lambda **body: servers._completions(
+        *model, tokenizer, body | dict(prompt=[[3, 4]]), (2,)
+    )
     answer(presence_penalty=0.5)
     one = programs()
     answer(logit_bias={"5": 2, "6": 1}, min_tokens=2, max_tokens=9, seed=3)
@@ -296,12 +379,20 @@ def test_several_rows_are_one_batch_of_a_size_that_compiles_once(model, monkeypa
     monkeypatch.setattr(servers, "generate", generate)
     with running(servers.http_server(*model, None, port=0, eos_ids=(2,))) as url:
         engine = engines.openai_engine(url, "rlhf", retries=0)
-        body = dict(prompt=[[3, 4], [5] * 17], n=3, max_tokens=5, logprobs=1, seed=3, return_token_ids=True)
+        body = dict(
+            prompt=[[3, 4], [5] * 17], n=3, max_tokens=5, logprobs=1, seed=3, return_token_ids=True
+        )
         answer = json.loads(engine.send("/v1/completions", body))
-        other = json.loads(engine.send("/v1/completions", body | dict(ignore_eos=True, stop_token_ids=[7], temperature=0)))
+        other = json.loads(
+            engine.send(
+                "/v1/completions", body | dict(ignore_eos=True, stop_token_ids=[7], temperature=0)
+            )
+        )
         with pytest.raises(RuntimeError, match="no tokenizer: give prompts as lists"):
             engine.send("/v1/completions", {"prompt": "a"})
-        with pytest.raises(RuntimeError, match="no tokenizer to match stop strings by: give stop_token_ids"):
+        with pytest.raises(
+            RuntimeError, match="no tokenizer to match stop strings by: give stop_token_ids"
+        ):
             engine.send("/v1/completions", body | {"stop": "a"})
         with pytest.raises(RuntimeError, match="started without a family"):
             engines.load_lora_adapter(engine, "x")
@@ -316,9 +407,13 @@ def test_several_rows_are_one_batch_of_a_size_that_compiles_once(model, monkeypa
     assert (ends, other_ends) == ((2,), (7,))
     assert [choice["token_ids"] for choice in answer["choices"]] == [[7, 2]] + 5 * [5 * [7]]
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] + 5 * ["length"]
-    assert [choice["stop_reason"] for choice in answer["choices"]] == 6 * [None]  # an end of the server's own is no reason
+    assert [choice["stop_reason"] for choice in answer["choices"]] == 6 * [
+        None
+    ]  # an end of the server's own is no reason
     assert other["choices"][1]["stop_reason"] == 7
-    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == 3 * [[3, 4]] + 3 * [17 * [5]]
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == 3 * [[3, 4]] + 3 * [
+        17 * [5]
+    ]
     assert answer["choices"][0]["logprobs"]["tokens"] == ["token_id:7", "token_id:2"]
     assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-0.25, -0.25]
     assert other["choices"][0]["logprobs"]["token_logprobs"] == [-0.5, -0.5]
@@ -362,28 +457,64 @@ def test_an_adapter_answers_under_its_name(server, model, tmp_path):
 
 
 def test_the_server_says_what_it_refuses(server, tmp_path):
-    with pytest.raises(RuntimeError, match="all 3 rows failed; row 0: .*/completions failed after 1 attempt: 404 .*'other'"):
+    with pytest.raises(
+        RuntimeError,
+        match="all 3 rows failed; row 0: .*/completions failed after 1 attempt: 404 .*'other'",
+    ):
         ask(server._replace(model="other"))
     for body, message in (
         ({"prompt": [[100]]}, "400 prompt 0 must have a token, and all of them below 100"),
         ({"prompt": [[]]}, "prompt 0 must have a token"),
         ({"prompt": [[1.5]]}, "list of token ids"),
-        ({"prompt": [[1]], "stream": True}, "stream = True is not supported by this server; leave it out"),
+        (
+            {"prompt": [[1]], "stream": True},
+            "stream = True is not supported by this server; leave it out",
+        ),
         ({"prompt": [[1]], "echo": True}, "echo = True is not supported"),
         ({"prompt": [[1]], "suffix": "x"}, "suffix = 'x' is not supported"),
         ({"prompt": [[1]], "best_of": 2}, "best_of = 2 is not supported"),
-        ({"prompt": [[1]], "skip_special_tokens": False}, "skip_special_tokens = False is not supported"),
-        ({"prompt": [[1]], "stop": ["x", ""]}, r"stop must be a text that is not empty, or a list of them, but is \['x', ''\]"),
+        (
+            {"prompt": [[1]], "skip_special_tokens": False},
+            "skip_special_tokens = False is not supported",
+        ),
+        (
+            {"prompt": [[1]], "stop": ["x", ""]},
+            r"stop must be a text that is not empty, or a list of them, but is \['x', ''\]",
+        ),
         ({"prompt": [[1]], "stop": 7}, "stop must be a text .* but is 7"),
-        ({"prompt": [[1]], "stop": "x", "min_tokens": 2}, "min_tokens = 2 holds back end tokens, but not stop strings"),
-        ({"prompt": [[1]], "min_tokens": 17}, "min_tokens is 17 but max_tokens 16; it must be at most that"),
-        ({"prompt": [[1]], "repetition_penalty": -1}, "penalty divides logits and must be above 0, but is -1.0"),
-        ({"prompt": [[1]], "presence_penalty": math.nan}, "presence_penalty must be a number, but is nan"),
-        ({"prompt": [[1]], "logit_bias": [1]}, r"logit_bias must be an object of token ids and numbers, but is \[1\]"),
-        ({"prompt": [[1]], "logit_bias": {"100": 1}}, "logit_bias has 1 for token '100'; tokens are below 100"),
+        (
+            {"prompt": [[1]], "stop": "x", "min_tokens": 2},
+            "min_tokens = 2 holds back end tokens, but not stop strings",
+        ),
+        (
+            {"prompt": [[1]], "min_tokens": 17},
+            "min_tokens is 17 but max_tokens 16; it must be at most that",
+        ),
+        (
+            {"prompt": [[1]], "repetition_penalty": -1},
+            "penalty divides logits and must be above 0, but is -1.0",
+        ),
+        (
+            {"prompt": [[1]], "presence_penalty": math.nan},
+            "presence_penalty must be a number, but is nan",
+        ),
+        (
+            {"prompt": [[1]], "logit_bias": [1]},
+            r"logit_bias must be an object of token ids and numbers, but is \[1\]",
+        ),
+        (
+            {"prompt": [[1]], "logit_bias": {"100": 1}},
+            "logit_bias has 1 for token '100'; tokens are below 100",
+        ),
         ({"prompt": [[1]], "logit_bias": {"a": 1}}, "logit_bias has 1 for token 'a'"),
-        ({"prompt": [[1]], "logit_bias": {"5": -101}}, "has -101 for token '5'; .* numbers in -100 … 100"),
-        ({"prompt": [[1]], "max_tokens": 0}, "max_tokens must be a whole number and at least 1, but is 0"),
+        (
+            {"prompt": [[1]], "logit_bias": {"5": -101}},
+            "has -101 for token '5'; .* numbers in -100 … 100",
+        ),
+        (
+            {"prompt": [[1]], "max_tokens": 0},
+            "max_tokens must be a whole number and at least 1, but is 0",
+        ),
         ({"prompt": [[1]], "top_p": 1.5}, "but it is 1.5"),
         ({"prompt": [[1]], "temperature": "hot"}, "temperature must be a number, but is 'hot'"),
     ):
@@ -402,7 +533,11 @@ def test_the_server_says_what_it_refuses(server, tmp_path):
 # --- servers that fail -------------------------------------------------------------------------------------------------
 
 ONE = rollouts.Prompts(PROMPTS.tokens[:1], PROMPTS.mask[:1])
-CHOICE = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
+CHOICE = {
+    "token_ids": [7, 2],
+    "logprobs": {"token_logprobs": [-0.5, -0.25]},
+    "finish_reason": "stop",
+}
 GOOD = 200, {"choices": [CHOICE]}
 
 
@@ -437,57 +572,106 @@ def waits(monkeypatch):
 
 
 def test_a_server_that_is_busy_is_asked_again(waits):
-    with fake(lambda number, body: GOOD if number == 4 else (429 if number == 2 else 503, {})) as (url, requests):
-        rollout = ask(engines.openai_engine(url, "m", api_key="secret"), prompts=ONE, eos_ids=(2,), pad_id=9)
+    with fake(lambda number, body: GOOD if number == 4 else (429 if number == 2 else 503, {})) as (
+        url,
+        requests,
+    ):
+        rollout = ask(
+            engines.openai_engine(url, "m", api_key="secret"), prompts=ONE, eos_ids=(2,), pad_id=9
+        )
     assert len(requests) == 4
     assert all(body == requests[0][0] for body, _ in requests)
     assert requests[0][1]["Authorization"] == "Bearer secret"
     assert all(low <= wait <= 3 * low for wait, low in zip(waits, (0.25, 0.5, 1.0), strict=True))
-    assert len({wait / low for wait, low in zip(waits, (0.25, 0.5, 1.0), strict=True)}) == 3  # not all at once
+    assert (
+        len({wait / low for wait, low in zip(waits, (0.25, 0.5, 1.0), strict=True)}) == 3
+    )  # not all at once
     np.testing.assert_array_equal(rollout.tokens, [[3, 4, 5, 7, 2, 9, 9, 9, 9, 9, 9]])
     np.testing.assert_array_equal(rollout.positions, [[0, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(rollout.logprobs[0, 3:6], [-0.5, -0.25, 0])
 
 
 def test_every_setting_is_sent_and_every_row_has_its_seed():
-    settings = dict(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, num_samples=2, eos_ids=(2,), stop=("a", "b"))
-    settings |= dict(min_new_tokens=3, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=-0.5)
+    settings = dict(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.1,
+        num_samples=2,
+        eos_ids=(2,),
+        stop=("a", "b"),
+    )
+    settings |= dict(
+        min_new_tokens=3, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=-0.5
+    )
     with fake(lambda number, body: GOOD) as (url, requests):
         ask(engines.openai_engine(url, "m", concurrency=1), **settings)
         ask(engines.openai_engine(url, "m", concurrency=1), eos_ids=())
     bodies = [body for body, _ in requests]
-    wanted = dict(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, stop_token_ids=[2], ignore_eos=False, stop=["a", "b"])
-    wanted |= dict(min_tokens=3, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=-0.5)
+    wanted = dict(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.1,
+        stop_token_ids=[2],
+        ignore_eos=False,
+        stop=["a", "b"],
+    )
+    wanted |= dict(
+        min_tokens=3, repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=-0.5
+    )
     assert (wanted | dict(max_tokens=NEW, model="m")).items() <= bodies[0].items()
-    assert [body["prompt"] for body in bodies[:6]] == [[[3, 4, 5]]] * 2 + [[[6, 7]]] * 2 + [[[8]]] * 2
+    assert [body["prompt"] for body in bodies[:6]] == [[[3, 4, 5]]] * 2 + [[[6, 7]]] * 2 + [
+        [[8]]
+    ] * 2
     assert len({body["seed"] for body in bodies[:6]}) == 6
-    plain = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, stop_token_ids=[], ignore_eos=True, stop=[], min_tokens=0)
+    plain = dict(
+        temperature=1.0,
+        top_p=1.0,
+        top_k=-1,
+        min_p=0.0,
+        stop_token_ids=[],
+        ignore_eos=True,
+        stop=[],
+        min_tokens=0,
+    )
     plain |= dict(repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0)
     assert plain.items() <= bodies[6].items()
 
 
 def test_refusals_and_hanging_servers_end_in_an_error(waits):
     with fake(lambda number, body: (400, {"error": {"message": "too long"}})) as (url, requests):
-        with pytest.raises(RuntimeError, match=f"all 1 rows failed; row 0: {url}/v1/completions .* 1 attempt: 400 too long"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"all 1 rows failed; row 0: {url}/v1/completions .* 1 attempt: 400 too long",
+        ):
             ask(engines.openai_engine(url, "m"), prompts=ONE)
         assert len(requests) == 1
         assert not waits
     release = threading.Event()
     with fake(lambda number, body: (release.wait(10), GOOD)[1]) as (url, requests):
-        with pytest.raises(RuntimeError, match=f"{url}/v1/completions failed after 2 attempts: TimeoutError"):
+        with pytest.raises(
+            RuntimeError, match=f"{url}/v1/completions failed after 2 attempts: TimeoutError"
+        ):
             ask(engines.openai_engine(url, "m", timeout=0.1, retries=1), prompts=ONE)
         assert len(requests) == 2
         release.set()
-    with pytest.raises(RuntimeError, match="failed after 3 attempts: .*refused"):  # nobody listens there any more
+    with pytest.raises(
+        RuntimeError, match="failed after 3 attempts: .*refused"
+    ):  # nobody listens there any more
         ask(engines.openai_engine(url, "m", retries=2), prompts=ONE)
 
 
 def test_a_row_that_fails_leaves_the_others(waits):
     failures: list[engines.Failure] = []
-    with fake(lambda number, body: (500, "out of memory") if body["prompt"] == [[6, 7]] else GOOD) as (url, _):
+    with fake(
+        lambda number, body: (500, "out of memory") if body["prompt"] == [[6, 7]] else GOOD
+    ) as (url, _):
         engine = engines.openai_engine(url, "m", retries=1)
         rollout = ask(engine, num_samples=2, report=failures.extend)
-        with pytest.warns(RuntimeWarning, match="rows 1 failed and come back empty; row 1: .* 2 attempts: 500"):
+        with pytest.warns(
+            RuntimeWarning, match="rows 1 failed and come back empty; row 1: .* 2 attempts: 500"
+        ):
             ask(engine)
     assert [failure.row for failure in failures] == [2, 3]
     assert "out of memory" in failures[0].error
@@ -506,8 +690,14 @@ def test_token_ids_may_come_as_strings_and_never_as_text():
     np.testing.assert_array_equal(rollout.tokens[0, :5], [3, 4, 5, 7, 2])
     as_text = {"tokens": ["token_id:7", "</s>"], "token_logprobs": [-0.5, -0.25]}
     for changes, message in (
-        ({"token_ids": None, "logprobs": as_text}, "text without token ids, which cannot be trained on"),
-        ({"prompt_token_ids": [1, 3, 4, 5]}, r"read the prompt as \[1, 3, 4, 5\], but \[3, 4, 5\] was sent"),
+        (
+            {"token_ids": None, "logprobs": as_text},
+            "text without token ids, which cannot be trained on",
+        ),
+        (
+            {"prompt_token_ids": [1, 3, 4, 5]},
+            r"read the prompt as \[1, 3, 4, 5\], but \[3, 4, 5\] was sent",
+        ),
         ({"token_ids": [7]}, "1 tokens but 2 log-probs"),
         ({"token_ids": [7] * 9, "logprobs": {"token_logprobs": [-1.0] * 9}}, "of at most 8"),
         ({"logprobs": {"token_logprobs": [-0.5, float("nan")]}}, "all finite"),
@@ -527,9 +717,18 @@ def test_refusals_name_both_sides():
         (dict(temperature=-1), "but they are -1, 1.0, 0.0 and None"),
         (dict(top_k=0), "but they are 1.0, 1.0, 0.0 and 0"),
         (dict(prompts=PROMPTS._replace(inputs={"x": 1})), "prompts.inputs cannot be sent"),
-        (dict(prompts=PROMPTS._replace(mask=PROMPTS.mask[:, :2])), r"prompts.tokens \[3, 3\] but prompts.mask \[3, 2\]"),
-        (dict(prompts=PROMPTS._replace(mask=PROMPTS.mask.at[1].set(False))), r"prompts \[1\] have no tokens"),
-        (dict(prompts=rollouts.Prompts(PROMPTS.tokens[:0], PROMPTS.mask[:0])), r"prompts.tokens \[0, 3\] has no rows"),
+        (
+            dict(prompts=PROMPTS._replace(mask=PROMPTS.mask[:, :2])),
+            r"prompts.tokens \[3, 3\] but prompts.mask \[3, 2\]",
+        ),
+        (
+            dict(prompts=PROMPTS._replace(mask=PROMPTS.mask.at[1].set(False))),
+            r"prompts \[1\] have no tokens",
+        ),
+        (
+            dict(prompts=rollouts.Prompts(PROMPTS.tokens[:0], PROMPTS.mask[:0])),
+            r"prompts.tokens \[0, 3\] has no rows",
+        ),
         (dict(repetition_penalty=0), "but they are 0, 0 and 8"),
         (dict(min_new_tokens=9), "but they are 1.0, 9 and 8"),
         (dict(stop="ab"), "stop must be a list of texts that are not empty, but is 'ab'"),
@@ -543,5 +742,7 @@ def test_refusals_name_both_sides():
         ask(engine, prompts=PROMPTS._replace(mask=PROMPTS.mask.astype(jnp.int32)))
     with pytest.raises(ValueError, match="must start with http"):
         engines.openai_engine("localhost:8000", "m")
-    with pytest.raises(ValueError, match="retries must be a whole number at least 0 and at most 1,000, but is -1"):
+    with pytest.raises(
+        ValueError, match="retries must be a whole number at least 0 and at most 1,000, but is -1"
+    ):
         engines.openai_engine("http://x", "m", retries=-1)

@@ -27,7 +27,14 @@ CALLS = {
     "unknown": '<tool_call> {"name": "sub", "arguments": {}} </tool_call>',
 }
 OTHER = "what is it ? 12 the answer , again higher lower user assistant <tool_response> </tool_response> error:"
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *map(str, range(12)), *" ".join((*CALLS.values(), OTHER)).split()]
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    *map(str, range(12)),
+    *" ".join((*CALLS.values(), OTHER)).split(),
+]
 PAD, BOS, EOS, UNKNOWN = range(4)
 
 
@@ -36,11 +43,21 @@ def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"
+        )
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    words.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", clean_up_tokenization_spaces=False
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -53,17 +70,29 @@ def player(choose):
     """A `generate` whose row b says `choose(turn, b, its conversation)`, with log-probs that tell turn, row and place."""
     calls = []
 
-    def generate(lm, params, prompts, key, *, max_new_tokens, num_samples, sampler, eos_ids, pad_id):
+    def generate(
+        lm, params, prompts, key, *, max_new_tokens, num_samples, sampler, eos_ids, pad_id
+    ):
         number, start = prompts.tokens.shape
         shape = (number, start + max_new_tokens)
-        tokens, mask, finished = np.full(shape, pad_id, np.int32), np.zeros(shape, bool), np.zeros(number, bool)
+        tokens, mask, finished = (
+            np.full(shape, pad_id, np.int32),
+            np.zeros(shape, bool),
+            np.zeros(number, bool),
+        )
         for b in range(number):
-            said = choose(len(calls), b, prompts.tokens[b][prompts.mask[b]].tolist())[:max_new_tokens]
+            said = choose(len(calls), b, prompts.tokens[b][prompts.mask[b]].tolist())[
+                :max_new_tokens
+            ]
             tokens[b, start : start + len(said)], mask[b, start : start + len(said)] = said, True
             finished[b] = bool(said) and said[-1] in eos_ids
-        logprobs = -np.float32(100 * len(calls) + 10 * np.arange(number)[:, None] + np.arange(shape[1]) - start + 1)
+        logprobs = -np.float32(
+            100 * len(calls) + 10 * np.arange(number)[:, None] + np.arange(shape[1]) - start + 1
+        )
         calls.append(prompts)
-        return rollouts.Rollout(tokens, mask, mask, mask, logprobs, logprobs - 0.5, finished, np.float32(1.0))
+        return rollouts.Rollout(
+            tokens, mask, mask, mask, logprobs, logprobs - 0.5, finished, np.float32(1.0)
+        )
 
     return generate, calls
 
@@ -110,14 +139,18 @@ def test_two_tools_and_three_turns_to_the_last_token(tokenizer, ids):
     assert UNKNOWN not in heard[0] + heard[1]
     row0 = prompts[0] + said[0] + heard[0] + said[1] + heard[1] + said[2]
     row1 = [PAD] * 3 + prompts[1] + short
-    sampled = [False] * 5 + [x for i in range(3) for x in [True] * len(said[i]) + [False] * len((*heard, [])[i])]
+    sampled = [False] * 5 + [
+        x for i in range(3) for x in [True] * len(said[i]) + [False] * len((*heard, [])[i])
+    ]
     r = played.rollout
     pad = lambda x, value=0: np.pad(x, (0, 80 - len(x)), constant_values=value)
     np.testing.assert_array_equal(r.tokens, [pad(row0), pad(row1)])
     np.testing.assert_array_equal(r.mask, [pad(sampled), pad([False] * 5 + [True] * 4)])
     np.testing.assert_array_equal(r.segment_ids, [pad([1] * len(row0)), pad([0] * 3 + [1] * 6)])
     np.testing.assert_array_equal(r.positions, [pad(range(len(row0))), pad([0, 0, 0, *range(6)])])
-    logprobs = -np.concatenate([100 * turn + 1 + np.arange(len(x)) for turn, x in enumerate(said)], dtype=np.float32)
+    logprobs = -np.concatenate(
+        [100 * turn + 1 + np.arange(len(x)) for turn, x in enumerate(said)], dtype=np.float32
+    )
     np.testing.assert_array_equal(r.logprobs[0][r.mask[0]], logprobs)
     np.testing.assert_array_equal(r.sampling_logprobs[0][r.mask[0]], logprobs - 0.5)
     np.testing.assert_array_equal(r.logprobs[1][r.mask[1]], [-11, -12, -13, -14])
@@ -139,7 +172,9 @@ def test_two_tools_and_three_turns_to_the_last_token(tokenizer, ids):
 
     # what generate saw: every row, in lengths that are powers of two; the row that is over stands in for the other
     assert [x.tokens.shape for x in calls] == [(2, 8), (2, 32), (2, 64)]
-    for call, length in zip(calls, [5, 5 + len(said[0] + heard[0]), len(row0) - len(said[2])], strict=True):
+    for call, length in zip(
+        calls, [5, 5 + len(said[0] + heard[0]), len(row0) - len(said[2])], strict=True
+    ):
         assert call.tokens[0][call.mask[0]].tolist() == row0[:length]
         assert call.mask[0, -length:].all()
         assert call.mask[0].sum() == length
@@ -148,11 +183,18 @@ def test_two_tools_and_three_turns_to_the_last_token(tokenizer, ids):
 
 def test_samples_of_a_prompt_are_contiguous_and_texts_are_the_default_rows(tokenizer, ids):
     generate, calls = player(lambda turn, b, said: [4 + b, EOS])
-    env = Environment(lambda row: row, lambda state, said, text: Turn(f"{state} : {text}", reward=said[0], done=True))
-    prompts = rollouts.Prompts(jnp.array([[4, 5, 0], [BOS, 6, 7]]), jnp.array([[True, True, False], [True] * 3]))
+    env = Environment(
+        lambda row: row,
+        lambda state, said, text: Turn(f"{state} : {text}", reward=said[0], done=True),
+    )
+    prompts = rollouts.Prompts(
+        jnp.array([[4, 5, 0], [BOS, 6, 7]]), jnp.array([[True, True, False], [True] * 3])
+    )
     played = start(tokenizer, env, generate, prompts, num_samples=2, buckets=(4, 16))
     assert played.states == ["0 1 : 0", "0 1 : 1", "2 3 : 2", "2 3 : 3"]
-    np.testing.assert_array_equal(played.rollout.tokens[:, :4], [[0, 4, 5, 4], [0, 4, 5, 5], [1, 6, 7, 6], [1, 6, 7, 7]])
+    np.testing.assert_array_equal(
+        played.rollout.tokens[:, :4], [[0, 4, 5, 4], [0, 4, 5, 5], [1, 6, 7, 6], [1, 6, 7, 7]]
+    )
     np.testing.assert_array_equal(played.rewards[:, 4], [4, 5, 6, 7])
     assert calls[0].tokens.shape == (4, 4)
 
@@ -181,7 +223,9 @@ def test_a_guessing_game_is_won_by_halving(tokenizer, ids):
 
     generate, _ = player(halve)
     prompts = [ids("what")] * 12
-    played = start(tokenizer, guessing_game(), generate, prompts, rows=range(12), max_turns=4, max_tokens=20)
+    played = start(
+        tokenizer, guessing_game(), generate, prompts, rows=range(12), max_turns=4, max_tokens=20
+    )
     assert played.rollout.finished.all()
     assert played.turns.max() == 4
     np.testing.assert_array_equal(played.rewards.sum(1), 1 - played.turns)
@@ -193,13 +237,24 @@ def test_a_guessing_game_is_won_by_halving(tokenizer, ids):
 def test_gae_passes_over_observations(tokenizer, ids):
     generate, _ = player(lambda turn, b, said: [[4, 5, EOS], [6, EOS], [7, 4, 4, EOS]][turn])
     env = Environment(
-        lambda row: 0.0, lambda n, said, text: Turn(n + 1, "what is it", reward=[0.5, -1.0, 2.0][int(n)], done=n == 2)
+        lambda row: 0.0,
+        lambda n, said, text: Turn(
+            n + 1, "what is it", reward=[0.5, -1.0, 2.0][int(n)], done=n == 2
+        ),
     )
     played = start(tokenizer, env, generate, max_tokens=24)
-    mask, values = played.rollout.mask, np.random.default_rng(0).normal(size=(1, 24)).astype(np.float32)
+    mask, values = (
+        played.rollout.mask,
+        np.random.default_rng(0).normal(size=(1, 24)).astype(np.float32),
+    )
     assert mask.sum() == 9
-    advantages, returns = losses.gae(played.rewards, values, mask, bootstrap=jnp.ones(1), discount=0.9, lam=0.8)
-    rewards, values = np.array([0, 0, 0.5, 0, -1, 0, 0, 0, 2]), np.append(values[mask], 1.0)  # without the tool's tokens
+    advantages, returns = losses.gae(
+        played.rewards, values, mask, bootstrap=jnp.ones(1), discount=0.9, lam=0.8
+    )
+    rewards, values = (
+        np.array([0, 0, 0.5, 0, -1, 0, 0, 0, 2]),
+        np.append(values[mask], 1.0),
+    )  # without the tool's tokens
     expected = np.zeros(10)
     for t in reversed(range(9)):
         expected[t] = rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.8 * expected[t + 1]
@@ -219,13 +274,22 @@ def test_logprobs_of_a_real_model_equal_token_logprobs(tokenizer, ids):
     r = played.rollout
     where = dict(positions=r.positions, segment_ids=r.segment_ids, temperature=r.temperature)
     scored = rollouts.token_logprobs(lm, params, r.tokens, **where)
-    np.testing.assert_allclose(r.logprobs[r.mask], scored[r.mask], atol=1e-4)  # rounding: the model is sharp
+    np.testing.assert_allclose(
+        r.logprobs[r.mask], scored[r.mask], atol=1e-4
+    )  # rounding: the model is sharp
     assert (r.sampling_logprobs[r.mask] > r.logprobs[r.mask] + 1e-3).any()  # of what top_k left
     assert played.turns.tolist() == [3] * 4
     assert r.mask.sum() > 30
-    assert (r.segment_ids.sum(1) - r.mask.sum(1)).tolist() == [9, 9, 7, 7]  # prompt and two observations
+    assert (r.segment_ids.sum(1) - r.mask.sum(1)).tolist() == [
+        9,
+        9,
+        7,
+        7,
+    ]  # prompt and two observations
     assert len({tuple(row) for row in r.tokens.tolist()}) == 4
-    assert len({tuple(r.tokens[0, 3:7]), tuple(r.tokens[0][r.mask[0]][4:8])}) == 2  # turns do not repeat each other
+    assert (
+        len({tuple(r.tokens[0, 3:7]), tuple(r.tokens[0][r.mask[0]][4:8])}) == 2
+    )  # turns do not repeat each other
 
 
 def test_what_fails_becomes_an_observation_and_the_others_go_on(tokenizer):
@@ -268,11 +332,17 @@ def test_what_fails_becomes_an_observation_and_the_others_go_on(tokenizer):
         render=lambda text: heard.append(text) or "again",
     )  # fmt: skip
     assert time.perf_counter() - begun < 3  # all of them at the same time
-    hanging = [thread for thread in threading.enumerate() if "work" in thread.name and thread.is_alive()]
+    hanging = [
+        thread for thread in threading.enumerate() if "work" in thread.name and thread.is_alive()
+    ]
     assert len(hanging) == 1
     assert hanging[0].daemon  # the process may end without it
     release.set()
-    good = {"fine": "fine", "prints": "x" * 100 + "\n[999900 of 1000000 characters left out]", "broken": "? fine"}
+    good = {
+        "fine": "fine",
+        "prints": "x" * 100 + "\n[999900 of 1000000 characters left out]",
+        "broken": "? fine",
+    }
     assert heard == [good[name] if name in good else f"error: {expected[name]}" for name in steps]
     for name, state, errors in zip(steps, played.states, played.errors, strict=True):
         assert errors == ([f"turn 1: {expected[name]}"] if name in expected else [])
@@ -295,7 +365,9 @@ def test_rows_run_at_the_same_time_in_threads_or_on_one_loop(tokenizer):
         return Turn(state + 1, done=state == 1)
 
     for step in (plain, together):
-        played = start(tokenizer, Environment(lambda row: 0, step), generate, [[4]] * 3, turn_timeout=5.0)
+        played = start(
+            tokenizer, Environment(lambda row: 0, step), generate, [[4]] * 3, turn_timeout=5.0
+        )
         assert played.errors == [[], [], []]
         assert played.rollout.finished.all()
     assert len(loops) == 1
@@ -313,12 +385,19 @@ def test_an_async_step_that_blocks_costs_its_turn_alone(tokenizer):
 
 
 def test_limits(tokenizer, ids):
-    never = Environment(lambda row: 0, lambda n, said, text: Turn(n + 1, observation=[9] * 3, reward=1.0))
+    never = Environment(
+        lambda row: 0, lambda n, said, text: Turn(n + 1, observation=[9] * 3, reward=1.0)
+    )
     once = Environment(
         lambda row: 0, lambda n, said, text: Turn(n + 1, [10_000], reward=1.0, done=True)
     )  # an observation that is not read
     cases = {  # environment, settings, what a turn says -> sampled tokens, all tokens, turns, finished
-        "turns": (never, dict(max_turns=2), [4, EOS], (4, 9, 2, False)),  # no observation after the last turn
+        "turns": (
+            never,
+            dict(max_turns=2),
+            [4, EOS],
+            (4, 9, 2, False),
+        ),  # no observation after the last turn
         "sampled tokens do not fit": (never, dict(max_tokens=8), [4, EOS], (3, 8, 2, False)),
         "observation does not fit": (never, dict(max_tokens=7), [4, EOS], (2, 4, 1, False)),
         "done": (once, {}, [4, EOS], (2, 4, 1, True)),
@@ -344,7 +423,11 @@ def test_a_row_that_cannot_start_or_say_anything_is_not_scored(tokenizer):
     env = Environment(reset, lambda state, said, text: Turn(state, reward=1.0, done=True))
     generate, _ = player(lambda turn, b, said: [] if b == 1 else [4, EOS])
     played = start(tokenizer, env, generate, [[5]] * 3, rows=["bad", "mute", "good"])
-    assert played.errors == [["reset: OSError: no room"], ["turn 1: generate returned no sampled token"], []]
+    assert played.errors == [
+        ["reset: OSError: no room"],
+        ["turn 1: generate returned no sampled token"],
+        [],
+    ]
     assert played.turns.tolist() == [0, 0, 1]
     np.testing.assert_array_equal(played.rewards.sum(1), [np.nan, np.nan, 1.0])
     assert not played.rollout.mask[:2].any()
@@ -353,7 +436,9 @@ def test_a_row_that_cannot_start_or_say_anything_is_not_scored(tokenizer):
 
 
 def test_refusals_name_both_sides(tokenizer):
-    run = lambda prompts=((5, 6), (7,)), **kw: start(tokenizer, Environment(None, None), None, prompts, **kw)
+    run = lambda prompts=((5, 6), (7,)), **kw: start(
+        tokenizer, Environment(None, None), None, prompts, **kw
+    )
     for match, kw in {
         "max_turns must be above 0, but is 0": dict(max_turns=0),
         "3 rows but 2 prompts": dict(rows=[1, 2, 3]),
@@ -404,7 +489,12 @@ def test_calls_that_fail_are_answered_in_their_order():
 
     functions = (add, mul, hang, leave, fail, long, circle)
     names = ("sub", "add", "hang", "fail", "leave", "long", "circle")
-    text = "".join(call(name) for name in names) + call("mul", a=2, b="3") + call("mul", a=2, b=3, c=4) + call("mul", a=2, b=4)
+    text = (
+        "".join(call(name) for name in names)
+        + call("mul", a=2, b="3")
+        + call("mul", a=2, b=3, c=4)
+        + call("mul", a=2, b=4)
+    )
     turn = answer(text, *functions, timeout=0.2, max_characters=120)
     release.set()
     results = turn.observation.split(" | ")
@@ -435,7 +525,10 @@ def test_calls_that_fail_are_answered_in_their_order():
         ("<tool_call>{1}</tool_call>", "Expecting property name"),
         (call("add", a=1, b=2) + "<tool_call>{", "<tool_call> without </tool_call>"),
         ("<tool_call>[1]</tool_call>", "a call is an object"),
-        ('<tool_call>{"name": "add", "arguments": 3}</tool_call>', "arguments of add must be an object, but are 3"),
+        (
+            '<tool_call>{"name": "add", "arguments": 3}</tool_call>',
+            "arguments of add must be an object, but are 3",
+        ),
     ],
 )
 def test_a_call_that_cannot_be_read_runs_none(text, error):
@@ -457,8 +550,14 @@ def test_a_turn_without_a_call_is_scored():
 def test_parsers():
     Call = tools.Call
     assert tools.parse_hermes("no call") == []
-    assert tools.parse_hermes(f"a {call('f', x=[1])}\n{call('g')}") == [Call("f", {"x": [1]}), Call("g", {})]
-    assert tools.parse_json(' [{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]') == [Call("f", {"x": 1}), Call("g", {})]
+    assert tools.parse_hermes(f"a {call('f', x=[1])}\n{call('g')}") == [
+        Call("f", {"x": [1]}),
+        Call("g", {}),
+    ]
+    assert tools.parse_json(' [{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]') == [
+        Call("f", {"x": 1}),
+        Call("g", {}),
+    ]
     assert tools.parse_json("a [1]") == []
     for text in ("[1]", "{", '{"name": 1}'):
         with pytest.raises(ValueError, match="call is an object|Expecting"):
@@ -467,7 +566,11 @@ def test_parsers():
 
 def test_schema_of_a_function():
     def search(
-        query: str, *, kind: Literal["web", "news"] = "web", limits: dict[str, list[float]] | None = None, raw: bool = False
+        query: str,
+        *,
+        kind: Literal["web", "news"] = "web",
+        limits: dict[str, list[float]] | None = None,
+        raw: bool = False,
     ):
         """Looks something up,
         somewhere.
@@ -493,7 +596,13 @@ def test_schema_of_a_function():
                     "kind": {"enum": ["web", "news"], "description": "where: there"},
                     "limits": {
                         "anyOf": [
-                            {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}},
+                            {
+                                "type": "object",
+                                "additionalProperties": {
+                                    "type": "array",
+                                    "items": {"type": "number"},
+                                },
+                            },
                             {"type": "null"},
                         ]
                     },
@@ -503,10 +612,18 @@ def test_schema_of_a_function():
             },
         },
     }
-    misfit = lambda **arguments: tools._misfit(arguments, tools.tool(search)["function"]["parameters"])
+    misfit = lambda **arguments: tools._misfit(
+        arguments, tools.tool(search)["function"]["parameters"]
+    )
     assert misfit(query="x", kind="news", limits={"a": [1, 2.5]}, raw=True) is None
     assert misfit(query="x", limits=None) is None
-    for wrong in (dict(kind="book"), dict(limits={"a": [True]}), dict(limits=[1]), dict(raw=1), dict(query=1)):
+    for wrong in (
+        dict(kind="book"),
+        dict(limits={"a": [True]}),
+        dict(limits=[1]),
+        dict(raw=1),
+        dict(query=1),
+    ):
         assert f"argument {next(iter(wrong))} is" in misfit(**{"query": "x"} | wrong)
 
 

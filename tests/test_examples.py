@@ -9,13 +9,17 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_calculator():
-    figures = runpy.run_path(str(EXAMPLES / "calculator.py"))["main"](["--steps", "1", "--sft-steps", "2"])
-    assert set(figures["before"]) == {"right", "asks"}
-    assert all(0 <= share <= 1 for share in figures["after"].values())
+    metrics = runpy.run_path(str(EXAMPLES / "calculator.py"))["main"](
+        ["--steps", "1", "--sft-steps", "2"]
+    )
+    assert set(metrics["before"]) == {"right", "asks"}
+    assert all(0 <= share <= 1 for share in metrics["after"].values())
 
 
 def test_guess():
-    curves = runpy.run_path(str(EXAMPLES / "guess.py"))["main"](["--seeds", "2", "--iterations", "20"])
+    curves = runpy.run_path(str(EXAMPLES / "guess.py"))["main"](
+        ["--seeds", "2", "--iterations", "20"]
+    )
     assert curves.shape == (2, 20)
     assert (np.abs(curves[0] - curves[1]) > 0).any()  # seeds of their own
     assert curves[:, -5:].mean() > curves[:, :5].mean()

@@ -29,7 +29,17 @@ def half(base, tmp_path_factory):
 def run(command, model, folder, kind, *more):
     rows = folder.parent / f"{folder.name}.jsonl"
     rows.write_text((json.dumps(ROWS[kind]) + "\n") * 4)
-    argv = [command, "--model", str(model), "--dataset", str(rows), "--output", str(folder), "--batch_size", "2"]
+    argv = [
+        command,
+        "--model",
+        str(model),
+        "--dataset",
+        str(rows),
+        "--output",
+        str(folder),
+        "--batch_size",
+        "2",
+    ]
     assert cli.main([*argv, "--steps", "2", "--learning_rate", "0.01", *more]) == 0
     return folder / "model"
 
@@ -42,10 +52,15 @@ def auto(folder, kind="CausalLM", **how):
 
 def ours(tokenizer, texts):
     rows = data.batch(
-        [data.Tokenized(tokenizer(text)["input_ids"], [True] * len(tokenizer(text)["input_ids"])) for text in texts]
+        [
+            data.Tokenized(tokenizer(text)["input_ids"], [True] * len(tokenizer(text)["input_ids"]))
+            for text in texts
+        ]
     )
     return dict(
-        tokens=jnp.asarray(rows.tokens), positions=jnp.asarray(rows.positions), segment_ids=jnp.asarray(rows.segment_ids)
+        tokens=jnp.asarray(rows.tokens),
+        positions=jnp.asarray(rows.positions),
+        segment_ids=jnp.asarray(rows.segment_ids),
     )
 
 
@@ -56,18 +71,28 @@ def batch_of(folder, texts=TEXTS):
 
 
 def test_a_reward_model_scores_a_padded_batch_as_we_do(base, tmp_path):
-    folder = tmp_path / "base"  # as most are published, its config does not name the tokenizer's padding
+    folder = (
+        tmp_path / "base"
+    )  # as most are published, its config does not name the tokenizer's padding
     shutil.copytree(base, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token_id"}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "pad_token_id"})
+    )
     model = run("reward", folder, tmp_path / "run", "pairs")
     theirs = auto(model, "SequenceClassification")
     lm, head, params, tokenizer = rlhf.load_classifier(model)
     batch = batch_of(model)
     assert not batch["attention_mask"].bool().all()
     with pytest.importorskip("torch").no_grad():
-        scores = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].numpy()
-    np.testing.assert_allclose(scores, rollouts.classify(lm, head, params, **ours(tokenizer, TEXTS)), atol=1e-5)
+        scores = (
+            theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            .logits[:, 0]
+            .numpy()
+        )
+    np.testing.assert_allclose(
+        scores, rollouts.classify(lm, head, params, **ours(tokenizer, TEXTS)), atol=1e-5
+    )
     assert np.abs(scores).max() > 1e-3
 
 
@@ -76,12 +101,19 @@ def test_padding_of_a_tokenizer_without_any_is_its_end_token(base, tmp_path):
     tokenizer.pad_token = None
     head = {"weight": jax.random.normal(jax.random.key(0), (16, 3))}
     huggingface.save(tmp_path / "a", lm, params, head=head, like=base, tokenizer=tokenizer)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["pad_token_id"] == tokenizer.eos_token_id
+    assert (
+        json.loads((tmp_path / "a" / "config.json").read_text())["pad_token_id"]
+        == tokenizer.eos_token_id
+    )
     theirs, batch = auto(tmp_path / "a", "SequenceClassification"), batch_of(tmp_path / "a")
     with pytest.importorskip("torch").no_grad():
-        scores = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.numpy()
+        scores = theirs(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits.numpy()
     lm, head, params, tokenizer = rlhf.load_classifier(tmp_path / "a")
-    np.testing.assert_allclose(scores, rollouts.classify(lm, head, params, **ours(tokenizer, TEXTS)), atol=1e-5)
+    np.testing.assert_allclose(
+        scores, rollouts.classify(lm, head, params, **ours(tokenizer, TEXTS)), atol=1e-5
+    )
 
 
 def test_a_classifier_of_tokens(base, tmp_path):
@@ -91,7 +123,9 @@ def test_a_classifier_of_tokens(base, tmp_path):
     huggingface.save(tmp_path / "a", lm, params, head=weights, like=base, tokenizer=tokenizer)
     theirs, batch = auto(tmp_path / "a", "TokenClassification"), batch_of(tmp_path / "a", TEXTS[:1])
     scores = theirs(input_ids=batch["input_ids"]).logits.detach().numpy()
-    want = rollouts.classify(lm, head, {"lm": params, "head": weights}, **ours(tokenizer, TEXTS[:1]))
+    want = rollouts.classify(
+        lm, head, {"lm": params, "head": weights}, **ours(tokenizer, TEXTS[:1])
+    )
     np.testing.assert_allclose(scores, want, atol=1e-5)
 
 
@@ -99,19 +133,30 @@ def test_generate_stops_at_every_end_token(base, tmp_path):
     """At the tokenizer's own too, where generation_config.json of the original names another alone."""
     folder = tmp_path / "original"
     shutil.copytree(base, folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "pad_token_id": 0}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 7, "pad_token_id": 0})
+    )
     lm, params, tokenizer = huggingface.load(folder)
     huggingface.save(tmp_path / "a", lm, params, like=folder, tokenizer=tokenizer)
     ends = json.loads((tmp_path / "a" / "generation_config.json").read_text())["eos_token_id"]
-    assert sorted(ends) == sorted([7, tokenizer.eos_token_id]) == sorted(huggingface.end_ids(tmp_path / "a", tokenizer))
+    assert (
+        sorted(ends)
+        == sorted([7, tokenizer.eos_token_id])
+        == sorted(huggingface.end_ids(tmp_path / "a", tokenizer))
+    )
     theirs, batch = auto(tmp_path / "a"), batch_of(tmp_path / "a", ["abc"])
     torch = pytest.importorskip("torch")
     for end in ends:  # a model that says one token alone
         with torch.no_grad():
             theirs.lm_head.weight = torch.nn.Parameter(torch.zeros(theirs.lm_head.weight.shape))
-            theirs.lm_head.weight[end] = theirs.model(input_ids=batch["input_ids"]).last_hidden_state[0, -1]
+            theirs.lm_head.weight[end] = theirs.model(
+                input_ids=batch["input_ids"]
+            ).last_hidden_state[0, -1]
         said = theirs.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=9, do_sample=False
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=9,
+            do_sample=False,
         )
         assert said[0, batch["input_ids"].shape[1] :].tolist() == [end]
 
@@ -120,11 +165,24 @@ def test_generate_says_what_ours_says(base, tmp_path):
     model = run("sft", base, tmp_path / "run", "text")
     theirs, batch = auto(model), batch_of(model, ["abc"])
     lm, params, tokenizer = huggingface.load(model)
-    prompts = rollouts.Prompts(batch["input_ids"].numpy().astype(np.int32), np.ones(batch["input_ids"].shape, bool))
+    prompts = rollouts.Prompts(
+        batch["input_ids"].numpy().astype(np.int32), np.ones(batch["input_ids"].shape, bool)
+    )
     ends = huggingface.end_ids(model, tokenizer)
-    said = rollouts.generate(lm, params, prompts, jax.random.key(0), max_new_tokens=6, sampler=rollouts.greedy(), eos_ids=ends)
+    said = rollouts.generate(
+        lm,
+        params,
+        prompts,
+        jax.random.key(0),
+        max_new_tokens=6,
+        sampler=rollouts.greedy(),
+        eos_ids=ends,
+    )
     wanted = theirs.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=6,
+        do_sample=False,
     )
     length = wanted.shape[1]
     assert said.tokens[0, :length].tolist() == wanted[0].tolist()
@@ -134,7 +192,11 @@ def dtypes(folder):
     return {str(x.dtype) for x in load_file(folder / "model.safetensors").values()}
 
 
-@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"], ["--lora_rank", "2"]], ids=["whole", "bfloat16", "adapters"])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--dtype", "bfloat16"], ["--lora_rank", "2"]],
+    ids=["whole", "bfloat16", "adapters"],
+)
 def test_a_model_comes_out_in_the_dtype_it_had(half, more, tmp_path):
     model = run("sft", half, tmp_path / "run", "text", *more)
     assert dtypes(half) == dtypes(model) == {"bfloat16"}
@@ -160,7 +222,9 @@ def test_an_adapter_on_its_base_with_peft(base, tmp_path):
     adapted = peft.PeftModel.from_pretrained(auto(base), tmp_path / "run" / "adapter").eval()
     by_name = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()
     batch = batch_of(model)
-    ask = lambda m: m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[batch["attention_mask"] == 1]
+    ask = lambda m: m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        batch["attention_mask"] == 1
+    ]
     with torch.no_grad():
         whole, plain, on_base, named = ask(auto(model)), ask(auto(base)), ask(adapted), ask(by_name)
     assert (whole - plain).abs().max() > 1e-3
@@ -172,7 +236,9 @@ def test_training_goes_on_in_torch(base, tmp_path):
     model = run("sft", base, tmp_path / "run", "text")
     theirs, batch = auto(model), batch_of(model)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+    theirs(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+    ).loss.backward()
     assert all(np.isfinite(p.grad.numpy()).all() for p in theirs.parameters())
 
 
@@ -189,7 +255,9 @@ def test_a_tokenizer_with_its_chat_template(base, tmp_path):
 
 
 def test_shards_are_cut_by_the_size_of_what_is_written(tmp_path):
-    lm = transformer(TransformerConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=1, mlp_size=32))
+    lm = transformer(
+        TransformerConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=1, mlp_size=32)
+    )
     params = lm.init(jax.random.key(0))
     total = sum(x.size for x in jax.tree.leaves(params)) * 2
     huggingface.save(tmp_path / "a", lm, params, dtype=jnp.bfloat16, shard_bytes=total)

@@ -13,14 +13,12 @@ from rlhf import cli, recipes
 
 SHELL = {
     "cli",
+    "command_line",
     "demo",
     "fields",
     "files",
-    "interrupts",
     "json_text",
-    "options",
     "tools",
-    "track",
     "trl_names",
     "yaml_files",
     "losses",
@@ -33,13 +31,23 @@ def test_every_field_of_every_public_tuple_is_documented():
         if found.name.endswith("__main__"):
             continue
         for kind in vars(importlib.import_module(found.name)).values():
-            if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields") and kind.__name__[0] != "_":
+            if (
+                isinstance(kind, type)
+                and issubclass(kind, tuple)
+                and hasattr(kind, "_fields")
+                and kind.__name__[0] != "_"
+            ):
                 if not kind.__module__.startswith("rlhf"):
                     continue
-                listed = re.findall(r"^ +(\w+): ", (kind.__doc__ or "").partition("Attributes:")[2], re.MULTILINE)
+                listed = re.findall(
+                    r"^ +(\w+): ", (kind.__doc__ or "").partition("Attributes:")[2], re.MULTILINE
+                )
                 assert listed[: len(kind._fields)] == list(kind._fields), kind
                 for name in kind._fields:
-                    assert not getattr(kind, name).__doc__.startswith("Alias for field"), (kind, name)
+                    assert not getattr(kind, name).__doc__.startswith("Alias for field"), (
+                        kind,
+                        name,
+                    )
                 seen += 1
     assert seen > 70
 
@@ -52,10 +60,14 @@ def test_the_version_is_the_package_s(capsys):
 
 def test_completion_finds_what_there_is():
     modules = {
-        file.stem for file in Path(rlhf.__file__).parent.iterdir() if file.stem[0] not in "_." and file.suffix in ("", ".py")
+        file.stem
+        for file in Path(rlhf.__file__).parent.iterdir()
+        if file.stem[0] not in "_." and file.suffix in ("", ".py")
     }
     assert modules - SHELL <= set(dir(rlhf))
-    assert {name for name, (module, _) in cli.COMMANDS.items() if ".recipes." in module} <= set(dir(recipes))
+    assert {name for name, (module, _) in cli.COMMANDS.items() if ".recipes." in module} <= set(
+        dir(recipes)
+    )
     for name in dir(recipes):
         assert getattr(recipes, name).__name__ == f"rlhf.recipes.{name}"
 

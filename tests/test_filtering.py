@@ -18,7 +18,9 @@ from rlhf.tasks import reviews
 KEY = jax.random.key(0)
 NAN = np.nan
 NONE: Any = None  # where no model is needed
-REWARDS = np.random.default_rng(0).normal(size=(40, 6)).round(1).astype(np.float32)  # rounded, so that some are equal
+REWARDS = (
+    np.random.default_rng(0).normal(size=(40, 6)).round(1).astype(np.float32)
+)  # rounded, so that some are equal
 REWARDS[10:] = np.where(np.random.default_rng(1).random((30, 6)) < 0.3, NAN, REWARDS[10:])
 REWARDS[20:30] = np.where(np.isnan(REWARDS[20:30]), NAN, REWARDS[20:30] > 0)
 REWARDS[-1], REWARDS[-2] = NAN, [1, NAN, NAN, NAN, NAN, NAN]
@@ -28,21 +30,36 @@ def rows(values, width=3):
     """A rollout whose tokens say which row they are of."""
     tokens = np.broadcast_to(np.asarray(values, np.int32)[:, None], (len(values), width))
     numbers, yes = tokens.astype(np.float32), np.ones(tokens.shape, bool)
-    return rollouts.Rollout(tokens, yes, tokens, tokens, numbers, numbers, yes[:, 0], np.float32(0.7), {"image": numbers})
+    return rollouts.Rollout(
+        tokens,
+        yes,
+        tokens,
+        tokens,
+        numbers,
+        numbers,
+        yes[:, 0],
+        np.float32(0.7),
+        {"image": numbers},
+    )
 
 
 # Groups and samples
 
 
 def test_informative_groups_are_those_with_a_difference():
-    informative = jax.jit(lambda rewards, tolerance: filtering.informative(rewards, tolerance=tolerance))
+    informative = jax.jit(
+        lambda rewards, tolerance: filtering.informative(rewards, tolerance=tolerance)
+    )
     for tolerance in (0.0, 0.85, 1.0):
         scored = [r[~np.isnan(r)] for r in REWARDS]
         expected = [len(r) > 1 and r.max() - r.min() > tolerance for r in scored]
         assert 3 < sum(expected) < 40
         np.testing.assert_array_equal(informative(REWARDS, tolerance), expected)
     assert filtering.informative(np.array([[True, True], [True, False]])).tolist() == [False, True]
-    assert filtering.informative(np.array([[np.inf, np.inf], [0, -np.inf]])).tolist() == [False, True]
+    assert filtering.informative(np.array([[np.inf, np.inf], [0, -np.inf]])).tolist() == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 6])
@@ -53,7 +70,11 @@ def test_no_choice_of_samples_varies_more(k):
         scored = rewards[~np.isnan(rewards)]
         kept = rewards[index][~np.isnan(rewards[index])]
         assert len(kept) == min(k, len(scored))  # the unscored are taken last
-        best = max((np.var(c) for c in itertools.combinations(scored, len(kept))), default=0) if len(kept) else 0
+        best = (
+            max((np.var(c) for c in itertools.combinations(scored, len(kept))), default=0)
+            if len(kept)
+            else 0
+        )
         np.testing.assert_allclose(np.var(kept) if len(kept) else 0, best, atol=1e-5)
 
 
@@ -71,7 +92,9 @@ def test_groups_and_samples_are_fetched_from_any_pytree():
     assert taken.inputs["image"][:, 0].tolist() == [4, 5, 0, 1, 4, 5]
     assert taken.temperature == source.temperature
     assert isinstance(taken.tokens, np.ndarray)
-    assert filtering.take_groups(source, np.array([False, True, True]), 2).tokens[:, 0].tolist() == [2, 3, 4, 5]
+    assert filtering.take_groups(source, np.array([False, True, True]), 2).tokens[
+        :, 0
+    ].tolist() == [2, 3, 4, 5]
     assert filtering.take_samples(source, [[1], [0], [1]], 2).tokens[:, 0].tolist() == [1, 2, 5]
     on_device = jax.tree.map(jnp.asarray, source)
     jitted = jax.jit(lambda x, i: filtering.take_groups(x, i, 2))(on_device, jnp.array([1]))
@@ -98,7 +121,14 @@ def collect(groups, max_rounds, chunks=CHUNKS, **kw):
         return rows(10 * number + np.arange(np.size(rewards))), np.ravel(rewards)
 
     got = filtering.dynamic_sampling(
-        sample, lambda sampled: list(sampled[1]), chunks, KEY, groups=groups, num_samples=2, max_rounds=max_rounds, **kw
+        sample,
+        lambda sampled: list(sampled[1]),
+        chunks,
+        KEY,
+        groups=groups,
+        num_samples=2,
+        max_rounds=max_rounds,
+        **kw,
     )
     return got, keys, len(list(chunks))
 
@@ -115,11 +145,13 @@ def test_sampling_goes_on_until_enough_groups_are_informative():
     assert len({jax.random.key_data(k).tobytes() for k in keys}) == 3
 
 
-@pytest.mark.parametrize(("groups", "max_rounds", "kept"), [(5, 3, 3), (9, 4, 5), (2, 1, 1), (5, 2, 1)])
+@pytest.mark.parametrize(
+    ("groups", "max_rounds", "kept"), [(5, 3, 3), (9, 4, 5), (2, 1, 1), (5, 2, 1)]
+)
 def test_a_shortfall_is_filled_with_groups_that_weigh_nothing(groups, max_rounds, kept):
     got, keys, _ = collect(groups, max_rounds)
     rollout = got.rows[0]
-    assert got.report.kept == kept
+    assert got.report.selected == kept
     assert got.report.short == groups - kept
     assert got.report.rounds == len(keys) == max_rounds
     assert rollout.tokens.shape == (2 * groups, 3)
@@ -142,7 +174,9 @@ def test_which_groups_are_accepted_is_a_function():
 
 def test_dynamic_sampling_refuses_what_does_not_fit():
     settings = dict(groups=1, num_samples=2, max_rounds=1)
-    run = lambda sample, score, chunks=(0,), **kw: filtering.dynamic_sampling(sample, score, chunks, KEY, **{**settings, **kw})
+    run = lambda sample, score, chunks=(0,), **kw: filtering.dynamic_sampling(
+        sample, score, chunks, KEY, **{**settings, **kw}
+    )
     with pytest.raises(ValueError, match="max_rounds must be at least 1, but is 0"):
         run(None, None, max_rounds=0)
     with pytest.raises(TypeError, match=r"write \[prompts\]"):
@@ -155,9 +189,13 @@ def test_dynamic_sampling_refuses_what_does_not_fit():
         run(lambda *_: rows([1, 2]), lambda _: [1, 2, 3])
     with pytest.raises(ValueError, match="groups of 2 samples but 3 rows"):
         run(lambda *_: rows([1, 2, 3]), lambda _: [1, 2, 3])
-    with pytest.raises(ValueError, match=r"accept returned float32 \[1, 2\] but must return \[P\] bool"):
+    with pytest.raises(
+        ValueError, match=r"accept returned float32 \[1, 2\] but must return \[P\] bool"
+    ):
         run(lambda *_: rows([1, 2]), lambda _: [1, 2], accept=lambda rewards: rewards)
-    with pytest.raises(ValueError, match=r"tokens \[2, 3\] but also \[2, 4\].*pad all prompts to one length"):
+    with pytest.raises(
+        ValueError, match=r"tokens \[2, 3\] but also \[2, 4\].*pad all prompts to one length"
+    ):
         run(lambda width, _: rows([1, 2], width), lambda _: [1, 1], (3, 4), max_rounds=2)
 
 
@@ -170,7 +208,10 @@ def test_pass_rates_are_running_means():
     rng = np.random.default_rng(0)
     state, rate, count = prompts.init(), np.full(4, 0.5), np.zeros(4)
     for _ in range(12):
-        index, passed = rng.integers(0, 3, 3), np.where(rng.random((3, 4)) < 0.3, NAN, rng.integers(0, 2, (3, 4)))
+        index, passed = (
+            rng.integers(0, 3, 3),
+            np.where(rng.random((3, 4)) < 0.3, NAN, rng.integers(0, 2, (3, 4))),
+        )
         state = update(state, index, passed)
         for i in range(4):
             seen = passed[index == i]
@@ -190,13 +231,17 @@ def frequencies(draw, number, keys=8000):
 
 def assert_drawn(frequencies, probs, keys=8000):
     probs = np.asarray(probs) / np.sum(probs)
-    np.testing.assert_array_less(np.abs(frequencies - probs), 4 * np.sqrt(probs * (1 - probs) / keys) + 1e-9)
+    np.testing.assert_array_less(
+        np.abs(frequencies - probs), 4 * np.sqrt(probs * (1 - probs) / keys) + 1e-9
+    )
 
 
 def test_prompts_are_drawn_by_learnability():
     prompts = replay.curriculum(4)
     state = replay.CurriculumState(jnp.array([0.5, 0.9, 0.0, 0.2]), jnp.ones(4, jnp.int32))
-    assert_drawn(frequencies(lambda key: prompts.sample(state, key, 1), 4), [0.26, 0.10, 0.01, 0.17])
+    assert_drawn(
+        frequencies(lambda key: prompts.sample(state, key, 1), 4), [0.26, 0.10, 0.01, 0.17]
+    )
     twice = jax.vmap(lambda key: prompts.sample(state, key, 2))(jax.random.split(KEY, 50))
     assert (twice[:, 0] != twice[:, 1]).all()
 
@@ -215,23 +260,33 @@ def test_prompts_outside_the_band_come_last_and_evenly():
 def history(steps=12, n=3, seed=0):
     rng = np.random.default_rng(seed)
     for step in range(1, steps + 1):
-        priority = np.where(rng.random(n) < 0.2, [NAN, -np.inf, NAN], rng.random(n)).astype(np.float32)
+        priority = np.where(rng.random(n) < 0.2, [NAN, -np.inf, NAN], rng.random(n)).astype(
+            np.float32
+        )
         yield {"step": np.full((n, 2), step), "priority": priority}, priority
 
 
-STEP_KEYS = {name: jax.jit(partial(replay.add, keep=getattr(replay, name)), donate_argnums=0) for name in ("newest", "highest")}
+STEP_KEYS = {
+    name: jax.jit(partial(replay.add, keep=getattr(replay, name)), donate_argnums=0)
+    for name in ("newest", "highest")
+}
 
 
 @pytest.mark.parametrize("name", STEP_KEYS)
 def test_a_buffer_keeps_the_newest_or_the_highest(name):
-    buffer, seen = replay.init({"step": np.zeros((1, 2), np.int32), "priority": np.zeros(1, np.float32)}, 7), []
+    buffer, seen = (
+        replay.init({"step": np.zeros((1, 2), np.int32), "priority": np.zeros(1, np.float32)}, 7),
+        [],
+    )
     for number, (new, priority) in enumerate(history(), 1):
         new = jax.tree.map(lambda x: x.astype(np.int32) if x.ndim == 2 else x, new)
         buffer = STEP_KEYS[name](buffer, new, priority)
         seen += [(number, p) for p in priority if p > -np.inf]
         held = np.asarray(replay.fresh(buffer))
         kept = sorted(zip(buffer.added[held].tolist(), buffer.priority[held].tolist(), strict=True))
-        np.testing.assert_array_equal(buffer.rows["step"][held, 1], buffer.added[held])  # whole rows move
+        np.testing.assert_array_equal(
+            buffer.rows["step"][held, 1], buffer.added[held]
+        )  # whole rows move
         np.testing.assert_array_equal(buffer.rows["priority"][held], buffer.priority[held])
         assert len(kept) == min(7, len(seen))
         if name == "highest":
@@ -241,15 +296,21 @@ def test_a_buffer_keeps_the_newest_or_the_highest(name):
     assert int(buffer.step) == 12
     assert len(seen) > 20
     for age in (0, 2):
-        np.testing.assert_array_equal(replay.fresh(buffer, age), held & (12 - np.asarray(buffer.added) <= age))
+        np.testing.assert_array_equal(
+            replay.fresh(buffer, age), held & (12 - np.asarray(buffer.added) <= age)
+        )
 
 
 def test_a_buffer_is_arrays_that_scan_vmap_and_resume_bitwise():
-    stack = lambda seed: jax.tree.map(lambda *x: np.stack(x), *(new["priority"] for new, _ in history(seed=seed)))
+    stack = lambda seed: jax.tree.map(
+        lambda *x: np.stack(x), *(new["priority"] for new, _ in history(seed=seed))
+    )
     adds = np.stack([stack(seed) for seed in (1, 2)])
 
     def run(buffer, adds):
-        return jax.lax.scan(lambda buffer, x: (replay.add(buffer, x, x, keep=replay.highest), None), buffer, adds)[0]
+        return jax.lax.scan(
+            lambda buffer, x: (replay.add(buffer, x, x, keep=replay.highest), None), buffer, adds
+        )[0]
 
     runs = jax.jit(jax.vmap(run))
     empty = jax.tree.map(lambda x: jnp.stack([x, x]), replay.init(np.zeros(1, np.float32), 4))
@@ -266,7 +327,9 @@ def test_rows_are_drawn_by_weight_and_stale_ones_are_not():
     buffer = add(replay.init(np.zeros(1, np.float32), 6), np.array([7.0], np.float32), 5.0)
     buffer = add(buffer, np.array([1.0, 2.0, 4.0], np.float32), np.array([1.0, 2.0, 4.0]))
     weight = lambda buffer: replay.fresh(buffer, 0) * replay.proportional(buffer)
-    drawn = frequencies(lambda key: replay.sample(buffer, key, 1, weight=weight).rows.astype(int), 8)
+    drawn = frequencies(
+        lambda key: replay.sample(buffer, key, 1, weight=weight).rows.astype(int), 8
+    )
     assert_drawn(drawn, [0, 1, 2, 0, 4, 0, 0, 0])
     drawn = replay.sample(buffer, KEY, 5, weight=weight)
     assert drawn.real.tolist() == [True] * 3 + [False] * 2
@@ -277,10 +340,14 @@ def test_rows_are_drawn_by_weight_and_stale_ones_are_not():
 
 
 def test_groups_of_a_rollout_stay_together_in_a_buffer():
-    fold = lambda r: jax.tree.map(lambda x: np.reshape(x, (2, 2, *x.shape[1:])) if np.ndim(x) else x, r)
+    fold = lambda r: jax.tree.map(
+        lambda x: np.reshape(x, (2, 2, *x.shape[1:])) if np.ndim(x) else x, r
+    )
     buffer = replay.init(fold(rows(range(4))), 3)
     buffer = jax.jit(replay.add)(
-        buffer, fold(rows([3, 4, 5, 6]))._replace(temperature=np.float32(0.9)), np.array([-np.inf, 1.0])
+        buffer,
+        fold(rows([3, 4, 5, 6]))._replace(temperature=np.float32(0.9)),
+        np.array([-np.inf, 1.0]),
     )
     assert buffer.rows.tokens.shape == (3, 2, 3)
     drawn = jax.jit(replay.sample, static_argnums=2)(buffer, KEY, 2)
@@ -301,9 +368,13 @@ def test_pass_at_k_is_the_quotient_of_binomials():
     for n, k in ((5, 2), (8, 8), (200, 100)):
         counts = np.unique(np.linspace(0, n, 9).astype(int))
         expected = [1 - math.comb(n - c, k) / math.comb(n, k) for c in counts.tolist()]
-        np.testing.assert_allclose(jax.jit(lambda c, k=k, n=n: classic.pass_at_k(c, k, n=n))(counts), expected, rtol=2e-6)
+        np.testing.assert_allclose(
+            jax.jit(lambda c, k=k, n=n: classic.pass_at_k(c, k, n=n))(counts), expected, rtol=2e-6
+        )
     assert classic.pass_at_k(np.array([1, 0]), 10, n=10).tolist() == [1, 0]
-    np.testing.assert_allclose(classic.pass_at_k(np.array([1]), 1, n=10**7), [1e-7], rtol=1e-5)  # not the rounding of 1 - x
+    np.testing.assert_allclose(
+        classic.pass_at_k(np.array([1]), 1, n=10**7), [1e-7], rtol=1e-5
+    )  # not the rounding of 1 - x
     samples = np.array([[1, 0, 0, 0], [1, 0, 0, NAN], [1, NAN, NAN, NAN]])
     np.testing.assert_allclose(classic.pass_at_k(samples, 2), [1 / 2, 2 / 3, NAN], rtol=1e-6)
 
@@ -317,13 +388,25 @@ def test_the_best_of_n_are_kept(keep):
         asked.update(settings)
         return rows(range(8))
 
-    best = classic.best_of_n(NONE, NONE, NONE, KEY, n=4, score=lambda r: scores, keep=keep, generate=engine, max_new_tokens=3)
+    best = classic.best_of_n(
+        NONE,
+        NONE,
+        NONE,
+        KEY,
+        n=4,
+        score=lambda r: scores,
+        keep=keep,
+        generate=engine,
+        max_new_tokens=3,
+    )
     assert asked == {"num_samples": 4, "max_new_tokens": 3}
     order = np.array([[2, 3, 0, 1], [5, 4, 6, 7]])[:, :keep]
     assert best.rollout.tokens[:, 0].tolist() == order.ravel().tolist()
     np.testing.assert_array_equal(best.scores, np.array(scores, np.float32)[order])
     grouped = np.array(scores, np.float32).reshape(2, 4)
-    np.testing.assert_array_equal(order[:, 0] - [0, 4], losses.offline.best_of_n(jnp.asarray(grouped)))
+    np.testing.assert_array_equal(
+        order[:, 0] - [0, 4], losses.offline.best_of_n(jnp.asarray(grouped))
+    )
 
 
 def test_text_in_text_out():
@@ -336,11 +419,15 @@ def test_text_in_text_out():
         each = lambda x: np.repeat(x, settings["num_samples"], axis=0)
         return rollouts.Rollout(each(prompts.tokens), each(prompts.mask), *[None] * 6)
 
-    said = partial(classic.respond, NONE, NONE, tokenizer, key=KEY, max_new_tokens=3, generate=engine)
+    said = partial(
+        classic.respond, NONE, NONE, tokenizer, key=KEY, max_new_tokens=3, generate=engine
+    )
     texts = ["the film", "honestly , the plot"]
     assert said(texts) == texts
     assert asked == {"max_new_tokens": 3, "num_samples": 1, "eos_ids": (tokenizer.eos_token_id,)}
-    assert said(texts, num_samples=2, eos_ids=(5,), pad_id=1, buckets=(5,)) == [[text] * 2 for text in texts]
+    assert said(texts, num_samples=2, eos_ids=(5,), pad_id=1, buckets=(5,)) == [
+        [text] * 2 for text in texts
+    ]
     assert asked == {"max_new_tokens": 3, "num_samples": 2, "eos_ids": (5,), "pad_id": 1}
     with pytest.raises(TypeError, match=r"write \['the film'\]"):
         said("the film")
@@ -350,15 +437,32 @@ def test_text_in_text_out():
 
 def say_lengths(prompts, keys):
     """Two samples a prompt; what is said depends on the prompt's tokens and its key, and stands on the right."""
-    said = np.array([row[keep].tolist()[0] * 100 + key for row, keep, key in zip(*prompts[:2], keys, strict=True)])
+    said = np.array(
+        [
+            row[keep].tolist()[0] * 100 + key
+            for row, keep, key in zip(*prompts[:2], keys, strict=True)
+        ]
+    )
     width = prompts.tokens.shape[1]
-    tokens = np.concatenate([np.repeat(prompts.tokens, 2, axis=0), np.stack([said, -said], axis=1).reshape(-1, 1)], axis=1)
-    real = np.concatenate([np.repeat(prompts.mask, 2, axis=0), np.ones((len(tokens), 1), bool)], axis=1)
+    tokens = np.concatenate(
+        [np.repeat(prompts.tokens, 2, axis=0), np.stack([said, -said], axis=1).reshape(-1, 1)],
+        axis=1,
+    )
+    real = np.concatenate(
+        [np.repeat(prompts.mask, 2, axis=0), np.ones((len(tokens), 1), bool)], axis=1
+    )
     sampled = real & (np.arange(width + 1)[None, :] == width)
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     logprobs = np.where(sampled, -tokens, 0).astype(np.float32)
     return rollouts.Rollout(
-        tokens, sampled, positions, real.astype(np.int32), logprobs, logprobs, tokens[:, -1] > 0, np.float32(0.7)
+        tokens,
+        sampled,
+        positions,
+        real.astype(np.int32),
+        logprobs,
+        logprobs,
+        tokens[:, -1] > 0,
+        np.float32(0.7),
     )
 
 
@@ -381,9 +485,14 @@ def test_prompts_of_like_length_sample_as_all_together():
 
 
 def test_batches_carry_what_prompts_are_conditioned_on():
-    prompts = rollouts.Prompts(np.ones((3, 2), np.int32), np.array([[1, 1], [1, 0], [1, 1]], bool), {"image": np.arange(3)})
+    prompts = rollouts.Prompts(
+        np.ones((3, 2), np.int32), np.array([[1, 1], [1, 0], [1, 1]], bool), {"image": np.arange(3)}
+    )
     batches = classic.by_length(prompts, (1, 2), rows=2)
-    assert [(i.tolist(), batch.inputs["image"].tolist()) for i, batch in batches] == [([1, 1], [1, 1]), ([0, 2], [0, 2])]
+    assert [(i.tolist(), batch.inputs["image"].tolist()) for i, batch in batches] == [
+        ([1, 1], [1, 1]),
+        ([0, 2], [0, 2]),
+    ]
     assert len(classic.by_length(prompts, (1, 2))[0][0]) == 1
 
 

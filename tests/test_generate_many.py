@@ -13,7 +13,9 @@ KEY = jax.random.key(0)
 NEW, EOS = 8, (2, 9)
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(1, 5, 13)
-PROMPTS = rollouts.Prompts(RNG.integers(3, 16, (13, 4)).astype(np.int32), np.arange(4)[None, :] >= 4 - LENGTHS[:, None])
+PROMPTS = rollouts.Prompts(
+    RNG.integers(3, 16, (13, 4)).astype(np.int32), np.arange(4)[None, :] >= 4 - LENGTHS[:, None]
+)
 SAMPLER = rollouts.sampler(temperature=0.7)
 
 
@@ -26,7 +28,9 @@ def model():
 def sample(model, prompts=PROMPTS, key=KEY, slots=None, **kw):
     settings = dict(max_new_tokens=NEW, eos_ids=EOS, sampler=SAMPLER) | kw
     generate = rollouts.generate if slots is None else rollouts.generate_many
-    return jax.device_get(generate(*model, prompts, key, **settings, **({} if slots is None else {"slots": slots})))
+    return jax.device_get(
+        generate(*model, prompts, key, **settings, **({} if slots is None else {"slots": slots}))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,9 @@ def test_any_number_of_slots_gives_the_same(slots, model, alone):
 
 @pytest.mark.parametrize("early_end", [True, False])
 def test_stages_of_a_long_completion_give_the_same(early_end, model):
-    long = dict(max_new_tokens=35, prefix=jnp.array([5, 3, 7], jnp.int32), eos_ids=(9,))  # 17 tokens, then 18; slots have one
+    long = dict(
+        max_new_tokens=35, prefix=jnp.array([5, 3, 7], jnp.int32), eos_ids=(9,)
+    )  # 17 tokens, then 18; slots have one
     staged = sample(model, early_end=early_end, **long)
     assert {17, 18} < set(range(staged.mask.sum(1).min(), staged.mask.sum(1).max()))
     assert_same(staged, sample(model, slots=13, **long))
@@ -83,7 +89,10 @@ def test_a_prefix_is_the_same_as_writing_it_before_each_prompt(model):
 
 
 def test_refusals_name_both_sides(model):
-    with pytest.raises(ValueError, match=r"3 slots but 1 prompts of 4 samples are read together; give at least 4 slots"):
+    with pytest.raises(
+        ValueError,
+        match=r"3 slots but 1 prompts of 4 samples are read together; give at least 4 slots",
+    ):
         sample(model, slots=3, num_samples=4)
     with pytest.raises(ValueError, match=r"prefix \[1, 3\] but it must be \[S\]"):
         sample(model, prefix=jnp.ones((1, 3), jnp.int32))

@@ -16,7 +16,13 @@ def example():
     spec = importlib.util.spec_from_file_location("positive_reviews", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.LENGTH, module.LAYERS, module.SAMPLES, module.EVALUATED, module.CLASSIFIERS = 12, 1, 64, 32, 2
+    module.LENGTH, module.LAYERS, module.SAMPLES, module.EVALUATED, module.CLASSIFIERS = (
+        12,
+        1,
+        64,
+        32,
+        2,
+    )
     module.PPO_LR = 1e-2  # two steps show
     return module
 
@@ -27,7 +33,10 @@ def data(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "data"
     folder.mkdir()
-    for name, felt in (("pos.txt", "good fine bright".split()), ("neg.txt", "bad dull flat".split())):
+    for name, felt in (
+        ("pos.txt", "good fine bright".split()),
+        ("neg.txt", "bad dull flat".split()),
+    ):
         words = "a the film plot actor and is with".split() + 4 * felt
         lines = [" ".join(rng.choice(words, rng.integers(3, 9))) for _ in range(90)]
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -39,12 +48,17 @@ def test_a_small_run_measures_before_and_after(example, data, tmp_path, capsys):
     assert summary["judge_accuracy"] > 0.8
     assert summary["seconds"] > 0
     for side in ("before", "after"):
-        assert set(summary[side]) == {"positive_share", "distinct_bigrams", "kl_to_reference", "tokens"}
+        assert set(summary[side]) == {
+            "positive_share",
+            "distinct_bigrams",
+            "objective/kl",
+            "tokens",
+        }
         assert 0 <= summary[side]["positive_share"] <= 1
         assert 0 < summary[side]["distinct_bigrams"] <= 1
         assert 1 <= summary[side]["tokens"] <= example.LENGTH - 1
-    assert abs(summary["before"]["kl_to_reference"]) < 1e-4
-    assert 1e-3 < abs(summary["after"]["kl_to_reference"]) < 10
+    assert abs(summary["before"]["objective/kl"]) < 1e-4
+    assert 1e-3 < abs(summary["after"]["objective/kl"]) < 10
     assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == summary
     samples = (tmp_path / "out" / "after.txt").read_text(encoding="utf-8")
     assert len(samples.splitlines()) == example.EVALUATED
@@ -84,13 +98,20 @@ def spoil_same(data):
 )
 def test_bad_data_gets_one_line_and_exit_code_2(example, data, tmp_path, capsys, spoil, said):
     folder = spoil(data) or data
-    assert_refused(example, ["--data", str(folder), "--output", str(tmp_path / "out")], said, capsys)
+    assert_refused(
+        example, ["--data", str(folder), "--output", str(tmp_path / "out")], said, capsys
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_holds_results_is_left_alone(example, data, tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
-    assert_refused(example, ["--data", str(data), "--output", str(tmp_path)], "already holds a run or other files", capsys)
+    assert_refused(
+        example,
+        ["--data", str(data), "--output", str(tmp_path)],
+        "already holds a run or other files",
+        capsys,
+    )
     assert (tmp_path / "summary.json").read_text(encoding="utf-8") == "{}"
 
 

@@ -14,18 +14,59 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf import adapters, averages, cli, ranges, yaml_files
+from rlhf import adapters, cli, ranges, yaml_files
+from rlhf.command_line import Mistake, options_of, parsed
 from rlhf.losses import controllers
-from rlhf.options import Mistake, options_of, parsed
 from rlhf.ranges import FLOAT32, Range, kind_of
 from rlhf.rollouts import engine, replay, reward_functions, samplers
 from rlhf.tools import new
+from rlhf.training import averages
 
 MAINS = {name: importlib.import_module(module).main for name, (module, _) in cli.COMMANDS.items()}
 TEXT = st.text(st.characters(exclude_characters="\x85\u2028\u2029"), max_size=6)
-WORDS = ["nan", "inf", "-inf", "0", "-1", "1e300", "null", "fast", "true", "[]", "[nan]", "{}", "9" * 400, "1" * 5000, "0.5"]
-VALUES: list = [math.nan, math.inf, -math.inf, 0, -1, 1e300, None, "fast", True, [], [math.nan], {}, 10**400, 10**5000, 0.5]
-NAMED = {"text", "null", "true", "list", "mapping", "number", "one of"}  # what a message may say that a value must be
+WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "0",
+    "-1",
+    "1e300",
+    "null",
+    "fast",
+    "true",
+    "[]",
+    "[nan]",
+    "{}",
+    "9" * 400,
+    "1" * 5000,
+    "0.5",
+]
+VALUES: list = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    0,
+    -1,
+    1e300,
+    None,
+    "fast",
+    True,
+    [],
+    [math.nan],
+    {},
+    10**400,
+    10**5000,
+    0.5,
+]
+NAMED = {
+    "text",
+    "null",
+    "true",
+    "list",
+    "mapping",
+    "number",
+    "one of",
+}  # what a message may say that a value must be
 
 
 def parts_of(hint) -> list:
@@ -40,7 +81,12 @@ def parts_of(hint) -> list:
 def least(command: str, but: str) -> list[str]:
     """What a command needs, without one option."""
     options = options_of(MAINS[command])
-    return [word for name in options if options[name].needed and name != but for word in (f"--{name}", "x")]
+    return [
+        word
+        for name in options
+        if options[name].needed and name != but
+        for word in (f"--{name}", "x")
+    ]
 
 
 def outcome(call, *args, **kwargs) -> str | None:
@@ -58,7 +104,9 @@ def holds(hint, value) -> bool:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
         few = range_.low > -FLOAT32 and len(value) < range_.low if isinstance(value, list) else True
-        return isinstance(value, list) and not few and all(holds(parts[0], entry) for entry in value)
+        return (
+            isinstance(value, list) and not few and all(holds(parts[0], entry) for entry in value)
+        )
     if origin is dict:
         return isinstance(value, dict) and all(holds(parts[1], entry) for entry in value.values())
     if origin is typing.Literal:
@@ -66,7 +114,11 @@ def holds(hint, value) -> bool:
     if parts:
         return any(holds(part, value) for part in parts)
     if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or value != value:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if kind is int else int | float)
+            or value != value
+        ):
             return False
         low = value > range_.low if range_.above else value >= range_.low
         high = value < range_.high if range_.below else value <= range_.high
@@ -98,24 +150,43 @@ def test_every_number_has_a_range(command):
             assert holds(option.hint, option.default), f"the default of --{name}"
 
 
+TRLS = (  # as TRL means them: translated
+    ("packing", True),
+    ("warmup_steps", 0.5),
+    ("log_completions", True),
+    ("log_completions", False),
+    ("scale_rewards", True),
+    ("scale_rewards", False),
+)
+
+
 @pytest.mark.parametrize("command", MAINS)
 def test_every_option_from_the_command_line(command):
     fn, seen = MAINS[command], 0
     for name, option in options_of(fn).items():
         for word in WORDS:
             message = outcome(parsed, fn, command, [*least(command, name), f"--{name}={word}"])
-            if message is not None and " must be " in message and name in message.split(" must be ")[0]:
+            if (
+                message is not None
+                and " must be " in message
+                and name in message.split(" must be ")[0]
+            ):
                 said_well(message, f"--{name}", option.hint)
                 seen += 1
             elif message is not None:
                 assert any(given in message for given in (name, word[:20])), message
             else:
                 kinds = {kind for kind, _ in parts_of(option.hint)}
-                assert kinds - {int, float, type(None)} or word in ("0", "0.5", "null", "[]", "-1"), (name, word)
+                if (name, word == "true") in TRLS and word in ("true", "false"):
+                    continue
+                assert kinds - {int, float, type(None)} or word in (
+                    "0",
+                    "0.5",
+                    "null",
+                    "[]",
+                    "-1",
+                ), (name, word)
     assert seen >= len(WORDS) // 3 or command in ("export", "help", "plot")
-
-
-TRLS = (("packing", True), ("warmup_steps", 0.5))  # as TRL means them: translated
 
 
 @pytest.mark.parametrize("command", MAINS)
@@ -135,19 +206,29 @@ def test_every_option_from_a_file(command, tmp_path):
                 said_well(message, f"{file}: {name}", option.hint)
             else:
                 kind = typing.get_origin(kind_of(option.hint)[0])
-                assert message or kind is list or "list" in str(option.hint), (name, value)  # one entry stands for a list
+                assert message or kind is list or "list" in str(option.hint), (
+                    name,
+                    value,
+                )  # one entry stands for a list
 
 
 @pytest.mark.parametrize("command", [command for command in MAINS if command != "help"])
 def test_every_option_from_python(command):
-    """The arguments of a function, and the fields of its dataclasses."""
+    """The arguments of a function, and the fields of its dataclasses; one reward is a list of one."""
     fn = MAINS[command]
     options = options_of(fn)
     for name, option in options.items():
         made = ranges.hints_of(fn)[option.of] if option.of else None
-        needed = {x.name: "x" for x in dataclasses.fields(made) if options[x.name].needed} if made else {}
+        needed = (
+            {x.name: "x" for x in dataclasses.fields(made) if options[x.name].needed}
+            if made
+            else {}
+        )
         for value in VALUES:
             if holds(option.hint, value):
+                continue
+            if name == "reward" and holds(option.hint, [value]):
+                assert made(**{name: value}).reward == [value]
                 continue
             if made:
                 message = outcome(made, **{**needed, name: value})
@@ -162,15 +243,27 @@ def test_every_command_holds_its_arguments_to_their_types(command):
     fn = MAINS[command]
     assert inspect.unwrap(fn) is not fn, f"rlhf {command}: main is not @checked"
     for name, option in options_of(fn).items():
-        if option.of is None and any(kind in (int, float, bool) for kind, _ in parts_of(option.hint)):
-            needed = {x.name: None for x in inspect.signature(fn).parameters.values() if x.default is x.empty}
+        if option.of is None and any(
+            kind in (int, float, bool) for kind, _ in parts_of(option.hint)
+        ):
+            needed = {
+                x.name: None
+                for x in inspect.signature(fn).parameters.values()
+                if x.default is x.empty
+            }
             message = outcome(fn, **{**needed, name: math.nan})
             assert message
             assert " must be " in message
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.floats(), st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans(), st.booleans())
+@given(
+    st.floats(),
+    st.floats(allow_nan=False),
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.booleans(),
+)
 def test_a_range_is_an_interval(value, low, high, above, below):
     low, high = sorted([low, high])
     inside = (value > low if above else value >= low) and (value < high if below else value <= high)
@@ -222,7 +315,10 @@ PYTHON = {  # functions of hyperparameters: arguments that can be, and those tha
 BESIDE: dict = {
     reward_functions.cosine_scaled: {"correctness": reward_functions.length},
     engine.openai_engine: {"url": "http://localhost", "model": "m"},
-    adapters.add: {"params": {"layers": {"q": np.ones((2, 3, 3), np.float32)}}, "key": jax.random.key(0)},
+    adapters.add: {
+        "params": {"layers": {"q": np.ones((2, 3, 3), np.float32)}},
+        "key": jax.random.key(0),
+    },
 }
 
 
@@ -251,5 +347,7 @@ def test_an_error_of_another_package_keeps_its_traceback(tmp_path, capsys, monke
 def test_mistakes_of_options_are_our_own_words():
     with pytest.raises(Mistake, match=r"^--output, --model are missing; see --help$"):
         parsed(MAINS["sft"], "sft", ["--dataset", "d"])
-    with pytest.raises(Mistake, match=r"^--num_generations \(here num_samples\) must be a whole number at least 1"):
+    with pytest.raises(
+        Mistake, match=r"^--num_generations \(here num_samples\) must be a whole number at least 1"
+    ):
         parsed(MAINS["grpo"], "grpo", ["--num_generations", "0"])

@@ -1,4 +1,4 @@
-"""The README's programs run as they stand, and its figures are those of the results that are committed."""
+"""The README's programs run as they stand, and its numbers are those of the results that are committed."""
 
 import dataclasses
 import json
@@ -69,20 +69,23 @@ def test_every_family_is_named():
     assert f"spans {len(FAMILIES)} families" in README
 
 
-def test_quoted_figures_of_the_big_model_are_the_committed_results():
+def test_quoted_numbers_of_the_big_model_are_the_committed_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "big_model.json").read_text())["rows"]
     load, _, step, peer = rows
     assert f"{load['of the files']:.2f} times the files' size" in README
     assert f"peaks at {step['peak MiB'] * 2**20 / 1e9:.1f} GB" in README
-    assert f"agrees with transformers' to {peer['largest difference']:.0e}".replace("e-0", "e-") in README
+    assert (
+        f"agrees with transformers' to {peer['largest difference']:.0e}".replace("e-0", "e-")
+        in README
+    )
 
 
 def test_quoted_speed_of_sampling_is_the_committed_result():
     tables = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())["tables"]
     peer, batching, _ = (table["rows"] for table in tables)
     for row in peer:
-        figures = f"{row['tokens/s']:,.0f} | {row['transformers']:,.0f} | {row['ratio']:.1f} |"
-        assert f"| {row['hidden / layers / vocabulary']} | {figures}" in README
+        numbers = f"{row['tokens/s']:,.0f} | {row['transformers']:,.0f} | {row['ratio']:.1f} |"
+        assert f"| {row['hidden / layers / vocabulary']} | {numbers}" in README
     assert f"most go {batching[0]['ratio']:.1f} times as fast" in README
 
 
@@ -97,7 +100,9 @@ def test_the_table_of_objectives_is_that_of_the_docstrings():
 
 def test_every_module_of_objectives_is_in_the_table():
     helpers = {"chunks", "logits", "metrics", "segments"}
-    modules = {info.name for info in pkgutil.iter_modules(losses.__path__) if not info.name.startswith("_")}
+    modules = {
+        info.name for info in pkgutil.iter_modules(losses.__path__) if not info.name.startswith("_")
+    }
     assert modules - helpers == set(objectives_table.TOPICS)
 
 
@@ -113,22 +118,32 @@ def test_every_recipe_has_learned_and_stands_in_the_table():
     recipes = {name for name, (module, _) in cli.COMMANDS.items() if ".recipes." in module}
     assert {row["recipe"] for row in rows if row["learned"] == "yes"} == recipes
     for row in rows:
-        bar = f"{'+' if row['figure'] == 'pass@1' else ''}{row['at least']:.2f}"
-        line = next(line for line in README.splitlines() if line.startswith(f"| `{row['recipe']}` |"))
+        bar = f"{'+' if row['metric'] == 'pass@1' else ''}{row['at least']:.2f}"
+        line = next(
+            line for line in README.splitlines() if line.startswith(f"| `{row['recipe']}` |")
+        )
         assert line.endswith(f"| {row['before']} | {row['after']} | {bar} |")
 
 
 def test_quoted_speed_of_training_is_the_committed_result():
     results = ROOT / "benchmarks" / "results"
     for row in json.loads((results / "train_step.json").read_text())["rows"]:
-        assert f"| {row['step']} | {row['seconds']:.2f} | {row['TRL']:.2f} | {row['ratio']:.2f} |" in README
+        assert (
+            f"| {row['step']} | {row['seconds']:.2f} | {row['TRL']:.2f} | {row['ratio']:.2f} |"
+            in README
+        )
     for row in json.loads((results / "shared_prefix.json").read_text())["rows"]:
         assert row["largest difference"] < 1e-4
-        figures = f"{row['seconds']:.2f} | {row['by themselves']:.2f} | {row['times as fast']:.2f}"
-        assert f"| {row['rows']} | {figures} | {row['temporary MB']:,.0f} | {row['theirs']:,.0f} |" in README
+        numbers = f"{row['seconds']:.2f} | {row['by themselves']:.2f} | {row['times as fast']:.2f}"
+        assert (
+            f"| {row['rows']} | {numbers} | {row['temporary MB']:,.0f} | {row['theirs']:,.0f} |"
+            in README
+        )
     none, packed, *_ = json.loads((results / "packing.json").read_text())["rows"]
     assert 30 < none["real tokens %"] < 37
-    assert f"train {packed['ratio']:.1f} times as fast with `--packing {packed['packing']}`" in README
+    assert (
+        f"train {packed['ratio']:.1f} times as fast with `--packing {packed['packing']}`" in README
+    )
 
 
 def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -147,14 +162,22 @@ def test_commands_for_gsm8k_run(tmp_path, monkeypatch):
     (tmp_path / "gsm8k").mkdir()
     for split in ("train", "test"):
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(rows)
-    solutions = {"question": "1 + 1?", "a": {"solution": "2", "is_correct": True}, "b": {"solution": "3", "is_correct": False}}
-    (tmp_path / "gsm8k" / "example_model_solutions.jsonl").write_text(8 * (json.dumps(solutions) + "\n"))
+    solutions = {
+        "question": "1 + 1?",
+        "a": {"solution": "2", "is_correct": True},
+        "b": {"solution": "3", "is_correct": False},
+    }
+    (tmp_path / "gsm8k" / "example_model_solutions.jsonl").write_text(
+        8 * (json.dumps(solutions) + "\n")
+    )
     monkeypatch.chdir(tmp_path)
     lm, params, _ = rlhf.load(ROOT / "tests" / "checkpoints" / "qwen2")
     one = transformer(dataclasses.replace(config_of(lm), num_layers=1))
     first = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
     rlhf.save(tmp_path / "base", one, first, family="qwen2", eos_token_id=2)
-    shutil.copytree(ROOT / "tests" / "checkpoints" / "tokenizer", tmp_path / "base", dirs_exist_ok=True)
+    shutil.copytree(
+        ROOT / "tests" / "checkpoints" / "tokenizer", tmp_path / "base", dirs_exist_ok=True
+    )
     file = tmp_path / "base" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["model"]["unk_token"] = "<unk>"  # it knows few letters
@@ -166,9 +189,9 @@ def test_commands_for_gsm8k_run(tmp_path, monkeypatch):
     assert (tmp_path / "final" / "config.json").exists()
 
 
-def test_quoted_figures_of_the_command_line_are_the_committed_results():
+def test_quoted_numbers_of_the_command_line_are_the_committed_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "command_line.json").read_text())
     for name in ("sft", "grpo"):
         r = results[name]
-        row = f"| after `{name}` | {r['reward']:.3f} | {r['reward_drawn']:.3f} | {r['pass@1']:.1%} | {r['pass@4']:.1%} |"
+        row = f"| after `{name}` | {r['reward']:.3f} | {r['reward_sampled']:.3f} | {r['pass@1']:.1%} | {r['pass@4']:.1%} |"
         assert row in README

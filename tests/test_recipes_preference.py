@@ -12,12 +12,15 @@ import pytest
 
 import rlhf
 from rlhf import cli
-from rlhf.loop import Training
 from rlhf.losses import moments, preference, reference_free
 from rlhf.models import huggingface
-from rlhf.recipes import bco, coupled, cpo, dpo, kto, reward, setup, unpaired
-from rlhf.runs import metrics_of
+from rlhf.recipes import bco, cpo, dpo, kto, orpo
 from rlhf.tasks import reverse
+from rlhf.training import evaluation, loading, unpaired
+from rlhf.training import preference as pair_losses
+from rlhf.training import reference_free as reference_free_losses
+from rlhf.training.policy import Policy
+from rlhf.training.runs import metrics_of
 
 import steps as tiny  # isort: skip
 
@@ -32,7 +35,9 @@ def tiny_lm():
 
 @partial(jax.jit, static_argnums=0)
 def logits_of(lm, params, tokens, positions, segment_ids):
-    return lm.unembed(params, lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids)[0])
+    return lm.unembed(
+        params, lm.hidden(params, tokens, positions=positions, segment_ids=segment_ids)[0]
+    )
 
 
 def by_hand(lm, params, tokens, mask, positions, segment_ids):
@@ -42,46 +47,62 @@ def by_hand(lm, params, tokens, mask, positions, segment_ids):
     for b in range(tokens.shape[0]):
         for t in range(1, tokens.shape[1]):
             if segment_ids[b, t]:
-                logprobs[b, t] = logits[b, t - 1, tokens[b, t]] - np.log(np.exp(logits[b, t - 1]).sum())
+                logprobs[b, t] = logits[b, t - 1, tokens[b, t]] - np.log(
+                    np.exp(logits[b, t - 1]).sum()
+                )
     return logprobs, (logprobs * mask).sum(-1)
 
 
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 
-def answers_of(rng, mismatched=True):
-    """Eight answers, three of them desirable."""
+def completions_of(rng, mismatched=True):
+    """Eight completions, three of them desirable."""
     pairs = tiny.pairs(rng)
     desirable = np.array([1, 0, 0, 1, 0, 0, 1, 0], bool)
-    return unpaired.Answers(*(x[:, : 1 + mismatched] for x in pairs[:4]), desirable)
+    return unpaired.Unpaired(*(x[:, : 1 + mismatched] for x in pairs[:4]), desirable)
 
 
-def referenced(lm, other, answers):
-    return answers._replace(ref_logprobs=np.asarray(unpaired.sequence_logprobs(lm, other, answers)))
+def referenced(lm, other, completions):
+    return completions._replace(
+        ref_logprobs=np.asarray(unpaired.sequence_logprobs(lm, other, completions))
+    )
 
 
 def sums_by_hand(lm, params, arrays):
     """`[R, K]` of the completions."""
-    return np.stack([by_hand(lm, params, *(x[:, k] for x in arrays[:4]))[1] for k in range(arrays.tokens.shape[1])], -1)
+    return np.stack(
+        [
+            by_hand(lm, params, *(x[:, k] for x in arrays[:4]))[1]
+            for k in range(arrays.tokens.shape[1])
+        ],
+        -1,
+    )
 
 
 @pytest.mark.parametrize("mismatched", [True, False])
 def test_kto_by_hand(tiny_lm, mismatched):
     lm, params, other = tiny_lm
-    answers = referenced(lm, other, answers_of(np.random.default_rng(0), mismatched))
+    completions = referenced(lm, other, completions_of(np.random.default_rng(0), mismatched))
     compare = kto.objective(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
-    loss, metrics = compare(unpaired.scores(lm)(params, (), answers, None), (), answers)
+    loss, metrics = compare(
+        unpaired.make_scores(Policy(lm))(params, (), completions, None), (), completions
+    )
 
-    ratio = sums_by_hand(lm, params, answers) - sums_by_hand(lm, other, answers)
+    ratio = sums_by_hand(lm, params, completions) - sums_by_hand(lm, other, completions)
     kl = max(0.0, ratio[:, 1].mean()) if mismatched else 0.0
     assert (kl > 0.05) == mismatched
     expected = [
         1.5 * (1 - sigmoid(0.3 * (x - kl))) if good else 0.5 * (1 - sigmoid(0.3 * (kl - x)))
-        for x, good in zip(ratio[:, 0], answers.desirable, strict=True)
+        for x, good in zip(ratio[:, 0], completions.desirable, strict=True)
     ]
-    good, bad = (0.3 * ratio[mask, 0].mean() for mask in (answers.desirable, ~answers.desirable))
+    good, bad = (
+        0.3 * ratio[mask, 0].mean() for mask in (completions.desirable, ~completions.desirable)
+    )
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
-    found = [metrics[name] for name in ("kl", "reward_desirable", "reward_undesirable", "margin")]
+    found = [
+        metrics[name] for name in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    ]
     np.testing.assert_allclose(found, [kl, good, bad, good - bad], rtol=1e-4, atol=1e-6)
 
 
@@ -89,35 +110,56 @@ def test_bco_measures_rewards_from_the_mean_of_all_so_far(tiny_lm):
     lm, params, other = tiny_lm
     context, rewards = {"rewards": moments.running().init()}, []
     for seed in (0, 1):
-        answers = referenced(lm, other, answers_of(np.random.default_rng(seed), mismatched=False))
-        x = 0.3 * (sums_by_hand(lm, params, answers) - sums_by_hand(lm, other, answers))[:, 0]
+        completions = referenced(
+            lm, other, completions_of(np.random.default_rng(seed), mismatched=False)
+        )
+        x = (
+            0.3
+            * (sums_by_hand(lm, params, completions) - sums_by_hand(lm, other, completions))[:, 0]
+        )
         rewards += x.tolist()
         delta = np.mean(rewards)
-        scores = unpaired.scores(lm)(params, (), answers, None)
-        loss, metrics = bco.objective(beta=0.3)(scores, context, answers)
-        expected = [-np.log(sigmoid(r - delta if good else delta - r)) for r, good in zip(x, answers.desirable, strict=True)]
+        scores = unpaired.make_scores(Policy(lm))(params, (), completions, None)
+        loss, metrics = bco.objective(beta=0.3)(scores, context, completions)
+        labelled = zip(x, completions.desirable, strict=True)
+        expected = [-np.log(sigmoid(r - delta if good else delta - r)) for r, good in labelled]
         np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
         context = bco.move(context, params, metrics)
-        np.testing.assert_allclose(context["rewards"], [len(rewards), delta, np.var(rewards, ddof=1)], rtol=1e-4)
-    _, judged = bco.objective(beta=0.3, moving=False)(scores, context, answers)
-    assert float(judged["delta"]) == float(metrics["delta"])  # what is not trained on does not count
+        np.testing.assert_allclose(
+            context["rewards"], [len(rewards), delta, np.var(rewards, ddof=1)], rtol=1e-4
+        )
+    _, of_eval = bco.objective(beta=0.3, moving=False)(scores, context, completions)
+    assert float(of_eval["delta"]) == float(
+        metrics["delta"]
+    )  # what is not trained on does not count
 
 
-def test_answers_keep_their_labels_and_are_held_against_other_prompts():
+def test_completions_keep_their_labels_and_are_held_against_other_prompts():
     tokenizer = reverse.task().tokenizer()
     pairs = [{"prompt": f"{a}=", "chosen": a, "rejected": "zz"} for a in ("b", "c", "d")]
-    single = [{"prompt": "abcdefg=", "completion": "a", "label": True}, {"prompt": "b=", "completion": "e", "label": False}]
+    single = [
+        {"prompt": "abcdefg=", "completion": "a", "label": True},
+        {"prompt": "b=", "completion": "e", "label": False},
+    ]
     said = []
-    answers = unpaired.lay_out(tokenizer, [*pairs, *single], 6, said.append, mismatched=True)
-    assert said == ["0 sequences lost 0 tokens beyond 6; 1 rows with nothing left to train on were left out"]
+    completions = unpaired.lay_out(tokenizer, [*pairs, *single], 6, said.append, mismatched=True)
+    assert said == [
+        "0 sequences lost 0 tokens beyond 6; 1 rows with nothing left to train on were left out"
+    ]
     text = lambda row, mask: tokenizer.decode(np.asarray(row)[mask], skip_special_tokens=True)
     prompts, own, others = [], [], []
-    for tokens, mask, segments in zip(answers.tokens, answers.mask, answers.segment_ids, strict=True):
+    for tokens, mask, segments in zip(
+        completions.tokens, completions.mask, completions.segment_ids, strict=True
+    ):
         prompts.append([text(tokens[k], (segments[k] != 0) & ~mask[k]) for k in (0, 1)])
         own.append(text(tokens[0], mask[0]))
         others.append(text(tokens[1], mask[1]))
-    assert [p for p, _ in prompts] == [p for _, p in prompts] == ["b=", "c=", "d=", "b=", "c=", "d=", "b="]
-    assert list(zip(own, answers.desirable.tolist(), strict=True)) == [
+    assert (
+        [p for p, _ in prompts]
+        == [p for _, p in prompts]
+        == ["b=", "c=", "d=", "b=", "c=", "d=", "b="]
+    )
+    assert list(zip(own, completions.desirable.tolist(), strict=True)) == [
         ("b", True), ("c", True), ("d", True), ("zz", False), ("zz", False), ("zz", False), ("e", False)
     ]  # fmt: skip
     assert others == ["c", "d", "zz", "zz", "zz", "e", "b"]  # the next row's
@@ -169,9 +211,12 @@ def test_reference_free_objectives_by_hand_and_packed(tiny_lm, name):
             for field, x, y in zip(pairs._fields[:4], pairs[:4], extra, strict=True)
         })  # fmt: skip
     loss = reference_free.orpo if whole else cpo.chosen_loss(name)
-    run = lambda pairs, most: cpo.objective(lm, loss=loss, nll_coef=0.7, whole=whole, max_segments=most)(
-        params, (), cpo.prepare(pairs, whole=whole, max_segments=most), None
-    )
+
+    def run(pairs, most):
+        options = dict(prompts_too=whole, max_segments=most)
+        loss_fn = reference_free_losses.make_loss(Policy(lm), loss=loss, nll_coef=0.7, **options)
+        return loss_fn(params, (), reference_free_losses.with_weights(pairs, **options), None)
+
     total, metrics = run(pairs, 1)
 
     sums, lengths, all_sums, all_lengths = pairs_by_hand(lm, params, pairs)
@@ -180,37 +225,33 @@ def test_reference_free_objectives_by_hand_and_packed(tiny_lm, name):
     np.testing.assert_allclose(metrics["nll"], nll, rtol=1e-5)
     np.testing.assert_allclose(total, in_numpy(name, sums, lengths).mean() + 0.7 * nll, rtol=1e-5)
     by_token = sums if name in ("sigmoid", "hinge", "tpo") else sums / lengths
-    np.testing.assert_allclose(metrics["margin"], (by_token[:, 0] - by_token[:, 1]).mean(), atol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], (by_token[:, 0] > by_token[:, 1]).mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["rewards/margins"], (by_token[:, 0] - by_token[:, 1]).mean(), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["rewards/accuracies"], (by_token[:, 0] > by_token[:, 1]).mean(), rtol=1e-6
+    )
     if not gold:
         packed, sequences = tiny.packed(pairs)
         rest, others = run(packed, sequences)
+        numbers = lambda loss, metrics: [loss, metrics["nll"], metrics["rewards/margins"]]
         np.testing.assert_allclose(
-            [rest, others["nll"], others["margin"]], [total, metrics["nll"], metrics["margin"]], rtol=1e-5, atol=1e-5
+            numbers(rest, others), numbers(total, metrics), rtol=1e-5, atol=1e-5
         )
 
 
 def recipes(lm, other):
-    """name -> (`make_step(training)`, the raw mini-batch, the context it starts from)."""
+    """name -> (`make_update` but for the optimizer and micro-batches, the batch, the context it starts from)."""
     rng = np.random.default_rng(0)
-    answers = referenced(lm, other, answers_of(rng))
-    alone = referenced(lm, other, answers_of(rng, mismatched=False))
+    completions = referenced(lm, other, completions_of(rng))
+    alone = referenced(lm, other, completions_of(rng, mismatched=False))
     pairs = tiny.pairs(rng)
-    pairs = pairs._replace(ref_logprobs=np.asarray(dpo.sequence_logprobs(lm, other, pairs)))
-    scores = unpaired.scores(lm)
-    odds = partial(
-        setup.offline_step, cpo.objective(lm, loss=reference_free.orpo, whole=True), partial(cpo.prepare, whole=True)
-    )
-    sequences = lambda params, context, batch, key: dpo.sequence_logprobs(lm, params, batch)
-    sorts = partial(coupled.step, sequences, dpo.comparison(loss=preference.aot, beta=0.5), prepare=reward.prepare)
+    pairs = pairs._replace(ref_logprobs=np.asarray(pair_losses.sequence_logprobs(lm, other, pairs)))
+    sorts = partial(dpo.make_update, loss=preference.aot, beta=0.5, couples_rows=True)
     return {
-        "kto": (partial(coupled.step, scores, kto.objective(beta=0.5)), answers, {}),
-        "bco": (
-            partial(coupled.step, scores, bco.objective(beta=0.5), update_context=bco.move),
-            alone,
-            {"rewards": moments.running().init()},
-        ),
-        "orpo": (odds, pairs, {}),
+        "kto": (partial(kto.make_update, beta=0.5), completions, {}),
+        "bco": (partial(bco.make_update, beta=0.5), alone, bco.initial_context()),
+        "orpo": (orpo.make_update, pairs, {}),
         "aot": (sorts, pairs, {}),
     }
 
@@ -222,38 +263,56 @@ def test_micro_batches_change_nothing(tiny_lm, name):
     found = []
     for micro_batches in (1, 2):
         optimizer = optax.sgd(1.0)
-        state = rlhf.init_state(rlhf.reference(params), optimizer, jax.random.key(0), rlhf.reference(context))
-        step = make(training=Training(batch_size=8, micro_batches=micro_batches))(optimizer)
+        state = rlhf.init_state(
+            rlhf.reference(params), optimizer, jax.random.key(0), rlhf.reference(context)
+        )
+        step = jax.jit(make(Policy(lm), optimizer, micro_batches=micro_batches))
         for _ in range(2):
             state, metrics = step(state, batch)
         found.append((state.params, state.context, metrics))
-    largest = max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (found[0][0], params)), strict=True))
+    largest = max(
+        float(jnp.abs(x - y).max())
+        for x, y in zip(*map(jax.tree.leaves, (found[0][0], params)), strict=True)
+    )
     assert largest > 1e-3, "nothing was trained"
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *found)
     if name == "kto":
         assert found[0][2]["kl"] > 0.01
 
 
+def test_an_evaluation_in_parts_is_that_of_all_rows(tiny_lm):
+    """Eight rows, three at a time: what fills up the last part weighs nothing, in whichever of the weights."""
+    lm, params, _ = tiny_lm
+    weighted = reference_free_losses.with_weights(tiny.pairs(np.random.default_rng(0)))
+    loss_fn = reference_free_losses.make_loss(Policy(lm), nll_coef=0.7)
+    loss, metrics = loss_fn(params, (), weighted, None)
+    evaluate = evaluation.of_loss(loss_fn, weighted, 3, loading.one_device())
+    found = evaluate(rlhf.init_state(params, optax.sgd(1.0), jax.random.key(0)))
+    assert found.keys() == {"loss", *metrics}
+    for name, value in {"loss": loss, **metrics}.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Files of rows: the reverse of a word, and the word itself as the wrong answer."""
+    """Files of rows: the reverse of a word, and the word itself as the wrong completion."""
     folder, rng = tmp_path_factory.mktemp("rows"), np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 6))) for _ in range(32)]
     pairs = [dict(prompt=f"{w}=", chosen=w[::-1], rejected=w) for w in words]
     triples = [row | {"reference": row["chosen"]} for row in pairs]
-    answers = [dict(prompt=f"{w}=", completion=w[:: rng.choice([-1, 1])]) for w in words]
-    labelled = [row | {"label": row["completion"] == row["prompt"][-2::-1]} for row in answers]
-    for name, kind in (("pairs", pairs), ("triples", triples), ("answers", labelled)):
+    completions = [dict(prompt=f"{w}=", completion=w[:: rng.choice([-1, 1])]) for w in words]
+    labelled = [row | {"label": row["completion"] == row["prompt"][-2::-1]} for row in completions]
+    for name, kind in (("pairs", pairs), ("triples", triples), ("completions", labelled)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kind))
     return folder
 
 
 SMALL = ["--batch_size", "8", "--learning_rate", "1e-3", "--max_length", "16", "--steps", "2"]
-COMMANDS = {  # name -> its data, its options, and figures of its first step that are known
-    "kto": ("pairs", ["--micro_batches", "2"], {"loss": 0.5, "kl": 0, "margin": 0}),
+COMMANDS = {  # name -> its data, its options, and metrics of its first step that are known
+    "kto": ("pairs", ["--micro_batches", "2"], {"loss": 0.5, "kl": 0, "rewards/margins": 0}),
     "orpo": ("pairs", ["--packing", "bfd"], {}),
     "cpo": ("triples", ["--loss_type", "tpo"], {}),
-    "dpo": ("pairs", ["--loss", "aot", "sft", "--micro_batches", "2"], {"margin": 0}),
+    "dpo": ("pairs", ["--loss", "aot", "sft", "--micro_batches", "2"], {"rewards/margins": 0}),
 }
 
 
@@ -270,64 +329,119 @@ def test_a_command_from_data_to_a_model(name, base, rows, tmp_path):
     assert second["step"] == 2
     last = metrics_of(tmp_path / "run")[-1]
     assert np.isfinite(last["eval_loss"])
-    assert last["eval_margin"] != 0
-    before, after = (huggingface.load(folder)[1]["layers"]["q"] for folder in (base, tmp_path / "run" / "model"))
+    assert last["eval_rewards/margins"] != 0
+    before, after = (
+        huggingface.load(folder)[1]["layers"]["q"] for folder in (base, tmp_path / "run" / "model")
+    )
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 0
 
 
 def test_bco_from_data_to_a_model_in_two_runs_with_one_mean(base, rows, tmp_path, monkeypatch):
-    original = rlhf.runs.RunFolder.log
+    original = rlhf.training.runs.RunFolder.log
 
-    def stop(self, phase, step, figures):
-        original(self, phase, step, figures)
+    def stop(self, phase, step, metrics):
+        original(self, phase, step, metrics)
         if step == 3:
             raise KeyboardInterrupt
 
-    ask = ["bco", "--model", base, "--dataset", str(rows / "answers.jsonl"), *SMALL, "--steps", "3", "--save_every", "1"]
+    ask = [
+        "bco",
+        "--model",
+        base,
+        "--dataset",
+        str(rows / "completions.jsonl"),
+        *SMALL,
+        "--steps",
+        "3",
+        "--save_every",
+        "1",
+    ]
     ask += ["--lora_rank", "2", "--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(rlhf.runs.RunFolder, "log", stop)
+        patch.setattr(rlhf.training.runs.RunFolder, "log", stop)
         assert cli.main(ask) == 130
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
     assert not (tmp_path / "run" / "model").exists()  # which is merged at the end
     before = metrics_of(tmp_path / "run")
-    np.testing.assert_allclose([before[0][x] for x in ("loss", "delta", "rewards_seen")], [np.log(2), 0, 8], atol=1e-6)
+    np.testing.assert_allclose(
+        [before[0][x] for x in ("loss", "delta", "rewards_count")], [np.log(2), 0, 8], atol=1e-6
+    )
     assert cli.main([*ask, "--resume"]) == 0
     after = metrics_of(tmp_path / "run")
-    assert [row["rewards_seen"] for row in after] == [8, 16, 24]
+    assert [row["rewards_count"] for row in after] == [8, 16, 24]
     assert after[2]["delta"] == before[2]["delta"] != 0  # step 3, taken again
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (Path(base), tmp_path / "run" / "model")]
+    weights = [
+        (folder / "model.safetensors").read_bytes()
+        for folder in (Path(base), tmp_path / "run" / "model")
+    ]
     assert weights[0] != weights[1]
 
 
 TASK = ["--dataset", "task:reverse"]
 MISTAKES = [
     (["kto", *TASK, "--loss", "dpo"], "--loss must be one of kto, apo_zero, but is 'dpo'"),
-    (["kto", *TASK, "--beta", "0"], "--beta must be a number above 0 and at most 1,000, but is 0.0"),
-    (["kto", *TASK, "--desirable_weight", "-1"], "--desirable_weight must be a number above 0 and at most 1,000, but is -1.0"),
-    (["kto", "--dataset", str(BAD / "fine.jsonl")], "cannot be converted to unpaired preference: it has no verdict"),
+    (
+        ["kto", *TASK, "--beta", "0"],
+        "--beta must be a number above 0 and at most 1,000, but is 0.0",
+    ),
+    (
+        ["kto", *TASK, "--desirable_weight", "-1"],
+        "--desirable_weight must be a number above 0 and at most 1,000, but is -1.0",
+    ),
+    (
+        ["kto", "--dataset", str(BAD / "fine.jsonl")],
+        "cannot be converted to unpaired preference: it has no verdict",
+    ),
     (["kto", "--dataset", str(BAD / "chat.jsonl")], "cannot be converted to unpaired preference"),
-    (["bco", *TASK, "--beta", "-1"], "--beta must be a number above 0 and at most 1,000, but is -1.0"),
+    (
+        ["bco", *TASK, "--beta", "-1"],
+        "--beta must be a number above 0 and at most 1,000, but is -1.0",
+    ),
     (["bco", "--dataset", str(BAD / "questions.jsonl")], "fit no type"),
     (["bco", *TASK, "--desirable_weight", "1"], "--desirable_weight is not known"),
-    (["orpo", *TASK, "--beta", "0"], "--beta must be a number above 0 and at most 1,000, but is 0.0"),
-    (["orpo", "--dataset", str(BAD / "fine.jsonl")], "need the columns chosen, rejected, but row 0 has prompt, completion"),
+    (
+        ["orpo", *TASK, "--beta", "0"],
+        "--beta must be a number above 0 and at most 1,000, but is 0.0",
+    ),
+    (
+        ["orpo", "--dataset", str(BAD / "fine.jsonl")],
+        "need the columns chosen, rejected, but row 0 has prompt, completion",
+    ),
     (["cpo", *TASK, "--loss", "simp"], "loss 'simp' is not known; did you mean simpo?"),
-    (["cpo", *TASK, "--loss", "hinge", "--simpo_gamma", "1"], "gamma means nothing to hinge; leave it out"),
-    (["cpo", *TASK, "--label_smoothing", "0.5"], "label_smoothing is the share of pairs labelled the wrong way round"),
-    (["cpo", *TASK, "--loss", "tpo", "--packing", "bfd"], "packing bfd is of pairs, but tpo has three answers a prompt"),
+    (
+        ["cpo", *TASK, "--loss", "hinge", "--simpo_gamma", "1"],
+        "gamma means nothing to hinge; leave it out",
+    ),
+    (
+        ["cpo", *TASK, "--label_smoothing", "0.5"],
+        "label_smoothing is the share of pairs labelled the wrong way round",
+    ),
+    (
+        ["cpo", *TASK, "--loss", "tpo", "--packing", "bfd"],
+        "packing bfd is of pairs, but tpo has three completions a prompt",
+    ),
     (
         ["cpo", "--dataset", str(BAD / "fine.jsonl"), "--loss", "tpo"],
         "triple rows need the columns prompt, chosen, rejected, reference",
     ),
     (["dpo", *TASK, "--loss", "aot", "--packing", "bfd"], "aot sorts the pairs of a batch"),
-    (["dpo", *TASK, "--beta", "0"], "--beta must be a number above 0 and at most 1,000, but is 0.0"),
+    (
+        ["dpo", *TASK, "--beta", "0"],
+        "--beta must be a number above 0 and at most 1,000, but is 0.0",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=lambda x: " ".join(x[:1] + x[-2:]) if isinstance(x, list) else "")
-def test_a_mistake_is_one_line_before_the_model_loads(argv, message, base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "policy", None)
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    MISTAKES,
+    ids=lambda x: " ".join(x[:1] + x[-2:]) if isinstance(x, list) else "",
+)
+def test_a_mistake_is_one_line_before_the_model_loads(
+    argv, message, base, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loading.huggingface, "load", None)
+    monkeypatch.setattr(loading.huggingface, "load_for_classification", None)
     assert cli.main([*argv, "--model", base, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip("\n")
     assert message in error

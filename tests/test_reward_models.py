@@ -1,4 +1,4 @@
-"""Encoders, classifiers and reward models themselves as what `rlhf reward` starts from, and as judges of another tokenizer."""
+"""Encoders, classifiers and reward models themselves as what `rlhf reward` starts from, and as rewards of another tokenizer."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from rlhf import cli, data, rollouts
 from rlhf.models import huggingface
-from rlhf.recipes import reward_models
 from rlhf.tasks import characters
+from rlhf.training import meshes, reward_models
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ENCODERS = ("bert_classifier_1", "roberta_classifier", "distilbert_classifier")
@@ -49,7 +49,9 @@ def framed_tokenizer():
     tokenizer = huggingface.load_tokenizer(CHECKPOINTS / "tokenizer")
     first, last = tokenizer.bos_token, tokenizer.eos_token
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (first, last)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first} $A {last}", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=special
+    )
     tokenizer.chat_template = None
     tokenizer.eos_token = None
     return tokenizer
@@ -59,11 +61,22 @@ def pretrained(name, folder, *, old_names=False):
     """A checkpoint as a masked language model has it: without the labels, and with an output of its own."""
     shutil.copytree(CHECKPOINTS / name, folder)
     lacking, beside = HEADS[name]
-    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith(lacking)}
+    tensors = {
+        k: v
+        for k, v in load_file(folder / "model.safetensors").items()
+        if not k.startswith(lacking)
+    }
     if old_names:
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-        tensors = {next((k.replace(a, b) for a, b in old.items() if k.endswith(a)), k): v for k, v in tensors.items()}
-    save_file({**tensors, beside: np.zeros((3, 3), np.float32)}, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors = {
+            next((k.replace(a, b) for a, b in old.items() if k.endswith(a)), k): v
+            for k, v in tensors.items()
+        }
+    save_file(
+        {**tensors, beside: np.zeros((3, 3), np.float32)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": [BASES[name]]}))
     framed_tokenizer().save_pretrained(folder)
@@ -86,11 +99,22 @@ def tmp(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp):
     """A run of `rlhf reward` on BERT; the others with labels at random, written as a run writes them, which is faster."""
-    argv = ["reward", "--model", str(tmp / ENCODERS[0]), "--dataset", str(tmp / "rows.jsonl"), *SHORT]
-    assert cli.main([*argv, "--output", str(tmp / f"run_{ENCODERS[0]}")]) == 0
+    argv = [
+        "reward",
+        "--model",
+        str(tmp / ENCODERS[0]),
+        "--dataset",
+        str(tmp / "rows.jsonl"),
+        *SHORT,
+    ]
+    with pytest.MonkeyPatch.context() as patch:  # before the fixture `one_device` of each test
+        patch.setattr(meshes, "devices", lambda: jax.devices()[:1])
+        assert cli.main([*argv, "--output", str(tmp / f"run_{ENCODERS[0]}")]) == 0
     for name in ENCODERS[1:]:
         lm, _, params, tokenizer = huggingface.load_for_classification(tmp / name, 1)
-        head = params["head"] | {"weight": jax.random.normal(jax.random.key(0), params["head"]["weight"].shape)}
+        head = params["head"] | {
+            "weight": jax.random.normal(jax.random.key(0), params["head"]["weight"].shape)
+        }
         folder = tmp / f"run_{name}" / "model"
         huggingface.save(folder, lm, params["lm"], head=head, like=tmp / name, tokenizer=tokenizer)
     return tmp
@@ -103,13 +127,21 @@ def test_an_encoder_keeps_its_trunk_and_pooler_and_gets_new_labels(tmp, name):
     jax.tree.map(np.testing.assert_array_equal, params["lm"], whole["lm"])
     assert not np.asarray(params["head"]["weight"]).any()
     same = bool((params["head"]["inner"] == whole["head"]["inner"]).all())
-    assert same == (name == "bert_classifier_1")  # the pooler is pre-trained; the others' inner layers are of the labels
+    assert same == (
+        name == "bert_classifier_1"
+    )  # the pooler is pre-trained; the others' inner layers are of the labels
     assert np.asarray(params["head"]["inner"]).any()
 
 
 def test_a_classifier_goes_on_from_its_own_head():
-    for name, labels, of_tokens in (("bert_classifier_1", 1, False), ("llama_reward", 1, False), ("qwen2_prm", 2, True)):
-        _, head, params, _ = huggingface.load_for_classification(CHECKPOINTS / name, labels, of_tokens=of_tokens)
+    for name, labels, of_tokens in (
+        ("bert_classifier_1", 1, False),
+        ("llama_reward", 1, False),
+        ("qwen2_prm", 2, True),
+    ):
+        _, head, params, _ = huggingface.load_for_classification(
+            CHECKPOINTS / name, labels, of_tokens=of_tokens
+        )
         _, same, whole, _ = huggingface.load_classifier(CHECKPOINTS / name)
         assert head == same
         jax.tree.map(np.testing.assert_array_equal, params, whole)
@@ -125,7 +157,7 @@ def test_what_reward_writes_is_read_again_and_by_transformers(trained, name):
     assert head.reads == "first"
     assert np.asarray(params["head"]["weight"]).any()
     texts = [row["prompt"] + row["chosen"] for row in ROWS if len(row["prompt"]) < 9]
-    read = data.tokenize_whole(tokenizer, [{"text": text} for text in texts], column="text")
+    read = data.tokenize_joined(tokenizer, [{"text": text} for text in texts], column="text")
     assert [row.tokens for row in read] == tokenizer(texts)["input_ids"]
     ours = rollouts.reward_functions.score_rows(lm, head, params, [row.tokens for row in read])
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -149,16 +181,25 @@ def test_reward_goes_on_from_its_own_output_and_reads_conversations(trained):
     argv = ["reward", "--model", str(run), "--dataset", str(trained / "chats.jsonl"), *SHORT]
     argv += ["--packing", "bfd", "--batch_size", "2"]
     assert cli.main([*argv, "--output", str(trained / "again")]) == 0
-    before, after = (huggingface.load_classifier(folder / "model")[2]["head"] for folder in (run, trained / "again"))
-    assert np.abs(np.asarray(before["weight"]) - np.asarray(after["weight"])).max() < 0.1  # two steps from where it was
-    assert huggingface.read_config(trained / "again" / "model") == huggingface.read_config(run / "model")
+    before, after = (
+        huggingface.load_classifier(folder / "model")[2]["head"]
+        for folder in (run, trained / "again")
+    )
+    assert (
+        np.abs(np.asarray(before["weight"]) - np.asarray(after["weight"])).max() < 0.1
+    )  # two steps from where it was
+    assert huggingface.read_config(trained / "again" / "model") == huggingface.read_config(
+        run / "model"
+    )
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_classifier_of_tokens_is_made_of_an_encoder_and_goes_on(tmp, name):
     lm, head, params, tokenizer = huggingface.load_for_classification(tmp / name, 2, of_tokens=True)
     fresh = {"weight": jax.random.normal(jax.random.key(0), (32, 2)), "bias": jnp.ones(2)}
-    assert {key: leaf.shape for key, leaf in params["head"].items()} == {key: leaf.shape for key, leaf in fresh.items()}
+    assert {key: leaf.shape for key, leaf in params["head"].items()} == {
+        key: leaf.shape for key, leaf in fresh.items()
+    }
     model = tmp / f"tokens_{name}"
     huggingface.save(model, lm, params["lm"], head=fresh, like=tmp / name, tokenizer=tokenizer)
     lm, head, params, _ = huggingface.load_classifier(model)
@@ -172,17 +213,34 @@ def test_a_classifier_of_tokens_is_made_of_an_encoder_and_goes_on(tmp, name):
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     where = dict(positions=np.arange(4, dtype=np.int32)[None], segment_ids=np.ones_like(tokens))
-    np.testing.assert_allclose(rollouts.classify(lm, head, params, tokens, **where), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        rollouts.classify(lm, head, params, tokens, **where), expected, atol=1e-5
+    )
 
 
-def rollout_of(tokenizer, prompts, answers):
+def rollout_of(tokenizer, prompts, completions):
     """A rollout of these texts, prompts padded on the left."""
     starts = [tokenizer(text)["input_ids"] for text in prompts]
-    ends = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in answers]
-    rows = data.aligned([data.Tokenized(a + b, [False] * len(a) + [True] * len(b)) for a, b in zip(starts, ends, strict=True)])
+    ends = [
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for text in completions
+    ]
+    rows = data.aligned(
+        [
+            data.Tokenized(a + b, [False] * len(a) + [True] * len(b))
+            for a, b in zip(starts, ends, strict=True)
+        ]
+    )
     nothing = np.zeros(rows.tokens.shape, np.float32)
     return rollouts.Rollout(
-        rows.tokens, rows.mask, rows.positions, rows.segment_ids, nothing, nothing, np.ones(len(prompts), bool), jnp.float32(1)
+        rows.tokens,
+        rows.mask,
+        rows.positions,
+        rows.segment_ids,
+        nothing,
+        nothing,
+        np.ones(len(prompts), bool),
+        jnp.float32(1),
     )
 
 
@@ -190,39 +248,68 @@ def rollout_of(tokenizer, prompts, answers):
 def test_a_reward_model_with_another_tokenizer_reads_the_text(trained, kind):
     """It says what it says of the text itself, wherever the policy's tokens come from; of a long one it reads both ends."""
     policy, name = characters.tokenizer(), f"run_{ENCODERS[0]}"
-    prompts, answers = ["1+1=", "12" * 30], ["2", "34", "5", "6"]
-    rollout = rollout_of(policy, [p for p in prompts for _ in range(2)], answers)
+    prompts, completions = ["1+1=", "12" * 30], ["2", "34", "5", "6"]
+    rollout = rollout_of(policy, [p for p in prompts for _ in range(2)], completions)
     columns = {"text": {"prompt": prompts}, "decoded": {}}.get(
         kind, {"prompt": [[{"role": "user", "content": text}] for text in prompts]}
     )
     found = reward_models.find(str(trained / name), policy)
-    scores, figures = reward_models.judge(found)(rollout, columns, 2)
+    scores, metrics = reward_models.load(found)(rollout, columns, 2)
     lm, head, params, tokenizer = huggingface.load_classifier(trained / name / "model")
     joint = "\n" if kind == "conversation" else ""
-    texts = [p + joint + a for p, a in zip([p for p in prompts for _ in range(2)], answers, strict=True)]
+    texts = [
+        p + joint + a
+        for p, a in zip([p for p in prompts for _ in range(2)], completions, strict=True)
+    ]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     ids = [row if len(row) <= 40 else [row[0], *row[-39:]] for row in ids]
-    expected = [float(rollouts.reward_functions.score_rows(lm, head, params, [row])[0]) for row in ids]
+    expected = [
+        float(rollouts.reward_functions.score_rows(lm, head, params, [row])[0]) for row in ids
+    ]
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    np.testing.assert_allclose(figures[f"rewards/{trained / name}/mean"], np.mean(expected), atol=1e-5)
+    np.testing.assert_allclose(
+        metrics[f"rewards/{trained / name}/mean"], np.mean(expected), atol=1e-5
+    )
 
 
 def test_a_decoder_reads_the_policys_tokens_where_they_are_its_own(tmp):
     tokenizer = characters.tokenizer()
     rollout = rollout_of(tokenizer, ["1+1="] * 2, ["2", "34"])
     found = reward_models.find(str(tmp / "llama_reward"), tokenizer)
-    scores, _ = reward_models.judge(found)(rollout, {}, 1)
+    scores, _ = reward_models.load(found)(rollout, {}, 1)
     lm, head, params, _ = huggingface.load_classifier(tmp / "llama_reward")
-    np.testing.assert_array_equal(scores, rollouts.reward_functions.model_reward(lm, head, params)(rollout))
-    other = found._replace(policy=framed_tokenizer())  # as if the policy's tokens were others: the same texts
+    np.testing.assert_array_equal(
+        scores, rollouts.reward_functions.model_reward(lm, head, params)(rollout)
+    )
+    other = found._replace(
+        policy_tokenizer=framed_tokenizer()
+    )  # as if the policy's tokens were others: the same texts
     texts = reward_models.texts_of(tokenizer, rollout, {"prompt": ["1+1="] * 2}, 1)
-    own = rollouts.reward_functions.score_rows(lm, head, params, reward_models.tokens_of(other, texts))
+    own = rollouts.reward_functions.score_rows(
+        lm, head, params, reward_models.tokens_of(other, texts)
+    )
     np.testing.assert_allclose(own, scores, atol=1e-5)
 
 
 def test_a_policy_is_trained_by_a_reward_model_of_another_tokenizer(trained):
-    argv = ["grpo", "--model", str(trained / "llama"), "--dataset", "task:reverse", "--dataset_size", "4", *SHORT]
-    argv += ["--num_samples", "2", "--max_new_tokens", "3", "--reward", str(trained / f"run_{ENCODERS[0]}")]
+    argv = [
+        "grpo",
+        "--model",
+        str(trained / "llama"),
+        "--dataset",
+        "task:reverse",
+        "--dataset_size",
+        "4",
+        *SHORT,
+    ]
+    argv += [
+        "--num_samples",
+        "2",
+        "--max_new_tokens",
+        "3",
+        "--reward",
+        str(trained / f"run_{ENCODERS[0]}"),
+    ]
     assert cli.main([*argv, "--output", str(trained / "grpo")]) == 0
 
 
@@ -232,7 +319,15 @@ REFUSED = {
         "is an encoder (roberta)",
     ),
     "grpo of an encoder": (
-        ["grpo", "--model", "TMP/bert_classifier_1", "--dataset", "TMP/rows.jsonl", "--reward", "length"],
+        [
+            "grpo",
+            "--model",
+            "TMP/bert_classifier_1",
+            "--dataset",
+            "TMP/rows.jsonl",
+            "--reward",
+            "length",
+        ],
         "is an encoder (bert)",
     ),
     "reward of an encoder-decoder": (
@@ -251,9 +346,9 @@ REFUSED = {
         ["prm", "--model", "TMP/llama_reward", "--dataset", "task:sums"],
         "is a classifier of whole texts (score.weight), but one of tokens is wanted",
     ),
-    "a reward that judges tokens": (
+    "a reward that scores tokens": (
         ["grpo", "--model", "TMP/llama", "--dataset", "task:reverse", "--reward", "TMP/qwen2_prm"],
-        "judges every token, but a reward is one number a text",
+        "scores every token, but a reward is one number a text",
     ),
     "a reward that is no reward model": (
         ["grpo", "--model", "TMP/llama", "--dataset", "task:reverse", "--reward", "TMP/llama"],

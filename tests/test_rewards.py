@@ -28,9 +28,21 @@ from rlhf.rollouts import reward_functions as catalogue
 TEXTS = ["a", "bb", "ccc", "dddd"]
 SCORE = partial(rewards.score_texts, prompts=[""] * 4, completions=TEXTS)
 GSM8K = [  # the ends of real solutions
-    ("She makes 9 * 2 = $<<9*2=18>>18 every day at the farmer’s market.\n#### 18", "sells 9 for $2 each.\nA: 18", 1.0),
-    ("The house is worth 80,000+50,000 = 130,000.\n#### 70000", "he made a profit of 130,000-40,000=$90,000\nA: 90,000", 0.0),
-    ("so 2+1=<<2+1=3>>3 bolts of fabric\n#### 3", "2+1=<<2+1=3>>3.0 bolts of blue and white fiber", 1.0),
+    (
+        "She makes 9 * 2 = $<<9*2=18>>18 every day at the farmer’s market.\n#### 18",
+        "sells 9 for $2 each.\nA: 18",
+        1.0,
+    ),
+    (
+        "The house is worth 80,000+50,000 = 130,000.\n#### 70000",
+        "he made a profit of 130,000-40,000=$90,000\nA: 90,000",
+        0.0,
+    ),
+    (
+        "so 2+1=<<2+1=3>>3 bolts of fabric\n#### 3",
+        "2+1=<<2+1=3>>3.0 bolts of blue and white fiber",
+        1.0,
+    ),
     ("He bought 2,125 of them\n#### 2,125", r"hence \boxed{2125} in all 3 shops", 1.0),
     ("She lost money.\n#### -10", "that is 10", 0.0),
 ]
@@ -56,21 +68,39 @@ def test_values_total_and_metrics():
     some = returns([1.0, None, 3, None])
     none = returns((None, None, np.float32(2), None))
     r = SCORE(rewards.combine({"some": some, "none": none}, weights={"none": -0.5}))
-    np.testing.assert_array_equal(r.values, np.array([[1, np.nan], [np.nan, np.nan], [3, 2], [np.nan, np.nan]], np.float32))
+    np.testing.assert_array_equal(
+        r.values, np.array([[1, np.nan], [np.nan, np.nan], [3, 2], [np.nan, np.nan]], np.float32)
+    )
     assert r.values.dtype == r.weights.dtype == r.total.dtype == np.float32
-    assert (r.names, r.weights.tolist(), r.failures, r.per_token) == (("some", "none"), [1.0, -0.5], [], {})
+    assert (r.names, r.weights.tolist(), r.failures, r.per_token) == (
+        ("some", "none"),
+        [1.0, -0.5],
+        [],
+        {},
+    )
     np.testing.assert_array_equal(r.total, [1, np.nan, 2, np.nan])
     assert rewards.metrics(r) == pytest.approx(
-        {"reward/mean": 1.5, "reward/std": 0.5**0.5, "reward/unscorable": 0.5, "rewards/failures": 0.0}
+        {
+            "reward/mean": 1.5,
+            "reward/std": 0.5**0.5,
+            "reward/unscorable": 0.5,
+            "rewards/failures": 0.0,
+        }
         | {"rewards/some/mean": 2.0, "rewards/some/std": 2**0.5, "rewards/some/unscorable": 0.5}
         | {"rewards/none/mean": 2.0, "rewards/none/std": 0.0, "rewards/none/unscorable": 0.75}
-        | {f"rewards/{name}/{what}": 0.0 for name in ("some", "none") for what in ("failures", "timeouts")}
+        | {
+            f"rewards/{name}/{what}": 0.0
+            for name in ("some", "none")
+            for what in ("failures", "timeouts")
+        }
     )
     assert np.isnan(rewards.metrics(SCORE(returns([None] * 4)))["reward/mean"])
 
 
 def test_a_combination_is_a_reward_function():
-    inner = rewards.combine({"length": lengths, "two": returns([2, 2, None, 2])}, weights={"length": 10})
+    inner = rewards.combine(
+        {"length": lengths, "two": returns([2, 2, None, 2])}, weights={"length": 10}
+    )
     assert inner([""] * 4, TEXTS) == [12.0, 22.0, 30.0, 42.0]
     outer = SCORE(rewards.combine({"inner": inner}, weights={"inner": 0.5}))
     assert outer.total.tolist() == [6.0, 11.0, 15.0, 21.0]
@@ -80,10 +110,18 @@ def test_a_combination_is_a_reward_function():
 def test_columns_reach_the_functions():
     def f(prompts, completions, *, solution, ids, **columns):
         assert columns == {}
-        return [len(p) + len(c) + len(s) + i for p, c, s, i in zip(prompts, completions, solution, ids, strict=True)]
+        return [
+            len(p) + len(c) + len(s) + i
+            for p, c, s, i in zip(prompts, completions, solution, ids, strict=True)
+        ]
 
     columns = {"solution": ["", "x", "", ""], "ids": np.arange(4)}
-    assert rewards.score_texts(f, ["p"] * 4, TEXTS, columns=columns).total.tolist() == [2.0, 5.0, 6.0, 8.0]
+    assert rewards.score_texts(f, ["p"] * 4, TEXTS, columns=columns).total.tolist() == [
+        2.0,
+        5.0,
+        6.0,
+        8.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +170,17 @@ def test_bad_results_lose_their_rows_alone(result, row, message, is_async):
 def test_numbers_of_many_kinds():
     kinds = [True, Fraction(1, 2), np.float64(0.25), jnp.bfloat16(0.5)]
     assert SCORE(returns(kinds)).total.tolist() == [1.0, 0.5, 0.25, 0.5]
-    assert SCORE(returns(np.arange(4))).total.tolist() == SCORE(returns(jnp.arange(4.0))).total.tolist() == [0, 1, 2, 3]
+    assert (
+        SCORE(returns(np.arange(4))).total.tolist()
+        == SCORE(returns(jnp.arange(4.0))).total.tolist()
+        == [0, 1, 2, 3]
+    )
     assert SCORE(lambda *a, **k: (x for x in range(4))).total.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("error", [ValueError("bad text"), StopIteration(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ValueError("bad text"), StopIteration(), SystemExit(3)], ids=repr
+)
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_function_that_raises_loses_the_bad_rows_alone(error, is_async):
     def plain(prompts, completions, *, number, **columns):
@@ -180,7 +224,10 @@ def test_what_is_unreachable_is_not_asked_row_by_row():
 
 def test_raises_where_everything_failed():
     both = rewards.combine({"short": returns([1.0]), "missing": lambda prompts, completions: []})
-    with pytest.raises(RuntimeError, match="short: returned 1 rewards for 4 completions; missing: returned 0 rewards"):
+    with pytest.raises(
+        RuntimeError,
+        match="short: returned 1 rewards for 4 completions; missing: returned 0 rewards",
+    ):
         SCORE(both, columns={"tags": TEXTS})
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         rewards.score_texts(lambda *a, **k: 1 / 0, [""], [""])
@@ -201,7 +248,9 @@ def test_a_function_that_hangs_is_given_up(hang):
     r = SCORE(rewards.combine({"good": lengths, "hang": hang, "forever": forever}), timeout=0.2)
     assert 0.2 <= time.monotonic() - start < 10
     assert r.total.tolist() == [1, 2, 3, 4]
-    assert r.failures == [rewards.Failure(name, None, "not there after 0.2 s") for name in ("hang", "forever")]
+    assert r.failures == [
+        rewards.Failure(name, None, "not there after 0.2 s") for name in ("hang", "forever")
+    ]
     assert cancelled.wait(10)  # what can be ended is
     with pytest.raises(RuntimeError, match="not there after 0.1 s"):
         SCORE(hang, timeout=0.1)
@@ -262,7 +311,7 @@ def test_works_inside_a_running_loop():
     assert asyncio.run(caller()).total.tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("is_async", "most"), [(False, 1), (True, rewards.ROWS_AT_ONCE)])
+@pytest.mark.parametrize(("is_async", "most"), [(False, 1), (True, rewards.CONCURRENT_ROWS)])
 def test_row_by_row_is_bounded(is_async, most):
     running, peak, full = [], [], asyncio.Event()
 
@@ -285,7 +334,7 @@ def test_row_by_row_is_bounded(is_async, most):
         running.pop()
         return [1.0]
 
-    number = 3 * rewards.ROWS_AT_ONCE
+    number = 3 * rewards.CONCURRENT_ROWS
     r = rewards.score_texts(awaited if is_async else plain, [""] * number, [""] * number)
     assert r.total.tolist() == [1.0] * number
     assert max(peak) == most
@@ -298,7 +347,12 @@ def rollout_of(mask, finished=None):
     return rollouts.Rollout(tokens, mask, tokens, np.ones_like(tokens), None, None, finished, None)
 
 
-MASKS = [[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]]  # row 1: two turns
+MASKS = [
+    [0, 1, 1, 1, 0, 0],
+    [0, 0, 1, 0, 1, 1],
+    [0, 1, 1, 1, 1, 1],
+    [0, 1, 0, 0, 0, 0],
+]  # row 1: two turns
 
 
 def test_rewards_are_placed_where_they_are_earned():
@@ -308,11 +362,18 @@ def test_rewards_are_placed_where_they_are_earned():
     assert columns["finished"] == [True, False, True, True]
     per_token = returns([[1.0, 2.0, 4.0], np.array([8.0, 0.0, 16.0]), None, 3])
     per_step = returns([[1.0, 1.0], [2.0], [5.0, 7.0], None])
-    scored = rewards.combine({"whole": lengths, "token": per_token, "step": per_step}, weights={"token": 0.5, "step": 10})
+    scored = rewards.combine(
+        {"whole": lengths, "token": per_token, "step": per_step}, weights={"token": 0.5, "step": 10}
+    )
     r = SCORE(scored, columns=columns | {"step_ends": [[1, 2], [2], [3, 5], []]})
     assert r.failures == []
     np.testing.assert_array_equal(r.values[:, 1:], [[7, 2], [24, 2], [np.nan, 12], [3, np.nan]])
-    expected = [[0, 10.5, 11, 3, 0, 0], [0, 0, 4, 0, 20, 10], [0, 0, 0, 50, 0, 73], [0, 5.5, 0, 0, 0, 0]]
+    expected = [
+        [0, 10.5, 11, 3, 0, 0],
+        [0, 0, 4, 0, 20, 10],
+        [0, 0, 0, 50, 0, 73],
+        [0, 5.5, 0, 0, 0, 0],
+    ]
     placed = rewards.place(rollout, r)
     np.testing.assert_array_equal(placed, np.array(expected, np.float32))
     np.testing.assert_allclose(placed.sum(-1), r.total)
@@ -326,7 +387,8 @@ def test_a_row_that_cannot_be_scored_is_nan_where_it_was_sampled():
     placed = rewards.place(rollout_of(MASKS), SCORE(returns([1.0, None, 2.0, 3.0])))
     nan = np.nan
     np.testing.assert_array_equal(
-        placed, [[0, 0, 0, 1, 0, 0], [0, 0, nan, 0, nan, nan], [0, 0, 0, 0, 0, 2], [0, 3, 0, 0, 0, 0]]
+        placed,
+        [[0, 0, 0, 1, 0, 0], [0, 0, nan, 0, nan, nan], [0, 0, 0, 0, 0, 2], [0, 3, 0, 0, 0, 0]],
     )
 
 
@@ -361,7 +423,10 @@ def test_refusals_name_both_sides():
     with pytest.raises(ValueError, match="weight of 'a' must be finite, but is nan"):
         rewards.combine({"a": lengths}, weights={"a": float("nan")})
     for make, message in [
-        (lambda: catalogue.cosine_scaled(lengths, 0), "max_length must be a whole number at least 1"),
+        (
+            lambda: catalogue.cosine_scaled(lengths, 0),
+            "max_length must be a whole number at least 1",
+        ),
         (lambda: catalogue.soft_overlong(4, 5), "at most max_length = 4 tokens, but is 5"),
         (lambda: catalogue.soft_overlong(4, 0), "but is 0"),
         (lambda: catalogue.repetition_penalty(ngram=0), "ngram must be a whole number at least 1"),
@@ -370,7 +435,10 @@ def test_refusals_name_both_sides():
             "max_penalty must be a number at least -1,000 and at most 0, but is 1",
         ),
         (lambda: reward_server.remote("file:///etc/hosts"), "must start with http"),
-        (lambda: reward_server.remote("http://localhost", retries=-1), "retries must be at least 0, but is -1"),
+        (
+            lambda: reward_server.remote("http://localhost", retries=-1),
+            "retries must be at least 0, but is -1",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
@@ -404,7 +472,10 @@ def test_percents_equal_shares_and_bare_numbers():
     assert not same("50", "0.5")
 
 
-@pytest.mark.parametrize("piece", ["1", "1 ", "1,", "1/", "\\frac{", "\\boxed{", "1 " + " " * 9, "-", "#### ", "\\times "])
+@pytest.mark.parametrize(
+    "piece",
+    ["1", "1 ", "1,", "1/", "\\frac{", "\\boxed{", "1 " + " " * 9, "-", "#### ", "\\times "],
+)
 def test_degenerate_texts_are_read_in_linear_time(piece):
     start = time.monotonic()
     answers.number(piece * 20_000 + "x")
@@ -417,17 +488,33 @@ def test_accuracies():
     assert catalogue.numeric_accuracy(**columns) == list(expected)
     near = partial(catalogue.numeric_accuracy, tolerance=0.1)
     assert near([""] * 2, ["109", "112"], solution=["100", "100"]) == [1.0, 0.0]
-    assert catalogue.numeric_accuracy([""] * 3, ["1", "1", "no"], solution=["no number", None, "1"]) == [None, None, 0.0]
+    assert catalogue.numeric_accuracy(
+        [""] * 3, ["1", "1", "no"], solution=["no number", None, "1"]
+    ) == [None, None, 0.0]
     exact = catalogue.exact_accuracy(
-        [""] * 4, ["  The  Nile.", "#### 18", "Nile", "x"], solution=["the nile", "a #### 18", "the nile", ""]
+        [""] * 4,
+        ["  The  Nile.", "#### 18", "Nile", "x"],
+        solution=["the nile", "a #### 18", "the nile", ""],
     )
     assert exact == [1.0, 1.0, 0.0, None]
 
 
 def test_accuracy_of_what_follows_the_reasoning():
-    completions = ["<think>7</think>8", "<think>8</think>7", "8 <think>8", "<think>7</think>6</think>8", "8"]
+    completions = [
+        "<think>7</think>8",
+        "<think>8</think>7",
+        "8 <think>8",
+        "<think>7</think>6</think>8",
+        "8",
+    ]
     solution = ["8", "8", "8", "8", "none"]
-    assert catalogue.reasoning_accuracy()([""] * 5, completions, solution=solution) == [1.0, 0.0, 0.0, 1.0, None]
+    assert catalogue.reasoning_accuracy()([""] * 5, completions, solution=solution) == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+        None,
+    ]
     other = catalogue.reasoning_accuracy(catalogue.exact_accuracy, delimiter="ANSWER")
     assert other([""] * 2, ["ANSWER thus ANSWER yes", "yes"], solution=["Yes", "yes"]) == [1.0, 0.0]
     always = catalogue.reasoning_accuracy(returns([1.0, 1.0]))
@@ -438,7 +525,10 @@ def test_math_accuracy_where_it_is_installed():
     pytest.importorskip("math_verify")
     completions = [r"so \boxed{\frac{2}{4}}", r"it is $\sqrt{8}$", "$x+1$", "$x+1$"]
     accuracy = rewards.score_texts(
-        catalogue.math_accuracy(), [""] * 4, completions, columns={"solution": ["0.5", r"2\sqrt{2}", "x-1", ""]}
+        catalogue.math_accuracy(),
+        [""] * 4,
+        completions,
+        columns={"solution": ["0.5", r"2\sqrt{2}", "x-1", ""]},
     )
     np.testing.assert_array_equal(accuracy.total, [1, 1, 0, np.nan])
 
@@ -450,7 +540,13 @@ def test_math_accuracy_says_what_it_needs(monkeypatch):
 
 
 def test_formats():
-    texts = ["<think>a\nb</think>c", "x<think>a</think>", "<think>a", "<think>a</think></think>", "<think><think></think>"]
+    texts = [
+        "<think>a\nb</think>c",
+        "x<think>a</think>",
+        "<think>a",
+        "<think>a</think></think>",
+        "<think><think></think>",
+    ]
     assert catalogue.think_format([""] * 5, texts) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert catalogue.regex_format("a.*b")([""] * 3, ["a\nb", "a b c", "xab"]) == [1.0, 0.0, 0.0]
 
@@ -462,9 +558,13 @@ def test_cosine_scaled(is_async):
     async def later(*args, **columns):
         return correctness(*args, **columns)
 
-    reward = catalogue.cosine_scaled(later if is_async else correctness, 100, correct=(2.0, 1.0), wrong=(-10.0, -3.0))
+    reward = catalogue.cosine_scaled(
+        later if is_async else correctness, 100, correct=(2.0, 1.0), wrong=(-10.0, -3.0)
+    )
     r = SCORE(reward, columns={"completion_ids": [[0] * n for n in (25, 50, 200, 1)]})
-    np.testing.assert_allclose(r.total, [1.5 + 0.5 * np.cos(np.pi / 4), -6.5, 1.0, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(
+        r.total, [1.5 + 0.5 * np.cos(np.pi / 4), -6.5, 1.0, np.nan], rtol=1e-6
+    )
     defaults = catalogue.cosine_scaled(returns([1.0, 1.0, 0.0, 0.0]), 10)
     ends = SCORE(defaults, columns={"completion_ids": [[], [0] * 10, [], [0] * 10]})
     np.testing.assert_allclose(ends.total, [1.0, 0.5, -1.0, -0.5])
@@ -477,7 +577,9 @@ def test_rewards_of_tokens():
     assert overlong == by_definition
     assert str(overlong[0]) == "0.0"
     repeated = catalogue.repetition_penalty(max_penalty=-2.0)
-    assert repeated([""] * 3, [""] * 3, completion_ids=[[1, 2, 3, 1, 2, 3, 1], [1, 2, 3, 4], [1, 2]]) == [-0.8, 0.0, 0.0]
+    assert repeated(
+        [""] * 3, [""] * 3, completion_ids=[[1, 2, 3, 1, 2, 3, 1], [1, 2, 3, 4], [1, 2]]
+    ) == [-0.8, 0.0, 0.0]
     assert catalogue.length([""] * 2, ["x", "x"], completion_ids=[[], [7, 7]]) == [0.0, 2.0]
     assert catalogue.missing_end()([""] * 2, [""] * 2, finished=[False, True]) == [-1.0, 0.0]
 
@@ -497,35 +599,54 @@ def summed(params, tokens, *, positions, segment_ids, cache=None, inputs=None):
 def test_reward_models():
     nothing: Any = None
     lm, head = LM(nothing, nothing, summed, nothing, nothing), scalar_head(4, scale=0.5)
-    params = {"lm": np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), "head": head.init(jax.random.key(1))}
+    params = {
+        "lm": np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32),
+        "head": head.init(jax.random.key(1)),
+    }
     other = params | {"head": jax.tree.map(lambda x: 2 * x, params["head"])}
     prompts, completions = ["ab", "cd"], ["efg", "aa"]
     tokens = np.array([[1, 2, 5, 6, 7, 0], [3, 4, 1, 1, 0, 0]], np.int32)
-    batch = rollouts.whole_rows(tokens, tokens != 0)
-    rollout = rollouts.Rollout(*batch[:2], batch.positions, batch.segment_ids, None, None, None, None)
+    batch = rollouts.unpacked_rows(tokens, tokens != 0)
+    rollout = rollouts.Rollout(
+        *batch[:2], batch.positions, batch.segment_ids, None, None, None, None
+    )
 
     def by_definition(params):
-        sums = [sum((1 + i) * params["lm"][t] for i, t in enumerate(row[row != 0])) for row in tokens]
-        return np.array(sums) @ np.asarray(params["head"]["weight"]) + np.asarray(params["head"]["bias"])
+        sums = [
+            sum((1 + i) * params["lm"][t] for i, t in enumerate(row[row != 0])) for row in tokens
+        ]
+        return np.array(sums) @ np.asarray(params["head"]["weight"]) + np.asarray(
+            params["head"]["bias"]
+        )
 
     expected = by_definition(params)
     assert np.std(expected) > 0.1
     passed = jax.jit(lambda reward, rollout: reward(rollout))
     for p in (params, other):
-        np.testing.assert_allclose(passed(catalogue.model_reward(lm, head, p), rollout), by_definition(p), rtol=1e-4)
+        np.testing.assert_allclose(
+            passed(catalogue.model_reward(lm, head, p), rollout), by_definition(p), rtol=1e-4
+        )
     assert passed._cache_size() == 1  # the params are arguments, not constants
-    gradient = jax.jit(jax.grad(lambda reward: reward(rollout).sum()))(catalogue.model_reward(lm, head, params))
+    gradient = jax.jit(jax.grad(lambda reward: reward(rollout).sum()))(
+        catalogue.model_reward(lm, head, params)
+    )
     assert all((x == 0).all() for x in jax.tree.leaves(gradient))
 
     of_texts = catalogue.model_text_reward(lm, head, params, Letters, max_length=6)
     for row in range(2):  # beside a text that is too long, and one that is empty
-        r = rewards.score_texts(of_texts, [prompts[row], ""], [completions[row], ["abcdefg", ""][row]])
+        r = rewards.score_texts(
+            of_texts, [prompts[row], ""], [completions[row], ["abcdefg", ""][row]]
+        )
         np.testing.assert_allclose(r.total, [expected[row], np.nan], rtol=1e-4)
         assert r.failures == []
 
     labels = classifier_head(4, 3)
-    three = catalogue.model_reward(lm, labels, {"lm": params["lm"], "head": labels.init(jax.random.key(0))})
-    with pytest.raises(ValueError, match=r"the head gives \[2, 3\] for 2 rows; a reward is one number a row"):
+    three = catalogue.model_reward(
+        lm, labels, {"lm": params["lm"], "head": labels.init(jax.random.key(0))}
+    )
+    with pytest.raises(
+        ValueError, match=r"the head gives \[2, 3\] for 2 rows; a reward is one number a row"
+    ):
         three(rollout)
 
 
@@ -545,7 +666,12 @@ def url():
     def exits(prompts, completions, **columns):
         sys.exit(3)
 
-    functions = {"fussy": fussy, "awaited": awaited, "object": lambda *a, **k: [object()] * 4, "exits": exits}
+    functions = {
+        "fussy": fussy,
+        "awaited": awaited,
+        "object": lambda *a, **k: [object()] * 4,
+        "exits": exits,
+    }
     with reward_server.serve(functions, port=0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -558,7 +684,9 @@ def test_rewards_by_http(url):
         rewards.combine({"fussy": remote(f"{url}/fussy"), "awaited": remote(f"{url}/awaited")}),
         columns={"bonus": np.arange(4), "score": [jnp.float32(1)] * 4},
     )
-    np.testing.assert_array_equal(r.values, np.array([[np.nan, 0.5], [np.nan, 0.5], [5, 0.5], [7, 0.5]], np.float32))
+    np.testing.assert_array_equal(
+        r.values, np.array([[np.nan, 0.5], [np.nan, 0.5], [5, 0.5], [7, 0.5]], np.float32)
+    )
     assert [f.row for f in r.failures] == [None, 1]
     assert "ValueError: no bb here" in r.failures[1].message
     for path, message in [
@@ -601,8 +729,12 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(monkeypatch):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Flaky) as server:
-        threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
-        ask = lambda **knobs: reward_server.remote(f"http://127.0.0.1:{server.server_port}", **knobs)([""], [""])
+        threading.Thread(
+            target=partial(server.serve_forever, poll_interval=0.02), daemon=True
+        ).start()
+        ask = lambda **knobs: reward_server.remote(
+            f"http://127.0.0.1:{server.server_port}", **knobs
+        )([""], [""])
         statuses[:] = [503, 429, 200]
         assert ask() == [7]
         assert waits == [0.5, 1.0]
@@ -621,7 +753,9 @@ def test_a_server_that_is_gone_or_silent():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/length"
-        with pytest.raises(rewards.Unreachable, match="2 attempts.*refused"):  # bound, but it does not listen
+        with pytest.raises(
+            rewards.Unreachable, match="2 attempts.*refused"
+        ):  # bound, but it does not listen
             reward_server.remote(url, retries=1, backoff=0.01)([""], [""])
         silent.listen()
         with pytest.raises(rewards.Unreachable, match="1 attempts.*timed out"):
@@ -647,15 +781,21 @@ with reward_server.serve({"length": length, "crash": crash}, port=0) as server:
 """
     with (
         subprocess.Popen([sys.executable, "-c", code, "hang"]) as hanging,
-        subprocess.Popen([sys.executable, "-c", code, "serve"], stdout=subprocess.PIPE, text=True) as serving,
+        subprocess.Popen(
+            [sys.executable, "-c", code, "serve"], stdout=subprocess.PIPE, text=True
+        ) as serving,
     ):
         assert serving.stdout is not None
-        ask = lambda name: reward_server.remote(f"http://127.0.0.1:{port}/{name}", retries=1, backoff=0.01)
+        ask = lambda name: reward_server.remote(
+            f"http://127.0.0.1:{port}/{name}", retries=1, backoff=0.01
+        )
         try:
             port = int(serving.stdout.readline())
             rows = {"completion_ids": [[1], [1, 2], [], [3]]}
             assert SCORE(ask("length"), columns=rows).total.tolist() == [1, 2, 0, 1]
-            r = SCORE(rewards.combine({"good": lengths, "crash": ask("crash")}))  # the process is gone, the batch is not
+            r = SCORE(
+                rewards.combine({"good": lengths, "crash": ask("crash")})
+            )  # the process is gone, the batch is not
             assert r.total.tolist() == [1, 2, 3, 4]
             assert "did not answer in 2 attempts" in r.failures[0].message
             assert hanging.wait(timeout=30) == 0

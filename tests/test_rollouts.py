@@ -12,7 +12,8 @@ import steps as tiny  # isort: skip
 
 EOS = 2
 PROMPTS = rollouts.Prompts(
-    jnp.array([[3, 4, 5], [0, 6, 7], [8, 0, 0]]), jnp.array([[True, True, True], [False, True, True], [True, False, False]])
+    jnp.array([[3, 4, 5], [0, 6, 7], [8, 0, 0]]),
+    jnp.array([[True, True, True], [False, True, True], [True, False, False]]),
 )
 KEY = jax.random.key(0)
 
@@ -24,7 +25,9 @@ def lm():
 
 @pytest.fixture(scope="module")
 def params(lm):
-    return jax.tree.map(lambda x: 2 * x, lm.init(KEY))  # far from uniform; rounding alone reaches 1e-5 at 2.5
+    return jax.tree.map(
+        lambda x: 2 * x, lm.init(KEY)
+    )  # far from uniform; rounding alone reaches 1e-5 at 2.5
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +45,20 @@ def rollout(sample):
 
 
 def logprobs_of(lm, params, rollout):
-    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, temperature=rollout.temperature)
+    where = dict(
+        positions=rollout.positions,
+        segment_ids=rollout.segment_ids,
+        temperature=rollout.temperature,
+    )
     return rollouts.token_logprobs(lm, params, rollout.tokens, **where)
 
 
 def test_generated_logprobs_equal_token_logprobs(lm, params, rollout):
     scored = logprobs_of(lm, params, rollout)
     np.testing.assert_allclose(rollout.logprobs[rollout.mask], scored[rollout.mask], atol=1e-5)
-    np.testing.assert_allclose(rollout.sampling_logprobs, rollout.logprobs, atol=1e-6)  # nothing was filtered
+    np.testing.assert_allclose(
+        rollout.sampling_logprobs, rollout.logprobs, atol=1e-6
+    )  # nothing was filtered
     assert rollout.mask.sum() > 30
     assert np.std(rollout.logprobs[rollout.mask]) > 0.1
 
@@ -59,10 +68,21 @@ def test_a_sharper_model_in_float64_leaves_no_difference():
         lm = tiny.models(num_layers=2, dtype=jnp.float64)[0]
         params = jax.tree.map(lambda x: 2.5 * x, lm.init(KEY))
         sampler = rollouts.sampler(temperature=0.7)
-        r = rollouts.generate(lm, params, PROMPTS, KEY, max_new_tokens=8, num_samples=4, eos_ids=(EOS,), sampler=sampler)
+        r = rollouts.generate(
+            lm,
+            params,
+            PROMPTS,
+            KEY,
+            max_new_tokens=8,
+            num_samples=4,
+            eos_ids=(EOS,),
+            sampler=sampler,
+        )
         scored = logprobs_of(lm, params, r)
     assert params["embedding"].dtype == jnp.float64
-    np.testing.assert_allclose(np.asarray(r.logprobs)[r.mask], np.asarray(scored)[r.mask], atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(r.logprobs)[r.mask], np.asarray(scored)[r.mask], atol=1e-6
+    )
 
 
 def test_form_of_a_rollout(rollout):
@@ -73,7 +93,12 @@ def test_form_of_a_rollout(rollout):
     np.testing.assert_array_equal(rollout.segment_ids[::4, :3], [[1, 1, 1], [0, 1, 1], [0, 0, 1]])
     assert not rollout.mask[:, :3].any()
     for tokens, mask, positions, segment_ids, finished in zip(
-        rollout.tokens, rollout.mask, rollout.positions, rollout.segment_ids, rollout.finished, strict=True
+        rollout.tokens,
+        rollout.mask,
+        rollout.positions,
+        rollout.segment_ids,
+        rollout.finished,
+        strict=True,
     ):
         length = mask.sum()
         assert mask[3 : 3 + length].all()
@@ -81,7 +106,9 @@ def test_form_of_a_rollout(rollout):
         assert finished == (tokens[2 + length] == EOS)
         assert finished or length == 8
         assert (tokens[3 + length :] == 0).all()
-        np.testing.assert_array_equal(positions[segment_ids != 0], np.arange((segment_ids != 0).sum()))
+        np.testing.assert_array_equal(
+            positions[segment_ids != 0], np.arange((segment_ids != 0).sum())
+        )
         np.testing.assert_array_equal(segment_ids[3:], mask[3:])
     assert 0 < rollout.finished.sum() < 12
 
@@ -93,7 +120,9 @@ def test_fixed_length_loop_gives_the_same(sample, rollout):
 
 
 def test_padding_of_prompts_changes_nothing(sample, rollout):
-    wide = rollouts.Prompts(jnp.pad(PROMPTS.tokens, ((0, 0), (1, 2))), jnp.pad(PROMPTS.mask, ((0, 0), (1, 2))))
+    wide = rollouts.Prompts(
+        jnp.pad(PROMPTS.tokens, ((0, 0), (1, 2))), jnp.pad(PROMPTS.mask, ((0, 0), (1, 2)))
+    )
     padded = jax.device_get(sample(prompts=wide))
     np.testing.assert_array_equal(padded.tokens[:, 3:], rollout.tokens)
     np.testing.assert_allclose(padded.logprobs[:, 3:], rollout.logprobs, atol=1e-5)
@@ -112,7 +141,9 @@ def test_another_key_gives_other_samples_and_compiles_nothing(sample, rollout):
 def test_sampled_frequencies_match_the_probabilities():
     logits = jnp.array([0.0, 1.0, -jnp.inf, 2.0, -1.0])
     number = 20_000
-    drawn = rollouts.samplers.draw(jax.random.uniform(KEY, (number,)), jnp.broadcast_to(logits, (number, 5)))
+    drawn = rollouts.samplers.draw(
+        jax.random.uniform(KEY, (number,)), jnp.broadcast_to(logits, (number, 5))
+    )
     counts = np.bincount(drawn, minlength=5)
     expected = number * np.asarray(jax.nn.softmax(logits))
     possible = expected > 0
@@ -156,11 +187,21 @@ def test_score_of_packed_rows_equals_the_rows_by_themselves(lm, params):
     batch = tiny.rows(np.random.default_rng(0))
     packed, sequences = tiny.packed(batch)
     score = lambda b, s: rollouts.score(
-        lm, params, b.tokens, positions=b.positions, segment_ids=b.segment_ids, heads=heads, max_segments=s, chunk_size=4
+        lm,
+        params,
+        b.tokens,
+        positions=b.positions,
+        segment_ids=b.segment_ids,
+        heads=heads,
+        max_segments=s,
+        chunk_size=4,
     )
     alone, together = score(batch, 1), score(packed, sequences)
     pairs = [(together.logprobs, alone.logprobs), (together.entropy, alone.entropy)]
-    pairs += [(together.values["v"], alone.values["v"]), (together.last_value["v"], alone.last_value["v"])]
+    pairs += [
+        (together.values["v"], alone.values["v"]),
+        (together.last_value["v"], alone.last_value["v"]),
+    ]
     for x, y in pairs:  # float32: equal within 1e-5 of the largest entry
         np.testing.assert_allclose(np.reshape(x, y.shape), y, rtol=0, atol=1e-5 * np.abs(y).max())
     assert np.std(alone.last_value["v"]) > 0.1
@@ -171,7 +212,15 @@ def test_score_against_whole_logits(lm, params):
     head_params = head.init(KEY)
     batch = tiny.rows(np.random.default_rng(1))
     where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
-    scored = rollouts.score(lm, params, batch.tokens, temperature=0.5, heads={"v": (head, head_params)}, chunk_size=3, **where)
+    scored = rollouts.score(
+        lm,
+        params,
+        batch.tokens,
+        temperature=0.5,
+        heads={"v": (head, head_params)},
+        chunk_size=3,
+        **where,
+    )
     hidden, _, _ = lm.hidden(params, batch.tokens, **where)
     logprobs = jax.nn.log_softmax(lm.unembed(params, hidden) / 0.5)
     values = head.apply(head_params, hidden)
@@ -183,12 +232,18 @@ def test_score_against_whole_logits(lm, params):
             np.testing.assert_allclose(scored.logprobs[b, t], expected, atol=1e-5)
             entropy = -(jnp.exp(logprobs[b, t - 1]) * logprobs[b, t - 1]).sum() if inside else 0.0
             np.testing.assert_allclose(scored.entropy[b, t], entropy, atol=1e-5)
-            np.testing.assert_allclose(scored.values["v"][b, t], values[b, t - 1] if inside else 0.0, atol=1e-5)
+            np.testing.assert_allclose(
+                scored.values["v"][b, t], values[b, t - 1] if inside else 0.0, atol=1e-5
+            )
         np.testing.assert_allclose(scored.last_value["v"][b], values[b, length - 1], atol=1e-5)
 
-    mask = batch.mask & (np.arange(10) >= 4) & (np.arange(8)[:, None] > 3)  # whole chunks without, and rows without
+    mask = (
+        batch.mask & (np.arange(10) >= 4) & (np.arange(8)[:, None] > 3)
+    )  # whole chunks without, and rows without
     asked = batch._replace(mask=mask, temperature=0.5)
-    of_batch = rollouts.score_batch(lm, params, asked, heads={"v": (head, head_params)}, chunk_size=3)
+    of_batch = rollouts.score_batch(
+        lm, params, asked, heads={"v": (head, head_params)}, chunk_size=3
+    )
     np.testing.assert_allclose(of_batch.logprobs, np.where(mask, scored.logprobs, 0.0), atol=1e-6)
     np.testing.assert_allclose(of_batch.entropy, np.where(mask, scored.entropy, 0.0), atol=1e-6)
     np.testing.assert_allclose(of_batch.values["v"], scored.values["v"], atol=1e-6)
@@ -208,7 +263,9 @@ def test_columns_of_prompts_have_no_logits(first, calls, lm, params):
 
     batch = tiny.rows(np.random.default_rng(1))
     batch = batch._replace(mask=(batch.segment_ids != 0) & (np.arange(10) >= first))
-    rollouts.score_batch(lm._replace(unembed=unembed), params, batch, chunk_size=5).logprobs.block_until_ready()
+    rollouts.score_batch(
+        lm._replace(unembed=unembed), params, batch, chunk_size=5
+    ).logprobs.block_until_ready()
     jax.effects_barrier()
     assert len(made) == calls
 
@@ -219,7 +276,9 @@ def test_text_goes_in_and_comes_out():
     assert prompts.tokens.shape == (2, 5)
     np.testing.assert_array_equal(prompts.mask, [[False, False, True, True, True], [True] * 5])
     rest = tokenizer.encode("is great .", add_special_tokens=False)
-    tokens = np.concatenate([prompts.tokens, np.tile([*rest, tokenizer.eos_token_id], (2, 1))], axis=1)
+    tokens = np.concatenate(
+        [prompts.tokens, np.tile([*rest, tokenizer.eos_token_id], (2, 1))], axis=1
+    )
     mask = np.concatenate([np.zeros_like(prompts.mask), np.ones((2, 4), bool)], axis=1)
     segments = np.concatenate([prompts.mask, np.ones((2, 4), bool)], axis=1).astype(np.int32)
     rollout = rollouts.Rollout(tokens, mask, segments, segments, None, None, None, None)
@@ -244,13 +303,19 @@ def test_refusals_name_both_sides(sample, lm, params):
             make(wrong)
     with pytest.raises(ValueError, match=r"keep the shape \[3, 16\], but returned \[3\]"):
         sample(num_samples=1, sampler=rollouts.sampler(lambda logits, step: logits.max(-1)))
-    with pytest.raises(TypeError, match=r"a transform takes \(logits, step\), but .* does not: too many"):
+    with pytest.raises(
+        TypeError, match=r"a transform takes \(logits, step\), but .* does not: too many"
+    ):
         rollouts.sampler(lambda logits: logits)
-    with pytest.raises(ValueError, match=r"eos_ids \[16\] but the model's vocabulary has 16 tokens"):
+    with pytest.raises(
+        ValueError, match=r"eos_ids \[16\] but the model's vocabulary has 16 tokens"
+    ):
         sample(eos_ids=(2, 16))
     with pytest.raises(ValueError, match=r"prompts \[1\] have no tokens"):
         sample(prompts=rollouts.Prompts(np.ones((2, 1), np.int32), np.array([[True], [False]])))
-    with pytest.raises(ValueError, match=r"key \[2\] but prompts.tokens \[3, 3\]; one key, or one a prompt"):
+    with pytest.raises(
+        ValueError, match=r"key \[2\] but prompts.tokens \[3, 3\]; one key, or one a prompt"
+    ):
         sample(key=jax.random.split(KEY, 2))
     with pytest.raises(ValueError, match="prompt 1 has 5 tokens but length is 3"):
         rollouts.text.encode(tokenizer, ["the film", "honestly , the plot"], length=3)
@@ -258,7 +323,11 @@ def test_refusals_name_both_sides(sample, lm, params):
         rollouts.text.encode(tokenizer, [""], add_special_tokens=False)
     with pytest.raises(ValueError, match=r"positions \[1, 3\] but tokens \[1, 4\]"):
         rollouts.token_logprobs(
-            lm, params, jnp.ones((1, 4), jnp.int32), positions=jnp.ones((1, 3)), segment_ids=jnp.ones((1, 4))
+            lm,
+            params,
+            jnp.ones((1, 4), jnp.int32),
+            positions=jnp.ones((1, 3)),
+            segment_ids=jnp.ones((1, 4)),
         )
 
 

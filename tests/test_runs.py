@@ -13,9 +13,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from rlhf import cli, files, loop, runs
-from rlhf.options import options_of
-from rlhf.recipes import setup
+from rlhf import cli, files
+from rlhf.command_line import options_of
+from rlhf.training import datasets, loading, loop, runs
 
 OPTIONS = {"model": "base", "steps": 2, "output": "o", "resume": False}
 
@@ -25,14 +25,20 @@ def begun(folder: Path, **options) -> runs.RunFolder:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def moments(tmp_path: Path) -> dict[str, dict[str, str]]:
     """What the folder may hold at each moment before a step is logged or saved, of this version's files and of earlier ones."""
     run = begun(tmp_path / "whole")
     run.describe()
-    about, config = ((tmp_path / "whole" / name).read_text() for name in ("about.json", "config.yaml"))
+    about, config = (
+        (tmp_path / "whole" / name).read_text() for name in ("about.json", "config.yaml")
+    )
     return {
         "nothing": {},
         "a part": {".part.about.json": about[:20]},
@@ -75,7 +81,7 @@ def test_a_run_killed_before_its_first_step_can_be_resumed_and_used_again(moment
     assert json.loads((folder / "about.json").read_text())["versions"]
     again = begun(folder, resume=True)
     assert again.resumed
-    assert again.figures()["loss"] == (0.5, 1)
+    assert again.last_metrics()["loss"] == (0.5, 1)
     with pytest.raises(ValueError, match="already holds a run or other files"):
         begun(folder)
 
@@ -83,7 +89,10 @@ def test_a_run_killed_before_its_first_step_can_be_resumed_and_used_again(moment
 THEIRS = {
     "a file of theirs": {"notes.txt": "dear diary"},
     "a config of theirs": {"config.yaml": "learning_rate: 0.1\n"},
-    "a config of theirs beside one of ours": {"config.yaml": "learning_rate: 0.1\n", "metrics.jsonl": ""},
+    "a config of theirs beside one of ours": {
+        "config.yaml": "learning_rate: 0.1\n",
+        "metrics.jsonl": "",
+    },
     "an about of theirs": {"about.json": '{"me": 1}'},
     "metrics": {"metrics.jsonl": '{"phase": "train", "step": 1}\n'},
     "a checkpoint": {"checkpoints/3/x": ""},
@@ -98,15 +107,29 @@ def test_what_others_wrote_is_never_taken_for_a_run(kind, resume, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="already holds a run or other files|a run goes on as it began"):
+    with pytest.raises(
+        ValueError, match="already holds a run or other files|a run goes on as it began"
+    ):
         begun(tmp_path, resume=resume)
     assert snapshot(tmp_path) == before
 
 
 def test_a_run_that_is_not_there_cannot_be_resumed(base, tmp_path, capsys):
-    ask = ["sft", "--model", base, "--dataset", "task:reverse", "--output", str(tmp_path / "mistyped"), "--resume"]
+    ask = [
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        "--output",
+        str(tmp_path / "mistyped"),
+        "--resume",
+    ]
     assert cli.main(ask) == 2
-    assert "mistyped: no run there to resume; leave out --resume to begin one" in capsys.readouterr().err
+    assert (
+        "mistyped: no run there to resume; leave out --resume to begin one"
+        in capsys.readouterr().err
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -125,7 +148,9 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     run.describe()
     run.log("train", 1, {"loss": 0.5})
     whole, write_text = snapshot(tmp_path / "run"), Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, text, **how: write_text(self, text[:3]) and 1 / 0)
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, text, **how: write_text(self, text[:3]) and 1 / 0
+    )
     for write in (run.describe, run.card, lambda: run.forget_after(1)):
         with pytest.raises(ZeroDivisionError):
             write()
@@ -136,12 +161,14 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from rlhf import runs
+from rlhf.training import runs
 with runs.RunFolder({str(tmp_path / "run")!r}, {OPTIONS}).at_work():
     print("working", flush=True)
     sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "working\n"
         run = begun(tmp_path / "run")  # nothing is saved there yet
         with pytest.raises(ValueError, match="another process is at work in it"), run.at_work():
@@ -156,9 +183,21 @@ def test_a_failed_start_leaves_no_folder(place, base, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise MemoryError("RESOURCE_EXHAUSTED: out of memory")
 
-    ask = ["sft", "--model", base, "--dataset", "task:reverse", "--dataset_size", "16", "--output", str(tmp_path / "run")]
+    ask = [
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        "--dataset_size",
+        "16",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(*((setup, "policy") if place == "model" else (loop, "run_steps")), fail)
+        patch.setattr(
+            *((loading.huggingface, "load") if place == "model" else (loop, "run_steps")), fail
+        )
         with pytest.raises(MemoryError):
             cli.main(ask)
     assert not any(tmp_path.iterdir())
@@ -167,11 +206,29 @@ def test_a_failed_start_leaves_no_folder(place, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", [(setup.Data, "laid_out"), (setup, "policy"), (loop, "init_state"), (loop, "Checkpoints")])
-def test_told_to_stop_while_setting_up(place, number, base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "place",
+    [
+        (datasets, "load_arrays"),
+        (loading.huggingface, "load"),
+        (loading, "init_state"),
+        (loop, "Checkpoints"),
+    ],
+)
+def test_asked_to_stop_while_setting_up(place, number, base, tmp_path, monkeypatch, capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(*place, lambda *_, **__: signal.raise_signal(number))
-    ask = ["sft", "--model", base, "--dataset", "task:reverse", "--dataset_size", "16", "--output", str(tmp_path / "run")]
+    ask = [
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        "--dataset_size",
+        "16",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     try:
         assert cli.main(ask) == 130
     finally:
@@ -180,33 +237,49 @@ def test_told_to_stop_while_setting_up(place, number, base, tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_told_to_stop_as_a_process_that_sets_up(base, tmp_path):
+def test_asked_to_stop_as_a_process_that_sets_up(base, tmp_path):
     """Libraries swallow what a signal raises while they load, or crash when they are taken down half-way."""
-    ask = [sys.executable, "-m", "rlhf", "sft", "--model", base, "--dataset", "task:reverse", "--output", str(tmp_path / "run")]
+    ask = [
+        sys.executable,
+        "-m",
+        "rlhf",
+        "sft",
+        "--model",
+        base,
+        "--dataset",
+        "task:reverse",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     for seconds in (0.5, 0.9):
         with subprocess.Popen(ask, stderr=subprocess.PIPE, text=True) as process:
             time.sleep(seconds)
             process.terminate()
             said = process.communicate()[1]
-        assert (process.returncode, said) in ((130, "rlhf sft: stopped\n"), (-signal.SIGTERM, ""))  # or Python began
+        assert (process.returncode, said) in (
+            (130, "rlhf sft: stopped\n"),
+            (-signal.SIGTERM, ""),
+        )  # or Python began
     assert not any(tmp_path.iterdir())
 
 
 def test_several_processes_say_how_they_stop_and_leave_at_the_second_signal(tmp_path):
     code = """
 import os, signal, time, unittest.mock
-from rlhf.interrupts import told_to_stop
-with unittest.mock.patch("jax.process_count", lambda: 2), told_to_stop() as told:
+from rlhf.training.interrupts import stop_requests
+with unittest.mock.patch("jax.process_count", lambda: 2), stop_requests() as stop_requested:
     print("running", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
-    print(told(), flush=True)
+    print(stop_requested(), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert ran.stdout == "running\nFalse\n"
-    assert ran.stderr.count("a second one ends this process at once") == 2  # at the start, and at the first
+    assert (
+        ran.stderr.count("a second one ends this process at once") == 2
+    )  # at the start, and at the first
     assert ran.returncode == -signal.SIGTERM
 
 
@@ -227,7 +300,9 @@ OUTPUTS = {  # command -> what it takes, all but its output
 
 
 def test_every_command_with_an_output_is_held_to_it():
-    options = {name: options_of(import_module(module).main) for name, (module, _) in cli.COMMANDS.items()}
+    options = {
+        name: options_of(import_module(module).main) for name, (module, _) in cli.COMMANDS.items()
+    }
     assert {name for name in options if "output" in options[name]} == set(OUTPUTS)
 
 
@@ -236,7 +311,9 @@ def world(base, tmp_path_factory):
     """A model, a data set, a run, and files and folders of others."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(base, folder / "base")
-    (folder / "data.jsonl").write_text('{"prompt": "abc=", "completion": "cba", "solution": "cba"}\n')
+    (folder / "data.jsonl").write_text(
+        '{"prompt": "abc=", "completion": "cba", "solution": "cba"}\n'
+    )
     (folder / "other.jsonl").write_text("mine\n")
     (folder / "things").mkdir()
     (folder / "things" / "letter.txt").write_text("mine")
@@ -258,8 +335,17 @@ PLACES = (
 
 
 def asked(command: str, world: Path, place: str) -> list[str]:
-    words = {"BASE": str(world / "base"), "DATA": str(world / "data.jsonl"), "RUN": str(world / "run")}
-    return [command, *(words.get(word, word) for word in OUTPUTS[command]), "--output", str(world / place)]
+    words = {
+        "BASE": str(world / "base"),
+        "DATA": str(world / "data.jsonl"),
+        "RUN": str(world / "run"),
+    }
+    return [
+        command,
+        *(words.get(word, word) for word in OUTPUTS[command]),
+        "--output",
+        str(world / place),
+    ]
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
@@ -291,14 +377,22 @@ def test_an_input_is_not_written_over_even_if_asked(command, world, capsys):
 def test_what_was_asked_for_is_written_over(world, tmp_path):
     shutil.copytree(world / "base", tmp_path / "model")
     (tmp_path / "model" / "old.txt").touch()
-    assert cli.main([*asked("export", world, ""), "--output", str(tmp_path / "model"), "--overwrite"]) == 0
+    assert (
+        cli.main([*asked("export", world, ""), "--output", str(tmp_path / "model"), "--overwrite"])
+        == 0
+    )
     assert (tmp_path / "model" / "README.md").exists()
     assert not (tmp_path / "model" / "old.txt").exists()
     small = ["--hidden_size", "8", "--num_heads", "1", "--num_layers", "1"]
     assert cli.main(["new", str(tmp_path / "model"), *small, "--overwrite"]) == 0
     assert not (tmp_path / "model" / "README.md").exists()
     (tmp_path / "curves.png").touch()
-    assert cli.main(["plot", str(world / "run"), "--output", str(tmp_path / "curves.png"), "--overwrite"]) == 0
+    assert (
+        cli.main(
+            ["plot", str(world / "run"), "--output", str(tmp_path / "curves.png"), "--overwrite"]
+        )
+        == 0
+    )
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "model"]
 
@@ -306,9 +400,16 @@ def test_what_was_asked_for_is_written_over(world, tmp_path):
 def test_a_push_that_fails_is_one_line_with_the_cure(world, monkeypatch, capsys):
     import huggingface_hub
 
-    for error in (OSError("no route to host"), RuntimeError("Cannot send a request"), ValueError("bad name")):
+    for error in (
+        OSError("no route to host"),
+        RuntimeError("Cannot send a request"),
+        ValueError("bad name"),
+    ):
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", Mock(side_effect=error))
         assert cli.main(["export", str(world / "run"), "--push", "me/model"]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1
-        assert f"rlhf export: me/model: not pushed ({type(error).__name__}: {error}); see to the network and `hf auth" in said
+        assert (
+            f"rlhf export: me/model: not pushed ({type(error).__name__}: {error}); see to the network and `hf auth"
+            in said
+        )

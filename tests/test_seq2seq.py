@@ -10,22 +10,35 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf import cli, data, rollouts, tasks
+from rlhf import classic, cli, data, rollouts, tasks
 from rlhf.models import huggingface, scalar_head
-from rlhf.recipes import classic, pairs, rft, setup, sft
-from rlhf.runs import metrics_of
+from rlhf.recipes import rft, sft
+from rlhf.training import loading, pairs, supervised
+from rlhf.training.options import ModelOptions
+from rlhf.training.policy import Policy
+from rlhf.training.runs import metrics_of
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ROWS = [
-    {"prompt": "the film", "completion": " is great", "chosen": " is great", "rejected": " was dull and slow"},
-    {"prompt": "a long and quiet plot", "completion": " was slow", "chosen": " was fine", "rejected": " was"},
+    {
+        "prompt": "the film",
+        "completion": " is great",
+        "chosen": " is great",
+        "rejected": " was dull and slow",
+    },
+    {
+        "prompt": "a long and quiet plot",
+        "completion": " was slow",
+        "chosen": " was fine",
+        "rejected": " was",
+    },
 ] * 2
 COMMON = ["--batch_size", "4", "--steps", "2", "--learning_rate", "1e-2"]
 SAMPLED = [*COMMON, "--max_new_tokens", "3", "--reward", "length"]
 COMMANDS = {
     "sft": COMMON,
     "dpo": [*COMMON, "--eval_dataset", "ROWS"],
-    "grpo": [*SAMPLED, "--num_samples", "2", "--beta", "0.1", "--micro_batches", "2"],
+    "grpo": [*SAMPLED, "--num_samples", "2", "--kl_coef", "0.1", "--micro_batches", "2"],
     "ppo": [*SAMPLED, "--eval_dataset", "ROWS"],
     "online_dpo": [*SAMPLED, "--num_samples", "6", "--max_new_tokens", "5"],
 }
@@ -42,7 +55,10 @@ def folders(tmp_path_factory):
         start = f"{tokenizer.bos_token} " if name == "bart" else ""
         from tokenizers.processors import TemplateProcessing
 
-        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+        special = [
+            (token, tokenizer.convert_tokens_to_ids(token))
+            for token in (tokenizer.bos_token, tokenizer.eos_token)
+        ]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{start}$A {tokenizer.eos_token}", special_tokens=special
         )
@@ -53,9 +69,13 @@ def folders(tmp_path_factory):
 
 def batch_of(folder):
     tokenizer = huggingface.load_tokenizer(folder)
-    seq2seq = setup.Model(str(folder)).seq2seq(tokenizer)
+    seq2seq = loading.load_seq2seq(ModelOptions(str(folder)), tokenizer)
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in ROWS]
-    return tokenizer, seq2seq, sft.lay_out(sft.tokenize(tokenizer, rows, False, True), "none", 64, print, seq2seq=seq2seq)
+    return (
+        tokenizer,
+        seq2seq,
+        sft.lay_out(sft.tokenize(tokenizer, rows, False, True), "none", 64, print, seq2seq=seq2seq),
+    )
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -78,7 +98,8 @@ def test_the_loss_is_that_of_transformers(name, folders):
 
     _, _, batch = batch_of(folders / name)
     lm, params, _ = huggingface.load(folders / name)
-    ours, _ = sft.objective(lm)(params, {}, sft.prepare(jax.tree.map(jnp.asarray, batch)), None)
+    batch_on_device = supervised.with_weights(jax.tree.map(jnp.asarray, batch))
+    ours, _ = supervised.make_loss(Policy(lm))(params, {}, batch_on_device, None)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folders / name).eval()
     where = torch.tensor(batch.mask[:, 1:])
     with torch.no_grad():
@@ -87,49 +108,93 @@ def test_the_loss_is_that_of_transformers(name, folders):
             attention_mask=torch.tensor(batch.inputs["segment_ids"]).long(),
             decoder_input_ids=torch.tensor(batch.tokens[:, :-1]).long(),
         ).logits
-    loss = torch.nn.functional.cross_entropy(logits[where], torch.tensor(batch.tokens[:, 1:]).long()[where])
+    loss = torch.nn.functional.cross_entropy(
+        logits[where], torch.tensor(batch.tokens[:, 1:]).long()[where]
+    )
     np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [*(("t5", command) for command in COMMANDS), ("bart", "sft"), ("bart", "grpo")],  # from there on they share a path
+    [
+        *(("t5", command) for command in COMMANDS),
+        ("bart", "sft"),
+        ("bart", "grpo"),
+    ],  # from there on they share a path
 )
 def test_a_command_trains_and_exports(name, command, folders, tmp_path):
-    options = [str(folders / "rows.jsonl") if word == "ROWS" else word for word in COMMANDS[command]]
-    ask = [command, "--model", str(folders / name), "--dataset", str(folders / "rows.jsonl"), *options]
+    options = [
+        str(folders / "rows.jsonl") if word == "ROWS" else word for word in COMMANDS[command]
+    ]
+    ask = [
+        command,
+        "--model",
+        str(folders / name),
+        "--dataset",
+        str(folders / "rows.jsonl"),
+        *options,
+    ]
     assert cli.main([*ask, "--output", str(tmp_path / "run")]) == 0
     rows = [row for row in metrics_of(tmp_path / "run") if row["phase"] == "train"]
     assert len(rows) == 2
     assert all(np.isfinite(value) for row in rows for key, value in row.items() if key != "phase")
-    before, after = (huggingface.load(folder)[1] for folder in (folders / name, tmp_path / "run" / "model"))
+    before, after = (
+        huggingface.load(folder)[1] for folder in (folders / name, tmp_path / "run" / "model")
+    )
     for half in ("encoder", "decoder"):
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before[half], after[half])
         assert max(jax.tree.leaves(moved)) > 1e-4
 
 
-def test_what_reads_an_encoder_decoder_says_what_it_was_asked(folders, tmp_path, capsys):
-    answers = tmp_path / "answers.jsonl"
-    ask = ["--dataset", str(folders / "rows.jsonl"), "--reward", "length", "--max_new_tokens", "3", "--num_samples", "2"]
-    assert cli.main(["eval", str(folders / "t5"), *ask, "--output", str(answers)]) == 0
-    prompts = {json.loads(line)["prompt"].strip() for line in answers.read_text().splitlines()}
+def test_what_reads_an_encoder_decoder_says_what_it_read(folders, tmp_path, capsys):
+    completions = tmp_path / "completions.jsonl"
+    ask = [
+        "--dataset",
+        str(folders / "rows.jsonl"),
+        "--reward",
+        "length",
+        "--max_new_tokens",
+        "3",
+        "--num_samples",
+        "2",
+    ]
+    assert cli.main(["eval", str(folders / "t5"), *ask, "--output", str(completions)]) == 0
+    prompts = {json.loads(line)["prompt"].strip() for line in completions.read_text().splitlines()}
     assert prompts == {row["prompt"] for row in ROWS}
 
 
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        ("sft", ["--packing", "bfd"], "packing bfd: an encoder-decoder takes one prompt with its answer a row"),
+        (
+            "sft",
+            ["--packing", "bfd"],
+            "packing bfd: an encoder-decoder takes one prompt with its completion a row",
+        ),
         ("sft", ["--completion_only", "false"], "an encoder-decoder, which only reads prompts"),
         ("dpo", ["--packing", "bfd"], "packing bfd: an encoder-decoder takes one prompt"),
         ("reward", [], "is an encoder-decoder, which cannot be a reward model or classifier here"),
-        ("kto", [], "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"),
+        (
+            "kto",
+            [],
+            "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(command, more, message, folders, tmp_path, capsys):
-    ask = [command, "--model", str(folders / "t5"), "--dataset", str(folders / "rows.jsonl"), *COMMON, *more]
+    ask = [
+        command,
+        "--model",
+        str(folders / "t5"),
+        "--dataset",
+        str(folders / "rows.jsonl"),
+        *COMMON,
+        *more,
+    ]
     if command == "kto":
-        (tmp_path / "kto.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 8)
+        (tmp_path / "kto.jsonl").write_text(
+            '{"prompt": "a", "completion": "b", "label": true}\n' * 8
+        )
         ask[4] = str(tmp_path / "kto.jsonl")
     assert cli.main([*ask, "--output", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
@@ -137,7 +202,7 @@ def test_what_cannot_be_is_refused(command, more, message, folders, tmp_path, ca
 
 def test_pairs_keep_their_inputs(folders):
     tokenizer = huggingface.load_tokenizer(folders / "t5")
-    seq2seq = setup.Model(str(folders / "t5")).seq2seq(tokenizer)
+    seq2seq = loading.load_seq2seq(ModelOptions(str(folders / "t5")), tokenizer)
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS[:2]]
     laid = pairs.lay_out(tokenizer, rows, "none", 64, print, seq2seq=seq2seq)
     assert laid.inputs["tokens"].shape[:2] == (2, 2)
@@ -153,7 +218,9 @@ def test_classic_steps_take_queries_and_responses(folders):
     with pytest.raises(ValueError, match="the model has an encoder, but seq2seq is None"):
         classic.ppo_step(lm, head, optimizer, length=8)
     step = classic.ppo_step(lm, head, optimizer, length=8, seq2seq=seq2seq)
-    state = classic.start({"lm": params, "head": head.init(jax.random.key(0))}, optimizer, jax.random.key(1))
+    state = classic.start(
+        {"lm": params, "head": head.init(jax.random.key(0))}, optimizer, jax.random.key(1)
+    )
     before = jax.tree.map(np.asarray, state.params["lm"])
     state, seen = step(state, [[5, 6, 7], [8]], [[9, 2], [10, 11]], [1.0, -1.0])
     assert np.isfinite(seen["loss"])
@@ -161,12 +228,15 @@ def test_classic_steps_take_queries_and_responses(folders):
     assert moved["encoder"]["layers"]["q"] > 0
 
 
-def test_what_reads_prompts_with_answers_reads_them_of_an_encoder_too():
+def test_what_reads_prompts_with_completions_reads_them_of_an_encoder_too():
     """The score of a generated task is that of the same rollout of a decoder; so are its prompts as texts."""
     task, tokenizer = tasks.find("task:reverse"), tasks.find("task:reverse").tokenizer()
     row = tasks.load("task:reverse", tasks.demonstrations, 1, seed=0)[0]
-    prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-    tokenized = data.Tokenized(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    tokenized = data.Tokenized(
+        prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    )
 
     def rollout_of(rows):
         nothing = jnp.zeros(rows.tokens.shape)
@@ -190,26 +260,45 @@ def test_what_reads_prompts_with_answers_reads_them_of_an_encoder_too():
     assert rollouts.joined(of_decoder) is of_decoder
     texts = rollouts.text.prompts(tokenizer, of_encoder)
     assert (
-        texts == rollouts.text.prompts(tokenizer, of_decoder) == rollouts.text.prompts(tokenizer, rollouts.joined(of_encoder))
+        texts
+        == rollouts.text.prompts(tokenizer, of_decoder)
+        == rollouts.text.prompts(tokenizer, rollouts.joined(of_encoder))
     )
 
 
-def test_answers_that_are_kept_keep_what_the_encoder_read():
+def test_completions_that_are_selected_keep_what_the_encoder_read():
     read = np.array([[5, 6], [7, 8], [5, 6]])
-    inputs = {"tokens": read, "positions": np.array([[0, 1]] * 3), "segment_ids": np.ones_like(read)}
-    rows = rollouts.whole_rows(np.array([[0, 9]] * 3), np.ones((3, 2), bool), np.array([[False, True]] * 3))
+    inputs = {
+        "tokens": read,
+        "positions": np.array([[0, 1]] * 3),
+        "segment_ids": np.ones_like(read),
+    }
+    rows = rollouts.unpacked_rows(
+        np.array([[0, 9]] * 3), np.ones((3, 2), bool), np.array([[False, True]] * 3)
+    )
     rollout = rollouts.Rollout(
         np.asarray(rows.tokens), np.asarray(rows.mask), np.asarray(rows.positions), np.asarray(rows.segment_ids),
         None, None, None, None, inputs,
     )  # fmt: skip
     chosen = rft.distinct(rollout, np.arange(3))
-    assert chosen.tolist() == [0, 1]  # the same answer to another prompt is another row
+    assert chosen.tolist() == [0, 1]  # the same completion of another prompt is another row
     (batch,) = rft.dealt(rollout, chosen, 1)
     np.testing.assert_array_equal(batch.inputs["tokens"], read[:2])
 
 
 @pytest.mark.parametrize("recipe", ["kto", "bco", "ilql", "nash_md"])
 def test_recipes_of_decoders_say_so_before_they_read_data(folders, recipe, capsys):
-    argv = [recipe, "--model", str(folders / "t5"), "--dataset", "nowhere.jsonl", "--output", str(folders / "never")]
+    argv = [
+        recipe,
+        "--model",
+        str(folders / "t5"),
+        "--dataset",
+        "nowhere.jsonl",
+        "--output",
+        str(folders / "never"),
+    ]
     assert cli.main(argv) == 2
-    assert "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone" in capsys.readouterr().err
+    assert (
+        "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"
+        in capsys.readouterr().err
+    )

@@ -11,6 +11,9 @@ import pytest
 import rlhf
 from rlhf import demo, rollouts, sharding
 from rlhf.recipes import dpo, grpo, ppo, reward
+from rlhf.training.policy import Policy
+
+import steps as tiny  # isort: skip
 
 MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4))
 ROWS, SEQUENCE = 16, 12
@@ -19,9 +22,13 @@ ROWS, SEQUENCE = 16, 12
 @pytest.fixture(scope="module")
 def task():
     task = demo.make_task(0, corpus=ROWS, pairs=ROWS, held_out=4)
-    short = lambda tree: jax.tree.map(lambda x: jnp.asarray(x[..., :SEQUENCE] if np.ndim(x) > 1 else x), tree)
+    short = lambda tree: jax.tree.map(
+        lambda x: jnp.asarray(x[..., :SEQUENCE] if np.ndim(x) > 1 else x), tree
+    )
     return task._replace(
-        corpus=short(task.corpus), pairs=short(task.pairs), prompts=jax.tree.map(lambda x: jnp.asarray(x[:8]), task.prompts)
+        corpus=short(task.corpus),
+        pairs=short(task.pairs),
+        prompts=jax.tree.map(lambda x: jnp.asarray(x[:8]), task.prompts),
     )
 
 
@@ -48,7 +55,9 @@ def steps(task, models):
     reward_fn = lambda context, rollout, key: (rollout.tokens % 7 == 0).sum(-1).astype(jnp.float32)
     sampling = dict(max_new_tokens=4, num_samples=2, eos_ids=(task.tokenizer.eos_token_id,))
     of_lm, of_both = lm.axes(), {"lm": lm.axes(), "head": head.axes()}
-    context = lambda params: {"reference": jax.tree.map(lambda x: 0.9 * x, params)}  # another model, without a second start
+    context = lambda params: {
+        "reference": jax.tree.map(lambda x: 0.9 * x, params)
+    }  # another model, without a second start
 
     def alone(key):
         params = lm.init(key)
@@ -56,14 +65,23 @@ def steps(task, models):
 
     def both(key):
         params = lm.init(key)
-        return rlhf.init_state({"lm": params, "head": head.init(key)}, optimizer, key, context(params))
+        return rlhf.init_state(
+            {"lm": params, "head": head.init(key)}, optimizer, key, context(params)
+        )
 
-    dpo_step = rlhf.train_step(dpo.objective(lm), optimizer, micro_batches=2)
+    by_dpo = dpo.make_update(Policy(lm), optimizer, reference_in_step=True, micro_batches=2)
+    actor = Policy(lm)
+    group_update = grpo.make_update(actor, optimizer, num_samples=2, kl_coef=0.04, max_new_tokens=4)
+    by_grpo = tiny.iteration(actor, group_update, reward_fn, **sampling)
+    critic = Policy(lm, head)
+    by_ppo = tiny.iteration(
+        critic, ppo.make_update(critic, optimizer, epochs=1), reward_fn, **sampling
+    )
     key = jax.random.key(7)
     return {
-        "dpo": (alone, of_lm, lambda s, b: dpo_step(s, dpo.prepare(lm, s.context["reference"], b)), (task.pairs,)),
-        "grpo": (alone, of_lm, grpo.iteration(lm, reward_fn, optimizer, **sampling), (task.prompts, key)),
-        "ppo": (both, of_both, ppo.iteration(lm, head, reward_fn, optimizer, epochs=1, **sampling), (task.prompts, key)),
+        "dpo": (alone, of_lm, by_dpo, (task.pairs,)),
+        "grpo": (alone, of_lm, by_grpo, (task.prompts, key)),
+        "ppo": (both, of_both, by_ppo, (task.prompts, key)),
     }
 
 
@@ -78,18 +96,27 @@ def test_steps_on_meshes_equal_one_device(name, task, models):
     init, axes, step, inputs = steps(task, models)[name]
     start = init(jax.random.key(0))
     expected, metrics = three(jax.jit(step), start, inputs)
-    moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(start.params), strict=True))
+    moved = max(
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(start.params), strict=True)
+    )
     assert moved > 1e-4, "nothing was trained"
     for shape in MESHES:
         mesh = sharding.make_mesh(**shape)
         state = sharding.create(init, axes, mesh, jax.random.key(0))
-        got, got_metrics = three(sharding.jit_step(step, mesh, state), state, sharding.shard_batch(inputs, mesh))
+        got, got_metrics = three(
+            sharding.jit_step(step, mesh, state), state, sharding.shard_batch(inputs, mesh)
+        )
         for path, x in jax.tree_util.tree_leaves_with_path(expected):
             y = dict(jax.tree_util.tree_leaves_with_path(got))[path]
             largest = np.abs(x).max()
-            np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * largest, err_msg=f"{shape} {jax.tree_util.keystr(path)}")
+            np.testing.assert_allclose(
+                y, x, rtol=0, atol=1e-5 * largest, err_msg=f"{shape} {jax.tree_util.keystr(path)}"
+            )
         for key, value in metrics.items():
-            np.testing.assert_allclose(got_metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=f"{shape} {key}")
+            np.testing.assert_allclose(
+                got_metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=f"{shape} {key}"
+            )
 
 
 def test_rollouts_on_every_mesh_are_the_same_tokens(task, models, created):
@@ -117,13 +144,19 @@ def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task, cre
     def init(key):
         params = {"lm": lm.init(key), "head": heads.init(key)}
         reward_params = {"lm": lm.init(key), "head": full.reward_head.init(key)}
-        return rlhf.init_state(params, optimizer, key, {"reference": lm.init(key), "reward": reward_params})
+        return rlhf.init_state(
+            params, optimizer, key, {"reference": lm.init(key), "reward": reward_params}
+        )
 
     mesh = sharding.make_mesh(**shape)
     axes = {"lm": lm.axes(), "head": heads.axes()}
     where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), axes, mesh)
     large = 0
-    for leaf, place in zip(jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))), jax.tree.leaves(where), strict=True):
+    for leaf, place in zip(
+        jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))),
+        jax.tree.leaves(where),
+        strict=True,
+    ):
         if np.prod(leaf.shape) > 1024:
             large += 1
             assert np.prod(place.shard_shape(leaf.shape)) * shape["fsdp"] <= np.prod(leaf.shape)
@@ -144,7 +177,9 @@ def test_refusals_name_both_sides():
         sharding.spec(("colour",), mesh)
     with pytest.raises(ValueError, match="'heads' and 'mlp'.*both map to mesh axis 'tensor'"):
         sharding.spec(("heads", "mlp"), mesh)
-    with pytest.raises(ValueError, match=r"w \[6, 8\]: heads = 6 does not divide by mesh axis tensor = 4"):
+    with pytest.raises(
+        ValueError, match=r"w \[6, 8\]: heads = 6 does not divide by mesh axis tensor = 4"
+    ):
         sharding.shardings({"w": jnp.zeros((6, 8))}, {"w": ("heads", None)}, mesh)
     with pytest.raises(ValueError, match=r"w \[1025\]: no free axis divides by fsdp = 2"):
         sharding.shardings({"w": jnp.zeros(1025)}, {}, mesh)
@@ -153,8 +188,13 @@ def test_refusals_name_both_sides():
 
 
 def test_reward_model_scores_do_not_depend_on_the_mesh(task, models):
-    params = {"lm": models.lm.init(jax.random.key(0)), "head": models.reward_head.init(jax.random.key(1))}
-    score = jax.jit(lambda params, batch: reward.scores(models.lm, models.reward_head, params, batch))
+    params = {
+        "lm": models.lm.init(jax.random.key(0)),
+        "head": models.reward_head.init(jax.random.key(1)),
+    }
+    score = jax.jit(
+        lambda params, batch: reward.scores(models.lm, models.reward_head, params, batch)
+    )
     expected = score(params, task.corpus)
     got = score(params, sharding.shard_batch(task.corpus, sharding.make_mesh(data=8)))
     np.testing.assert_allclose(got, expected, atol=1e-5)

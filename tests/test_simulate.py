@@ -13,7 +13,9 @@ from rlhf.rollouts import Prompts, Reply, simulate
 from rlhf.tasks import reviews
 
 TOKENIZER = reviews.tokenizer()
-LM = transformer(TransformerConfig(len(TOKENIZER), hidden_size=16, num_layers=2, num_heads=2, mlp_size=32))
+LM = transformer(
+    TransformerConfig(len(TOKENIZER), hidden_size=16, num_layers=2, num_heads=2, mlp_size=32)
+)
 PARAMS = LM.init(jax.random.key(0))
 PROMPTS = Prompts(
     np.array([[5, 6, 7], [9, 1, 0], [3, 0, 0], [8, 4, 0]], np.int32),
@@ -30,7 +32,9 @@ def step(state, tokens, mask):
     reply = jnp.stack([jnp.where(mask, tokens, 0).sum() % 50, state["number"], state["number"]])
     there = jnp.arange(3) < 1 + heard % 3
     reward = total / 10.0
-    return Reply({"total": total, "number": state["number"]}, reply, there, reward=reward, done=total >= 5)
+    return Reply(
+        {"total": total, "number": state["number"]}, reply, there, reward=reward, done=total >= 5
+    )
 
 
 STATES = {"total": jnp.zeros(4, jnp.int32), "number": jnp.arange(41, 45)}
@@ -41,7 +45,14 @@ go = functools.partial(simulate, LM, step=step, max_turns=TURNS, max_new_tokens=
 def played():
     sampler = rollouts.sampler(temperature=0.7)
     return jax.device_get(
-        go(PARAMS, prompts=PROMPTS, states=STATES, key=jax.random.key(1), num_samples=SAMPLES, sampler=sampler)
+        go(
+            PARAMS,
+            prompts=PROMPTS,
+            states=STATES,
+            key=jax.random.key(1),
+            num_samples=SAMPLES,
+            sampler=sampler,
+        )
     )
 
 
@@ -79,13 +90,20 @@ def test_rows_are_what_the_environment_says_of_them(played):
         assert rollout.finished[b] == (done and turn[-1] in ENDS)
     assert len({size for size, _ in seen}) > 2, "turns should differ in length"
     assert {done for _, done in seen} == {True, False}
-    assert (played.rollout.finished != (played.states["total"] >= 5)).any(), "one should be over in a turn that was cut"
+    assert (played.rollout.finished != (played.states["total"] >= 5)).any(), (
+        "one should be over in a turn that was cut"
+    )
 
 
 def test_log_probs_are_those_of_token_logprobs(played):
     r = played.rollout
     scored = rollouts.token_logprobs(
-        LM, PARAMS, r.tokens, positions=r.positions, segment_ids=r.segment_ids, temperature=r.temperature
+        LM,
+        PARAMS,
+        r.tokens,
+        positions=r.positions,
+        segment_ids=r.segment_ids,
+        temperature=r.temperature,
     )
     np.testing.assert_allclose(r.logprobs, np.where(r.mask, scored, 0), atol=1e-5)
     np.testing.assert_allclose(r.sampling_logprobs, r.logprobs, atol=1e-6)
@@ -101,16 +119,22 @@ def test_a_greedy_conversation_is_the_one_that_play_has():
         padded = jnp.zeros(NEW, jnp.int32).at[: len(ids)].set(jnp.array(ids))
         reply = step(state, padded, jnp.arange(NEW) < len(ids))
         observation = np.asarray(reply.tokens)[np.asarray(reply.mask)].tolist()
-        return rollouts.Turn(reply.state, observation, reward=float(reply.reward), done=bool(reply.done))
+        return rollouts.Turn(
+            reply.state, observation, reward=float(reply.reward), done=bool(reply.done)
+        )
 
     greedy = rollouts.greedy()
-    here = jax.device_get(go(PARAMS, prompts=PROMPTS, states=STATES, key=jax.random.key(1), sampler=greedy))
+    here = jax.device_get(
+        go(PARAMS, prompts=PROMPTS, states=STATES, key=jax.random.key(1), sampler=greedy)
+    )
     there = rollouts.play(
         LM, PARAMS, TOKENIZER, rollouts.Environment(reset, answer), PROMPTS, jax.random.key(1), rows=range(41, 45),
         max_turns=TURNS, max_new_tokens=NEW, max_tokens=len(here.rollout.tokens[0]), sampler=greedy, eos_ids=ENDS, buckets=[32],
     )  # fmt: skip
     for name in ("tokens", "mask", "positions", "segment_ids", "finished"):
-        np.testing.assert_array_equal(getattr(here.rollout, name), getattr(there.rollout, name), err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(here.rollout, name), getattr(there.rollout, name), err_msg=name
+        )
     np.testing.assert_allclose(here.rollout.logprobs, there.rollout.logprobs, atol=1e-5)
     np.testing.assert_allclose(here.rewards, there.rewards, rtol=1e-6)
     np.testing.assert_array_equal(here.turns, there.turns)
@@ -131,7 +155,17 @@ def test_every_turn_draws_its_own_numbers():
     """A model that finds all tokens alike says another thing at every turn."""
     silent = lambda state, tokens, mask: Reply(state, tokens[:1], jnp.zeros(1, bool))
     uniform = jax.tree.map(jnp.zeros_like, PARAMS)
-    r = simulate(LM, uniform, silent, PROMPTS, STATES, jax.random.key(4), max_turns=3, max_new_tokens=2, num_samples=25).rollout
+    r = simulate(
+        LM,
+        uniform,
+        silent,
+        PROMPTS,
+        STATES,
+        jax.random.key(4),
+        max_turns=3,
+        max_new_tokens=2,
+        num_samples=25,
+    ).rollout
     turns = np.asarray(r.tokens[:, 3:9]).reshape(100, 3, 2)
     alike = [(turns[:, i] == turns[:, j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))]
     assert max(alike) < 0.1
@@ -139,13 +173,17 @@ def test_every_turn_draws_its_own_numbers():
 
 def test_seeds_vmap():
     keys = jax.random.split(jax.random.key(3), 2)
-    one = lambda early_end: lambda key: go(PARAMS, prompts=PROMPTS, states=STATES, key=key, early_end=early_end)
+    one = lambda early_end: (
+        lambda key: go(PARAMS, prompts=PROMPTS, states=STATES, key=key, early_end=early_end)
+    )
     together = jax.vmap(one(False))(keys)
     alone = [one(True)(key) for key in keys]
     for i in range(2):
         np.testing.assert_array_equal(together.rollout.tokens[i], alone[i].rollout.tokens)
         np.testing.assert_array_equal(together.rewards[i], alone[i].rewards)
-        np.testing.assert_allclose(together.rollout.logprobs[i], alone[i].rollout.logprobs, atol=1e-5)
+        np.testing.assert_allclose(
+            together.rollout.logprobs[i], alone[i].rollout.logprobs, atol=1e-5
+        )
 
 
 def no_reply(state, tokens, mask):
@@ -162,7 +200,11 @@ def two_shapes(state, tokens, mask):
         (TypeError, "step must return a Reply, but returned dict", dict(step=no_reply)),
         (ValueError, r"a reply's tokens \[2\] and mask bool \[1\]", dict(step=two_shapes)),
         (ValueError, "max_turns must be at least 1, but is 0", dict(max_turns=0)),
-        (ValueError, r"states \[3\] but prompts.tokens \[4, 3\]; one a prompt", dict(states=jnp.zeros(3))),
+        (
+            ValueError,
+            r"states \[3\] but prompts.tokens \[4, 3\]; one a prompt",
+            dict(states=jnp.zeros(3)),
+        ),
         (ValueError, "max_new_tokens and num_samples must be at least 1", dict(num_samples=0)),
     ],
 )

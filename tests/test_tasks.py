@@ -14,7 +14,14 @@ from rlhf.models import TransformerConfig, transformer
 from rlhf.tasks import characters, reviews, walks
 from rlhf.tasks.task import slip
 
-NAMES = ["task:letters:3", "task:reverse:2", "task:reviews", "task:sort:2", "task:sums:2", "task:walks:4"]
+NAMES = [
+    "task:letters:3",
+    "task:reverse:2",
+    "task:reviews",
+    "task:sort:2",
+    "task:sums:2",
+    "task:walks:4",
+]
 MORE = ["task:letters:8", "task:sums:8", "task:walks:1"]
 ROWS = 400  # of every data set: one compilation a task
 KINDS = {
@@ -39,7 +46,9 @@ def answer(name: str, prompt: str) -> str:
         word, letter = question.split(":")
         return str(word.count(letter))
     assert name == "sums"
-    return "\n".join(str(total) for total in list(accumulate(map(int, re.findall(r"[+-]?\d+", question))))[1:])
+    return "\n".join(
+        str(total) for total in list(accumulate(map(int, re.findall(r"[+-]?\d+", question))))[1:]
+    )
 
 
 @cache
@@ -78,7 +87,9 @@ def score(task, prompt: str, completion: list[str]) -> float:
             return 0.0
         return max(10 - len(nodes), 0) / (10 - len(shortest_walks(task.level, prompt)[0]))
     truth = answer(task.name, prompt)
-    return sum(a == b for a, b in zip(truth, completion, strict=False)) / max(len(truth), len(completion))
+    return sum(a == b for a, b in zip(truth, completion, strict=False)) / max(
+        len(truth), len(completion)
+    )
 
 
 def can_become_right(task, prompt: str, completion: list[str]) -> bool:
@@ -87,14 +98,19 @@ def can_become_right(task, prompt: str, completion: list[str]) -> bool:
         return any(reviews.sentiment(" ".join(tail)) for tail in tails)
     text = prompt + "".join(completion)
     if task.name == "walks":
-        return any(walk.startswith(text) or text.startswith(walk) for walk in shortest_walks(task.level, prompt))
+        return any(
+            walk.startswith(text) or text.startswith(walk)
+            for walk in shortest_walks(task.level, prompt)
+        )
     return (prompt + answer(task.name, prompt)).startswith(text)
 
 
 # ---- judges -----------------------------------------------------------------------------------------------------------
 
 
-def some_completion(task, vocabulary: list[str], prompt: str, rng: np.random.Generator) -> list[str]:
+def some_completion(
+    task, vocabulary: list[str], prompt: str, rng: np.random.Generator
+) -> list[str]:
     """Right, nearly right or wrong tokens."""
     if task.name == "reviews":
         tokens = reviews.completion(rng, positive=bool(rng.integers(4))).split()
@@ -108,7 +124,9 @@ def some_completion(task, vocabulary: list[str], prompt: str, rng: np.random.Gen
             tokens = list(shortest_walks(task.level, prompt)[-1][1:])
     else:
         tokens = list(answer(task.name, prompt))
-    anything = lambda: vocabulary[rng.integers(3) if rng.random() < 0.3 else rng.integers(len(vocabulary))]
+    anything = lambda: vocabulary[
+        rng.integers(3) if rng.random() < 0.3 else rng.integers(len(vocabulary))
+    ]
     place = rng.integers(len(tokens))
     match rng.integers(6):
         case 0:
@@ -132,7 +150,7 @@ def rollout_of(tokenizer, prompts: list[str], completions: list[list[str]]) -> r
     for i, completion in enumerate(completions):
         ids = tokenizer.convert_tokens_to_ids(completion) + [[], [2], [], [2, 5]][i % 4]
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
-    batch = rollouts.whole_rows(
+    batch = rollouts.unpacked_rows(
         np.concatenate([starts.tokens, tokens], axis=1),
         np.concatenate([starts.mask, mask], axis=1),
         np.concatenate([np.zeros_like(starts.mask), mask], axis=1),
@@ -159,8 +177,12 @@ def test_judges_agree_with_definitions_on_text(name):
     assert 0.1 < np.mean(expected == 1) < 0.9
     assert len(set(expected)) > 2 or task.name in ("reviews", "letters")
     for i, (prompt, completion) in enumerate(zip(prompts, read, strict=True)):
-        so_far = [can_become_right(task, prompt, completion[: k + 1]) for k in range(len(completion))]
-        np.testing.assert_array_equal(right[i, rollout.mask[i]], so_far + [False] * (rollout.mask[i].sum() - len(so_far)))
+        so_far = [
+            can_become_right(task, prompt, completion[: k + 1]) for k in range(len(completion))
+        ]
+        np.testing.assert_array_equal(
+            right[i, rollout.mask[i]], so_far + [False] * (rollout.mask[i].sum() - len(so_far))
+        )
         assert not right[i, ~rollout.mask[i]].any()
 
 
@@ -171,7 +193,7 @@ def test_a_whole_run_jits_and_vmaps_over_seeds(name):
     def run(key):
         prompt_key, answer_key = jax.random.split(key)
         prompts = task.prompts(prompt_key, 7)
-        rollout = tasks.answered(prompts, task.attempts(answer_key, prompts, 0.5))
+        rollout = tasks.as_rollout(prompts, task.attempts(answer_key, prompts, 0.5))
         return prompts, rollout, task.score(rollout)
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -191,7 +213,9 @@ def test_a_whole_run_jits_and_vmaps_over_seeds(name):
 
 def test_rewards_of_a_model_that_samples():
     task = tasks.find("task:sort")
-    lm = transformer(TransformerConfig(len(characters.VOCABULARY), 8, num_layers=1, num_heads=1, mlp_size=8))
+    lm = transformer(
+        TransformerConfig(len(characters.VOCABULARY), 8, num_layers=1, num_heads=1, mlp_size=8)
+    )
     prompts = jax.jit(task.prompts, static_argnums=1)(jax.random.key(1), 4)
     rollout = rollouts.generate(
         lm, lm.init(jax.random.key(0)), prompts, jax.random.key(2),
@@ -200,7 +224,10 @@ def test_rewards_of_a_model_that_samples():
     tokenizer = task.tokenizer()
     ids = rollouts.rewards.token_columns(rollout)["completion_ids"]
     completions = [tokenizer.convert_ids_to_tokens([i for i in row if i != 2]) for row in ids]
-    expected = [score(task, *row) for row in zip(rollouts.text.prompts(tokenizer, rollout), completions, strict=True)]
+    expected = [
+        score(task, *row)
+        for row in zip(rollouts.text.prompts(tokenizer, rollout), completions, strict=True)
+    ]
     assert len(set(expected)) > 1
     np.testing.assert_allclose(jax.jit(task.score)(rollout), expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"tokens are \[B, T\], but these are \[9\]"):
@@ -228,7 +255,11 @@ def test_tokenizer(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("accuracy", [0.0, 0.3, 1.0])
 def test_the_weak_policy_is_right_as_often_as_asked(name, accuracy):
-    labels = [row["label"] for seed in range(4) for row in tasks.load(name, tasks.unpaired, ROWS, seed=seed, accuracy=accuracy)]
+    labels = [
+        row["label"]
+        for seed in range(4)
+        for row in tasks.load(name, tasks.unpaired, ROWS, seed=seed, accuracy=accuracy)
+    ]
     assert abs(np.mean(labels) - accuracy) <= 4 * np.sqrt(accuracy * (1 - accuracy) / len(labels))
 
 
@@ -239,7 +270,10 @@ def test_slips_differ_and_write_the_alphabet_only():
     slipped = write(0, answers)
     assert (slipped != answers).any(axis=1).all()
     assert ((slipped == 0) == (answers == 0)).all()
-    assert {tuple(np.sort(row)) == (5, 6, 7, 8) for row in slipped[-50:]} == {True, False}  # swaps and others
+    assert {tuple(np.sort(row)) == (5, 6, 7, 8) for row in slipped[-50:]} == {
+        True,
+        False,
+    }  # swaps and others
     answers[:50, 1] = answers[50:100, 0] = 30  # not of the alphabet
     assert ((write(1, answers) == 30) == (answers == 30)).all()
 
@@ -252,20 +286,28 @@ def test_rows_say_what_is_true(name):
         assert len(rows[kind]) == ROWS
         assert all(set(row) == columns for row in rows[kind])
         if kind is not tasks.preferences:
-            assert [row["prompt"] for row in rows[kind]] == [row["prompt"] for row in rows[tasks.prompts]]
+            assert [row["prompt"] for row in rows[kind]] == [
+                row["prompt"] for row in rows[tasks.prompts]
+            ]
     split = str.split if task.name == "reviews" else list
     value = lambda row, column: score(task, row["prompt"], split(row[column]))
     assert all(value(row, "completion") == 1 for row in rows[tasks.demonstrations])
     assert all(value(row, "chosen") > value(row, "rejected") for row in rows[tasks.preferences])
     assert all((value(row, "completion") == 1) is row["label"] for row in rows[tasks.unpaired])
     rewards = [row["reward"] for row in rows[tasks.trajectories]]
-    np.testing.assert_allclose(rewards, [value(row, "completion") for row in rows[tasks.trajectories]], rtol=1e-6)
+    np.testing.assert_allclose(
+        rewards, [value(row, "completion") for row in rows[tasks.trajectories]], rtol=1e-6
+    )
     for row, logged in zip(rows[tasks.stepwise], rows[tasks.trajectories], strict=True):
         steps, labels = row["completions"], row["labels"]
         assert task.step_separator.join(steps) == logged["completion"]
         assert len(labels) == len(steps)
-        ended = lambda k, steps=steps: split(task.step_separator.join([*steps[: k + 1], *[""] * (k + 1 < len(steps))]))
-        assert labels[:-1] == [can_become_right(task, row["prompt"], ended(k)) for k in range(len(steps) - 1)]
+        ended = lambda k, steps=steps: split(
+            task.step_separator.join([*steps[: k + 1], *[""] * (k + 1 < len(steps))])
+        )
+        assert labels[:-1] == [
+            can_become_right(task, row["prompt"], ended(k)) for k in range(len(steps) - 1)
+        ]
         assert labels[-1] is (logged["reward"] == 1)
     assert {label for row in rows[tasks.stepwise] for label in row["labels"]} == {True, False}
 
@@ -273,12 +315,16 @@ def test_rows_say_what_is_true(name):
 def test_steps_of_sums_are_running_totals():
     for row in tasks.load("task:sums:2", tasks.stepwise, ROWS):
         truth = answer("sums", row["prompt"]).split("\n")
-        assert row["labels"] == [row["completions"][: k + 1] == truth[: k + 1] for k in range(len(truth))]
+        assert row["labels"] == [
+            row["completions"][: k + 1] == truth[: k + 1] for k in range(len(truth))
+        ]
 
 
 def test_an_answer_that_is_cut_is_wrong_in_its_last_step():
     task = tasks.find("task:reverse")
-    cut = task._replace(attempts=lambda key, prompts, accuracy: task.attempts(key, prompts, accuracy)[:, :1])
+    cut = task._replace(
+        attempts=lambda key, prompts, accuracy: task.attempts(key, prompts, accuracy)[:, :1]
+    )
     assert all(row["labels"] == [False] for row in tasks.stepwise(cut, 20, accuracy=1.0))
 
 
@@ -286,7 +332,11 @@ def test_half_of_the_wrong_reviews_are_negative():
     wrong = tasks.load("task:reviews", tasks.unpaired, ROWS, accuracy=0.0)
     negative = [reviews.sentiment(f"{row['prompt']} {row['completion']}") is False for row in wrong]
     assert 0.4 < np.mean(negative) < 0.6
-    words = {word for table in (reviews.DEGREES, reviews.ADJECTIVES, reviews.FEELINGS) for word in table[False]}
+    words = {
+        word
+        for table in (reviews.DEGREES, reviews.ADJECTIVES, reviews.FEELINGS)
+        for word in table[False]
+    }
     words -= set(reviews.DEGREES[True])
     assert [bool(words & set(row["completion"].split())) for row in wrong] == negative
 
@@ -296,7 +346,10 @@ def test_the_seed_decides():
         rows = tasks.load("task:reverse:2", kind, ROWS, seed=1)
         assert rows == tasks.load("task:reverse:2", kind, ROWS, seed=1)
         assert rows != tasks.load("task:reverse:2", kind, ROWS, seed=2)
-    first, second = (tasks.load("task:sums", tasks.preferences, 20, accuracy=accuracy) for accuracy in (0.01, 0.99))
+    first, second = (
+        tasks.load("task:sums", tasks.preferences, 20, accuracy=accuracy)
+        for accuracy in (0.01, 0.99)
+    )
     assert len(first) == len(second) == 20  # though few of a round's pairs differ
 
 
@@ -337,4 +390,4 @@ def test_refusals_name_the_cure():
     with pytest.raises(ValueError, match=r"from 0.01 to 0.99, but it is 1.0"):
         tasks.preferences(task, 1, accuracy=1.0)
     with pytest.raises(ValueError, match="2 prompts but 3 completions"):
-        tasks.answered(task.prompts(jax.random.key(0), 2), np.ones((3, 1), np.int32))
+        tasks.as_rollout(task.prompts(jax.random.key(0), 2), np.ones((3, 1), np.int32))

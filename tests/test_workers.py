@@ -51,13 +51,17 @@ def test_what_misbehaves_costs_its_row(name):
     assert COSTING_A_ROW[name] in reasons[1]
     if name != "recurses":
         assert rewards.metrics(found)[f"rewards/{reward.__name__}/timeouts"] == (name in HANGING)
-    assert rewards.try_texts(reward, [""] * 2, ["a", "cc"]).failures == []  # the next batch is none the worse
+    assert (
+        rewards.try_texts(reward, [""] * 2, ["a", "cc"]).failures == []
+    )  # the next batch is none the worse
     reward.close()
     assert time.monotonic() - start < 15
 
 
 def test_forks_die_with_their_process():
-    mine = lambda: [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _session(int(pid)) == session]
+    mine = lambda: [
+        int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _session(int(pid)) == session
+    ]
     reward = in_worker(f"{bad.__name__}:forks", timeout=0.3)
     session = reward._worker._process.pid
     rewards.try_texts(reward, [""], ["bad"])
@@ -105,13 +109,28 @@ def test_rewards_are_called_by_keyword_with_what_they_take():
     }
     told = in_worker(f"{bad.__name__}:given")
     (reasons,) = rewards.try_texts(told, ["p"] * 4, TEXTS, columns=columns).reasons.values()
-    assert "ValueError: ['p'] ['a'] ['a'] ['number', 'self', 'timeout'] (rewards_that_misbehave.py:" in reasons[0]
+    assert (
+        "ValueError: ['p'] ['a'] ['a'] ['number', 'self', 'timeout'] (rewards_that_misbehave.py:"
+        in reasons[0]
+    )
     only = in_worker(f"{bad.__name__}:only")
-    assert rewards.score_texts(only, ["p"] * 4, TEXTS, columns=columns).total.tolist() == [1, 0, 1, 0]
-    assert rewards.score_texts(bad.only, ["p"] * 4, TEXTS, columns=columns).total.tolist() == [1, 0, 1, 0]
+    assert rewards.score_texts(only, ["p"] * 4, TEXTS, columns=columns).total.tolist() == [
+        1,
+        0,
+        1,
+        0,
+    ]
+    assert rewards.score_texts(bad.only, ["p"] * 4, TEXTS, columns=columns).total.tolist() == [
+        1,
+        0,
+        1,
+        0,
+    ]
     only.load()
     assert rewards.missing(only, ["prompts", "completions"]) == ["solution"]
-    with pytest.raises(ValueError, match="reward '.*:only' needs solution, but there are prompts, completions"):
+    with pytest.raises(
+        ValueError, match="reward '.*:only' needs solution, but there are prompts, completions"
+    ):
         rewards.score_texts(only, ["p"] * 4, TEXTS)
     for reward in (told, only):
         reward.close()
@@ -131,7 +150,9 @@ def test_functions_partials_and_objects(function, expected):
     texts = TEXTS if expected[0] != 1 else ["9", "bad", "12", "3x"]
     reward = in_worker(function)
     ids = [[0] * n for n in (1, 2, 3, 0)]
-    found = rewards.score_texts(reward, [""] * 4, texts, columns={"solution": ["10"] * 4, "completion_ids": ids})
+    found = rewards.score_texts(
+        reward, [""] * 4, texts, columns={"solution": ["10"] * 4, "completion_ids": ids}
+    )
     np.testing.assert_array_equal(found.total, np.array(expected, float))
     reward.close()
 
@@ -139,7 +160,10 @@ def test_functions_partials_and_objects(function, expected):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:f", "'no_such_module:f': No module named 'no_such_module'; is it in this folder"),
+        (
+            "no_such_module:f",
+            "'no_such_module:f': No module named 'no_such_module'; is it in this folder",
+        ),
         ("no.such.module:f", "No module named 'no'; is it in this folder"),
         ("os.no_such:f", "No module named 'os.no_such'; 'os' is not a package; is it"),
         (f"{bad.__name__}:weightd", "has no weightd; did you mean weighted"),
@@ -151,7 +175,10 @@ def test_functions_partials_and_objects(function, expected):
         ("exits:f", r"cannot be imported: SystemExit: 0 \(exits.py:2\)"),
         ("interrupts:f", r"cannot be imported: KeyboardInterrupt:  \(interrupts.py:1\)"),
         ("leaves:f", "cannot be imported: ended its process, with exit code 7"),
-        ("needs:f", r"cannot be imported: ModuleNotFoundError: No module named 'nothing_here' \(needs.py:1\)"),
+        (
+            "needs:f",
+            r"cannot be imported: ModuleNotFoundError: No module named 'nothing_here' \(needs.py:1\)",
+        ),
         ("hangs:f", "cannot be imported: not there after 0.8 s"),
         ("nowhere/file.py:f", "there is no file nowhere/file.py"),
         ("nul.py:f", "cannot be imported"),
@@ -175,13 +202,17 @@ def test_names_that_cannot_be_called_say_what_they_are(name, message, tmp_path, 
     with pytest.raises(ValueError, match=message) as refusal:
         worker.signature(0.8)
     assert "\n" not in str(refusal.value)
-    with pytest.raises(ValueError, match=r"cannot be imported|no_such|No module|has no|which|class|no file"):
+    with pytest.raises(
+        ValueError, match=r"cannot be imported|no_such|No module|has no|which|class|no file"
+    ):
         worker.signature(0.8)  # it is not tried for ever
     worker.close()
 
 
 def test_files_in_the_current_folder(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("import helper\ndef f(completions, **kw): return [helper.n] * len(completions)\n")
+    (tmp_path / "mine.py").write_text(
+        "import helper\ndef f(completions, **kw): return [helper.n] * len(completions)\n"
+    )
     (tmp_path / "helper.py").write_text("n = 7\n")
     monkeypatch.chdir(tmp_path)
     for name in ("mine:f", "mine.py:f", f"{tmp_path}/mine.py:f"):
@@ -195,7 +226,12 @@ def test_what_no_other_process_can_find_is_refused():
     with pytest.raises(ValueError, match="cannot be found by another process"):
         in_worker(lambda completions: [0.0])
     code = "from rlhf.rollouts.workers import in_worker\ndef f(completions): return [1.0]\nin_worker(f)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     assert "ValueError: f is of the program that runs" in ran.stderr
 
 
@@ -206,7 +242,12 @@ def test_a_process_ends_with_the_one_that_started_it():
         f"w = in_worker({bad.__name__ + ':awaits'!r})\nw.load()\nprint(w._worker._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     pid, end = int(ran.stdout), time.monotonic() + 10
     while _session(pid) and time.monotonic() < end:
         time.sleep(0.02)
@@ -245,9 +286,13 @@ def test_math_checking_is_bounded(tmp_path, monkeypatch):
         "def verify(gold, answer, timeout_seconds): return time.sleep(60) if '9^9^9' in answer else gold == answer\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "math_verify", types.ModuleType("math_verify"))  # here; there it is the file
+    monkeypatch.setitem(
+        sys.modules, "math_verify", types.ModuleType("math_verify")
+    )  # here; there it is the file
     reward = in_worker(reward_functions.math_accuracy(), timeout=1.0)
     reward.load()
-    found = rewards.score_texts(reward, [""] * 4, ["7", "8", "9^9^9", "$7$"], columns={"solution": [7, "7", "7", "7"]})
+    found = rewards.score_texts(
+        reward, [""] * 4, ["7", "8", "9^9^9", "$7$"], columns={"solution": [7, "7", "7", "7"]}
+    )
     np.testing.assert_array_equal(found.total, [1, 0, np.nan, 1])
     reward.close()

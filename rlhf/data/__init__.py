@@ -1,8 +1,10 @@
-"""Data on its way to the device: rows of text, their tokens, packed or not, and the order of batches.
+"""Data on its way to the device: rows of text, their tokens, packed or not, and the order of
+batches.
 
-rows = [data.renamed(row, question="prompt", answer="completion") for row in data.read_rows("gsm8k/train.jsonl")]
-kept = data.truncate(data.tokenize_completions(tokenizer, rows), length=512)
-batch = data.best_fit(kept.sides[0], length=512)
+    rows = data.read_rows("gsm8k/train.jsonl")
+    rows = [data.renamed(row, question="prompt", answer="completion") for row in rows]
+    remaining = data.truncate(data.tokenize_completions(tokenizer, rows), length=512)
+    batch = data.best_fit(remaining.sides[0], length=512)
 """
 
 from rlhf.data.conversions import as_messages as as_messages
@@ -32,10 +34,10 @@ from rlhf.data.rows import preference_pairs as preference_pairs
 from rlhf.data.seq2seq import Seq2Seq as Seq2Seq
 from rlhf.data.template import contents as contents
 from rlhf.data.template import tokenize_completions as tokenize_completions
+from rlhf.data.template import tokenize_joined as tokenize_joined
 from rlhf.data.template import tokenize_prompts as tokenize_prompts
 from rlhf.data.template import tokenize_steps as tokenize_steps
 from rlhf.data.template import tokenize_texts as tokenize_texts
-from rlhf.data.template import tokenize_whole as tokenize_whole
 from rlhf.data.tokenized import Steps as Steps
 from rlhf.data.tokenized import Tokenized as Tokenized
 from rlhf.data.tokenized import Truncated as Truncated

@@ -1,6 +1,7 @@
 """Rows of Arrow's columns, from Parquet and from the files that `datasets.save_to_disk` writes.
 
-Columns marked as JSON (`arrow.json`, which `datasets` writes where objects differ) are decoded, at every depth.
+Columns marked as JSON (`arrow.json`, which `datasets` writes where objects differ) are decoded, at
+every depth.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,14 +12,18 @@ from typing import Any
 from rlhf.data.types import Row
 from rlhf.data.values import MAX_BYTES, MEGABYTE, TOO_LARGE, of_json, plain_row
 
+# An array that is repeated, or compressed, can be a thousand times larger in memory than in its
+# file: rows are unpacked in small parts, and the sum is bounded.
 MOST_ROWS = 64  # unpacked at once: what is a few bytes in a file may be megabytes in memory
-UNPACKED = 100  # times its own size a file may have in memory …
+UNPACKED = 100  # times its size on disk a file may have in memory …
 UNPACKED_BYTES = 2048 * MEGABYTE  # … beyond this size
 ROW_BYTES = 100  # what a row takes beside its values, at least
 
 
 def parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file.  Raises: ValueError, naming the file and the row, for what cannot be read."""
+    """The rows of a Parquet file.  Raises: ValueError, naming the file and the row, for what cannot
+    be read.
+    """
     import pyarrow.parquet
 
     with _errors(path, "Parquet"), pyarrow.parquet.ParquetFile(path) as file:
@@ -27,10 +32,13 @@ def parquet(path: Path) -> Iterator[Row]:
 
 
 def arrow(path: Path) -> Iterator[Row]:
-    """The rows of an Arrow file or stream; `datasets` writes streams.  Raises: as `parquet`."""
+    """The rows of an Arrow file or stream; `datasets` writes streams.  Raises: ValueError, naming
+    the file and the row, for what cannot be read.
+    """
     import pyarrow
 
     with _errors(path, "Arrow"), pyarrow.memory_map(str(path)) as source:
+        # The magic bytes tell a file with a footer from a stream, which has none.
         if source.read_at(6, 0) == b"ARROW1":
             file = pyarrow.ipc.open_file(source)
             schema = file.schema
@@ -48,24 +56,32 @@ def _errors(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except (GeneratorExit, _Refused):
+        # The caller stopped reading, or the error says already what is wrong.
         raise
     except OSError as error:
-        if error.errno is None:  # pyarrow's own
+        # Errors of the system have a number; those of pyarrow, which is about the content, have
+        # none.
+        if error.errno is None:
             raise _broken(path, kind, error) from None
         raise
     except MemoryError:
-        raise ValueError(f"{path}: takes more memory than there is; write it again in smaller row groups") from None
-    except Exception as error:  # pyarrow raises its own and many of Python's
+        raise ValueError(
+            f"{path}: takes more memory than there is; write it again in smaller row groups"
+        ) from None
+    except Exception as error:
+        # pyarrow raises kinds of its own, and many of Python's.
         raise _broken(path, kind, error) from None
 
 
 def _broken(path: Path, kind: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())
-    return ValueError(f"{path}: not a whole {kind} file ({reason:.200}); write or download it again")
+    return ValueError(
+        f"{path}: not a whole {kind} file ({reason:.200}); write or download it again"
+    )
 
 
 class _Refused(ValueError):
-    """A whole file with something in it that is refused."""
+    """A file that can be read, with something in it that is refused."""
 
 
 def _rows(path: Path, schema: Any, batches: Iterator[Any]) -> Iterator[Row]:
@@ -73,10 +89,13 @@ def _rows(path: Path, schema: Any, batches: Iterator[Any]) -> Iterator[Row]:
     decoders = {field.name: decode for field in schema if (decode := _decoder(field.type))}
     number = 0
     unpacked = 0
-    for whole in batches:
-        whole.validate(full=True)  # offsets and text of a damaged file lead anywhere
-        for first in range(0, whole.num_rows, MOST_ROWS):
-            batch = _dense(whole.slice(first, MOST_ROWS))
+    for record_batch in batches:
+        # Offsets of a damaged file lead anywhere, and pyarrow follows them unless it has checked.
+        record_batch.validate(full=True)
+        for first in range(0, record_batch.num_rows, MOST_ROWS):
+            # Decoded before it is measured: a dictionary holds a value once that a thousand rows
+            # name.
+            batch = _dense(record_batch.slice(first, MOST_ROWS))
             unpacked += batch.nbytes + ROW_BYTES * batch.num_rows
             _check_unpacked(path, unpacked)
             for values in _listed(batch, f"{path}, row", number):
@@ -85,7 +104,9 @@ def _rows(path: Path, schema: Any, batches: Iterator[Any]) -> Iterator[Row]:
 
 
 def _listed(batch: Any, where: str, number: int) -> Iterator[Row]:
-    """A batch's rows as Python's values; where they may be large, one by one and not beyond the bound."""
+    """A batch's rows as Python's values; where they may be large, one by one and not beyond the
+    bound.
+    """
     if batch.nbytes <= MAX_BYTES:
         yield from batch.to_pylist(maps_as_pydicts="strict")
         return
@@ -102,7 +123,9 @@ def _row(values: Row, decoders: dict[str, Callable[[Any], Any]], where: str) -> 
         for name, decode in decoders.items():
             values[name] = decode(values[name])
     except ValueError as error:
-        raise _Refused(f"{where}: {name} is marked as JSON, but is not ({error}); write the file again") from None
+        raise _Refused(
+            f"{where}: {name} is marked as JSON, but is not ({error}); write the file again"
+        ) from None
     try:
         return plain_row(values)
     except ValueError as error:
@@ -110,15 +133,18 @@ def _row(values: Row, decoders: dict[str, Callable[[Any], Any]], where: str) -> 
 
 
 def _decoder(type: Any) -> Callable[[Any], Any] | None:
-    """What makes of a value of an Arrow type that of the JSON inside it; None where there is none."""
+    """What decodes the JSON inside values of an Arrow type; None where there is none."""
     from pyarrow import types
 
     if getattr(type, "extension_name", None) == "arrow.json":
         return lambda value: None if value is None else of_json(value)
     if types.is_struct(type):
         inner = {field.name: decode for field in type if (decode := _decoder(field.type))}
-        of_struct = lambda value: value and value | {name: decode(value[name]) for name, decode in inner.items()}
-        return of_struct if inner else None
+        if not inner:
+            return None
+        return lambda value: (
+            value and value | {name: decode(value[name]) for name, decode in inner.items()}
+        )
     if types.is_map(type):
         of_item = _decoder(type.item_type)
         if of_item is None:
@@ -138,13 +164,17 @@ def _dense(batch: Any) -> Any:
     """A batch whose columns hold their values, so that its size is that in memory."""
     import pyarrow
 
-    columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    columns = [
+        c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns
+    ]
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _check_names(path: Path, names: list[str]) -> None:
     if len(set(names)) < len(names):
-        raise _Refused(f"{path}: two columns have one name among {', '.join(names):.200}; rename one")
+        raise _Refused(
+            f"{path}: two columns have one name among {', '.join(names):.200}; rename one"
+        )
 
 
 def _check_unpacked(path: Path, unpacked: int) -> None:

@@ -1,7 +1,9 @@
-"""From one type of data set to another: functions of a row, which keep the columns that have no part in it.
+"""From one type of data set to another: functions of a row, which keep the columns that have no
+part in it.
 
-Map them over rows: `[convert(row) for row in rows]`, `(convert(row) for row in stream)`, or `each(rows, convert)`, which names
-the row where one is refused.  Where a row becomes several: `[new for row in rows for new in unpaired(row)]`.
+Map them over rows: `[convert(row) for row in rows]`, `(convert(row) for row in stream)`, or
+`each(rows, convert)`, which names the row where one is refused.  Where a row becomes several:
+`[new for row in rows for new in unpaired(row)]`.
 """
 
 from itertools import takewhile
@@ -25,17 +27,21 @@ def renamed(row: Row, **names: str) -> Row:
     >>> renamed({"question": "1 + 1?", "answer": "2"}, question="prompt", answer="completion")
     {'prompt': '1 + 1?', 'completion': '2'}
     """
+    # A column that is null does not take the name.
     free = {new for new in names.values() if new not in names and row.get(new) is None}
     row = _without(row, *free)
     for old, new in names.items():
         if old not in row or (new in row and new not in names):
             problem = "has no such column" if old not in row else f"has a {new} already"
-            raise ValueError(f"{old} cannot become {new}: a row {problem}; its columns are {', '.join(row):.200}")
+            raise ValueError(
+                f"{old} cannot become {new}: a row {problem}; its columns are {', '.join(row):.200}"
+            )
     return {names.get(name, name): value for name, value in row.items()}
 
 
 def as_messages(row: Row) -> Row:
-    """A conversational row of a standard one: the prompt is the user's turn, every answer one of the assistant's.
+    """A conversational row of a standard one: the prompt is the user's turn, every completion one
+    of the assistant's.
 
     Args:
       row: of any type with a prompt but stepwise supervision.
@@ -48,12 +54,16 @@ def as_messages(row: Row) -> Row:
     row, kind = _typed(row)
     if kind in (types.LANGUAGE_MODELLING, types.IMPLICIT_PREFERENCE, types.STEPWISE):
         raise _refused(kind, "messages", "who speaks where is not known")
-    role = lambda name: "user" if name == "prompt" else "assistant"
-    return row | {name: [{"role": role(name), "content": row[name]}] for name in kind.texts if isinstance(row[name], str)}
+    return row | {
+        name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}]
+        for name in kind.texts
+        if isinstance(row[name], str)
+    }
 
 
 def from_sharegpt(row: Row) -> Row:
-    """ShareGPT's `from`, `value` become `role`, `content`, and its column `conversations` becomes `messages`.
+    """ShareGPT's `from`, `value` become `role`, `content`, and its column `conversations` becomes
+    `messages`.
 
     Args:
       row: a dictionary; columns that hold no such turns stay as they are.
@@ -63,49 +73,70 @@ def from_sharegpt(row: Row) -> Row:
     >>> from_sharegpt({"conversations": [{"from": "human", "value": "Hello"}]})
     {'messages': [{'role': 'user', 'content': 'Hello'}]}
     """
-    row = {name: [_turn(turn) for turn in value] if _is_sharegpt(value) else value for name, value in row.items()}
+    row = {
+        name: [_turn(turn) for turn in value] if _is_sharegpt(value) else value
+        for name, value in row.items()
+    }
     return renamed(row, conversations="messages") if row.get("conversations") is not None else row
 
 
 def extract_prompt(row: Row) -> Row:
-    """Implicit to explicit: the longest beginning that `chosen` and `rejected` share becomes the `prompt`.
+    """Implicit to explicit: the longest start that `chosen` and `rejected` share becomes the
+    `prompt`.
 
-    Messages are compared whole.  Strings are cut where a word begins, its space with the completions, and each keeps a word.
+    Messages are compared in full.  Strings are cut where a word starts, its space with the
+    completions, and each keeps a word.
 
     Args:
-      row: with `chosen` and `rejected`; a `prompt` that is a string beside messages that repeat it, as in UltraFeedback, is
-        replaced.
+      row: with `chosen` and `rejected`; a `prompt` that is a string beside messages that repeat it,
+        as in UltraFeedback, is replaced.
 
-    Raises: ValueError where they share no beginning or are equal, one has nothing after it, or the row has an explicit prompt,
-      or one that the messages do not repeat.
+    Raises: ValueError where they have no common start or are equal, one has nothing after it, or
+    the row has an explicit prompt, or one that the messages do not repeat.
 
     >>> extract_prompt({"chosen": "The sky is blue.", "rejected": "The sky is black."})
     {'chosen': ' blue.', 'rejected': ' black.', 'prompt': 'The sky is'}
     """
     if row.get("chosen") is None or row.get("rejected") is None:
-        raise _refused(type_of(row), "preference with a prompt of its own", "it has no chosen and rejected")
+        raise _refused(
+            type_of(row), "preference with a prompt of its own", "it has no chosen and rejected"
+        )
     if problem := problem_of(types.IMPLICIT_PREFERENCE, row):
         raise ValueError(problem)
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    chosen = row["chosen"]
+    rejected = row["rejected"]
+    prompt = row.get("prompt")
     if prompt is not None and not (is_messages(chosen) and isinstance(prompt, str)):
-        raise ValueError("a row has a prompt already; leave it out if chosen and rejected begin with it, or extract none")
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+        raise ValueError(
+            "a row has a prompt already; leave it out if chosen and rejected begin with it, or "
+            "extract none"
+        )
+    # Characters of strings, or messages.
+    shared = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    )
+    # Within a word, " blue" and " black" would leave " bl" to the prompt, which tokenises
+    # otherwise.
     cut = _word_border(chosen, shared) if isinstance(chosen, str) else shared
     if chosen == rejected or not 0 < cut < min(len(chosen), len(rejected)):
         raise ValueError(
-            "chosen and rejected must share a beginning, their prompt, and each go on in its own way, but are "
+            "chosen and rejected must share a beginning, their prompt, and each go on in its own "
+            "way, but are "
             f"{chosen!r:.80} and {rejected!r:.80}; remove the row, or give it a prompt"
         )
-    if prompt is not None and not any(prompt.strip() in _text_of(message) for message in chosen[:cut]):
+    if prompt is not None and not any(
+        prompt.strip() in _text_of(message) for message in chosen[:cut]
+    ):
         raise ValueError(
-            f"the prompt {prompt!r:.80} is in none of the messages that chosen and rejected begin with, {chosen[:cut]!r:.80}; "
+            f"the prompt {prompt!r:.80} is in none of the messages that chosen and rejected begin "
+            f"with, {chosen[:cut]!r:.80}; "
             "make it a list of messages, or leave it out"
         )
     return row | {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
 def implicit_prompt(row: Row) -> Row:
-    """Explicit to implicit: `chosen` and `rejected` begin with the prompt.
+    """Explicit to implicit: `chosen` and `rejected` start with the prompt.
 
     Args:
       row: preference, explicit prompt.
@@ -117,12 +148,19 @@ def implicit_prompt(row: Row) -> Row:
     """
     row, kind = _typed(row)
     if kind != types.PREFERENCE:
-        raise _refused(kind, "an implicit prompt", "it needs prompt, chosen and rejected, and no others of its type")
-    return _without(row, "prompt") | {side: joined(row["prompt"], row[side]) for side in ("chosen", "rejected")}
+        raise _refused(
+            kind,
+            "an implicit prompt",
+            "it needs prompt, chosen and rejected, and no others of its type",
+        )
+    return _without(row, "prompt") | {
+        side: joined(row["prompt"], row[side]) for side in ("chosen", "rejected")
+    }
 
 
 def unpaired(row: Row, *, separator: str = "\n") -> list[Row]:
-    """Preference to two rows with a label, chosen True and rejected False; stepwise to one, True where all of its steps are.
+    """Preference to two rows with a label, chosen True and rejected False; stepwise to one, True
+    where all of its steps are.
 
     Args:
       row: preference, its prompt explicit or implicit, or stepwise supervision.
@@ -140,7 +178,10 @@ def unpaired(row: Row, *, separator: str = "\n") -> list[Row]:
         raise _refused(kind, "unpaired preference", "it has no verdict on its completions")
     row = row if kind == types.PREFERENCE else extract_prompt(row)
     rest = _without(row, "chosen", "rejected")
-    return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+    return [
+        rest | {"completion": row[side], "label": side == "chosen"}
+        for side in ("chosen", "rejected")
+    ]
 
 
 def prompt_completion(row: Row, *, separator: str = "\n") -> Row:
@@ -175,7 +216,10 @@ def prompt_completion(row: Row, *, separator: str = "\n") -> Row:
 def prompt_only(row: Row) -> Row:
     """The prompt, without completions and labels.
 
-    Args and Raises: as `prompt_completion`.
+    Args:
+      row: of any type with a prompt, or with `chosen` and `rejected` that share one.
+
+    Raises: ValueError for rows of other types.
 
     >>> prompt_only({"prompt": "1 + 1 =", "completion": " 2", "id": 7})
     {'prompt': '1 + 1 =', 'id': 7}
@@ -187,18 +231,25 @@ def prompt_only(row: Row) -> Row:
 def language_modelling(row: Row, *, separator: str = "\n") -> Row:
     """Prompt and completion in one: `text`, or `messages`.
 
-    Args and Raises: as `prompt_completion`.
+    Args:
+      row: prompt-completion, preference, triple, unpaired preference or stepwise supervision.
+      separator: between steps.
+
+    Raises: ValueError for rows of other types.
 
     >>> language_modelling({"prompt": "1 + 1 =", "completion": " 2"})
     {'text': '1 + 1 = 2'}
     """
     row = prompt_completion(row, separator=separator)
-    whole = joined(row["prompt"], row["completion"])
-    return {"text" if isinstance(whole, str) else "messages": whole} | _without(row, "prompt", "completion")
+    full = joined(row["prompt"], row["completion"])
+    return {"text" if isinstance(full, str) else "messages": full} | _without(
+        row, "prompt", "completion"
+    )
 
 
 def joined(prompt: Any, completion: Any) -> Any:
-    """A prompt and what follows: two strings, or messages, where an assistant that goes on speaks in one message.
+    """A prompt and what follows: two strings, or messages, where an assistant that goes on speaks
+    in one message.
 
     Args:
       prompt, completion: both strings, or both lists of messages.
@@ -208,22 +259,34 @@ def joined(prompt: Any, completion: Any) -> Any:
     """
     if isinstance(prompt, str) or not prompt or not completion or prompt[-1]["role"] != "assistant":
         return prompt + completion
-    last, first = prompt[-1], completion[0]
-    if first["role"] != "assistant" or not (isinstance(last.get("content"), str) and isinstance(first.get("content"), str)):
+    last = prompt[-1]
+    first = completion[0]
+    if first["role"] != "assistant" or not (
+        isinstance(last.get("content"), str) and isinstance(first.get("content"), str)
+    ):
         return prompt + completion
-    return [*prompt[:-1], last | first | {"content": last["content"] + first["content"]}, *completion[1:]]
+    return [
+        *prompt[:-1],
+        last | first | {"content": last["content"] + first["content"]},
+        *completion[1:],
+    ]
 
 
 def repeats_prompt(row: Row) -> bool:
-    """Whether a row has UltraFeedback's form: the prompt a string, and chosen and rejected messages that begin with it.
+    """Whether a row has UltraFeedback's form: the prompt a string, and chosen and rejected messages
+    that start with it.
 
     >>> turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     >>> repeats_prompt({"prompt": "1 + 1?", "chosen": turns, "rejected": turns[:1]})
     True
     """
     sides = [row.get("chosen"), row.get("rejected")]
-    begins = lambda side: is_messages(side) and side[0]["role"] != "assistant"
-    return isinstance(row.get("prompt"), str) and all(map(begins, sides))
+
+    # Sides that start with an assistant continue the prompt instead of repeating it.
+    def has_prompt(side):
+        return is_messages(side) and side[0]["role"] != "assistant"
+
+    return isinstance(row.get("prompt"), str) and all(map(has_prompt, sides))
 
 
 def _text_of(message: Row) -> str:
@@ -234,7 +297,9 @@ def _text_of(message: Row) -> str:
 
 
 def _typed(row: Row) -> tuple[Row, Type]:
-    """A row and its type, its prompt in one place.  Raises: ValueError where its columns do not hold what they should."""
+    """A row and its type, its prompt in one place.  Raises: ValueError where its columns do not
+    hold what they should.
+    """
     if repeats_prompt(row):
         row = extract_prompt(row)
     kind = type_of(row)
@@ -252,14 +317,18 @@ def _refused(kind: Type, target: str, reason: str) -> ValueError:
 
 
 def _word_border(text: str, shared: int) -> int:
-    """The last place up to `shared` where a word begins, before its space if it has one."""
+    """The last place up to `shared` where a word starts, before its space if it has one."""
     while shared and not text[shared - 1].isspace():
         shared -= 1
     return shared - (text[shared - 1 : shared] == " ")
 
 
 def _is_sharegpt(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) and t.keys() >= {"from", "value"} for t in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(t, dict) and t.keys() >= {"from", "value"} for t in value)
+    )
 
 
 def _turn(turn: Row) -> Row:

@@ -1,7 +1,8 @@
 """Rows of one file, by its format: objects a line, a list of them, cells, or Arrow's columns.
 
-Every exception of a parser becomes a ValueError that names the file and the place in it, what is wrong, and the cure.  What is
-read is bounded: rows by `values.MAX_BYTES`, nesting by `values.MAX_DEPTH`; all formats are read piece by piece.
+Every exception of a parser becomes a ValueError that names the file and the place in it, what is
+wrong, and the cure.  What is read is bounded: rows by `values.MAX_BYTES`, nesting by
+`values.MAX_DEPTH`; all formats are read piece by piece.
 """
 
 import csv
@@ -16,8 +17,10 @@ from rlhf.data.types import Row, is_messages
 from rlhf.data.values import MAX_BYTES, TOO_LARGE, of_json, plain, plain_row
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
-JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")  # their cells in CSV are JSON, or empty
-LIST_COLUMNS = ("completions", "labels")  # of stepwise supervision: cells that look like lists are
+# Their cells in CSV are JSON, or empty.
+JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
+# Of stepwise supervision: cells that look like lists are JSON.
+LIST_COLUMNS = ("completions", "labels")
 FORM = "a file holds one object a line, or a .json file a list of them"
 UTF8 = "not UTF-8; convert it, for example with iconv -t utf-8"
 MAGIC = {  # first bytes -> what a file is, whatever its name says, and the cure
@@ -32,7 +35,8 @@ MAGIC = {  # first bytes -> what a file is, whatever its name says, and the cure
     b"\xfe\xff": "is UTF-16; convert it, for example with iconv -f utf-16 -t utf-8",
     b"version https://git-lfs": "is a pointer of Git LFS, not the data; get that with git lfs pull",
 }
-# A list's entries are told apart by these alone; a quote by itself begins a string whose end is not read yet.
+# A list's entries are separated by these alone; a quote by itself starts a string whose end is not
+# read yet.  Possessive repeats (`*+`): without them a long string would be tried in many ways.
 INSIDE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
 BETWEEN = re.compile(INSIDE.pattern + rb"|,", re.DOTALL)
 
@@ -43,8 +47,8 @@ def rows_of(path: Path) -> Iterator[Row]:
     Args:
       path: of a file with one of `FORMATS` as its suffix.
 
-    Raises: ValueError, naming the file and the place in it, for what cannot be read, is malformed, too large or too deep,
-      or empty.
+    Raises: ValueError, naming the file and the place in it, for what cannot be read, is malformed,
+    too large or too deep, or empty.
 
     >>> import tempfile; file = Path(tempfile.mkdtemp(), "some.csv")
     >>> _ = file.write_text('prompt,label\\n"1 + 1 =",true\\n')
@@ -79,6 +83,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             number += 1
             if len(line) > MAX_BYTES:
                 raise ValueError(f"{path}, line {number}: {TOO_LARGE}")
+            # A byte order mark, which some programs write before UTF-8.
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -96,7 +101,9 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _listed(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """The entries of a list, each parsed when its end is read, so that a large file takes no more memory than its rows."""
+    """The entries of a list, each parsed when its end is read, so that a large file takes no more
+    memory than its rows.
+    """
     buffer = file.read(2**16)
     at = buffer.index(b"[") + 1  # where the next token is looked for
     start = at  # of the entry
@@ -108,19 +115,23 @@ def _listed(path: Path, file: BinaryIO) -> Iterator[Row]:
         token = (INSIDE if depth > 1 else BETWEEN).search(buffer, at)
         if token is None or token[0] == b'"':  # further on in the file
             at = len(buffer) if token is None else token.start()
+            # Doubling: a long entry is searched from `at`, and copied a few times only.
             more = file.read(max(2**16, len(buffer) - start))
             if not more or len(buffer) - start > MAX_BYTES:
                 break
+            # What lies before the entry is dropped, so that memory holds one entry.
             buffer = buffer[start:] + more
             at -= start
             start = 0
             continue
         at = token.end()
         depth += 1 if token[0] in b"[{" else -1 if token[0] in b"]}" else 0
+        # At depth 1 a comma ends an entry, at depth 0 the list's bracket does.
         if depth > 1 or (depth == 1 and token[0] != b","):
             continue
         entry = buffer[start : token.start()]
-        if entry.strip() or number or depth:  # the list is not empty
+        # Blank between the brackets is an empty list; elsewhere an entry is missing.
+        if entry.strip() or number or depth:
             yield _entry(entry, path, line, column, number)
         number += 1
         line += buffer.count(b"\n", start, at)
@@ -130,6 +141,7 @@ def _listed(path: Path, file: BinaryIO) -> Iterator[Row]:
         last = buffer.rfind(b"\n", start, at)
         column = at - last - 1 if last >= 0 else column + at - start
         start = at
+    # The rest is parsed for its error, which says more than that the list has no end.
     _entry(buffer[start:], path, line, column, number)
     raise ValueError(f"{path}: the list has no end; write or download the file again")
 
@@ -154,7 +166,7 @@ def _blank_to_the_end(rest: bytes, file: BinaryIO, path: Path, line: int) -> Non
 
 
 def _parsed(content: bytes, path: Path, line: int, column: int = 0) -> Any:
-    """What JSON says that begins in a line, and a column, of a file; of an object plain values."""
+    """What JSON says that starts in a line, and a column, of a file; of an object plain values."""
     try:
         value = of_json(content.decode())
         return plain_row(value) if isinstance(value, dict) else plain(value)
@@ -162,8 +174,12 @@ def _parsed(content: bytes, path: Path, line: int, column: int = 0) -> Any:
         line += content[: error.start].count(b"\n")
         raise ValueError(f"{path}, line {line}: {UTF8}") from None
     except json.JSONDecodeError as error:
+        # An entry's first line starts in the middle of the file's line.
         column = error.colno + (column if error.lineno == 1 else 0)
-        raise ValueError(f"{path}, line {line + error.lineno - 1}, column {column}: not JSON ({error.msg}); {FORM}") from None
+        raise ValueError(
+            f"{path}, line {line + error.lineno - 1}, column {column}: not JSON ({error.msg}); "
+            f"{FORM}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from None
 
@@ -189,10 +205,13 @@ class _Lines:
             self.number += 1
             self.size += len(line)
             if self.size > MAX_BYTES:
-                raise ValueError(f"{self.path}, line {self.first}: {TOO_LARGE} (is a quote left open?)")
+                raise ValueError(
+                    f"{self.path}, line {self.first}: {TOO_LARGE} (is a quote left open?)"
+                )
             if "\0" in line:
                 raise ValueError(
-                    f"{self.path}, line {self.number}: a NUL byte, which no text has; write the file again as UTF-8"
+                    f"{self.path}, line {self.number}: a NUL byte, which no text has; write the "
+                    "file again as UTF-8"
                 )
             yield line
 
@@ -202,7 +221,9 @@ class _Lines:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    limit = csv.field_size_limit(MAX_BYTES)  # 131,072 characters by default, too few for a conversation
+    # 131,072 characters by default, too few for a conversation.  The limit is the module's, for all
+    # who use it, so that it is set back.
+    limit = csv.field_size_limit(MAX_BYTES)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _csv_rows(path, _Lines(file, path))
@@ -215,7 +236,10 @@ def _csv_rows(path: Path, lines: _Lines) -> Iterator[Row]:
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}, line 1: two columns have one name among {', '.join(names):.200}; rename one")
+            raise ValueError(
+                f"{path}, line 1: two columns have one name among {', '.join(names):.200}; rename "
+                "one"
+            )
         lines.next_row()
         for cells in reader:
             where = f"{path}, line {reader.line_num}"
@@ -223,16 +247,24 @@ def _csv_rows(path: Path, lines: _Lines) -> Iterator[Row]:
             if not cells:
                 continue
             if len(cells) != len(names):
-                raise ValueError(f"{where}: {len(cells)} cells but {len(names)} columns; quote cells that hold commas")
+                raise ValueError(
+                    f"{where}: {len(cells)} cells but {len(names)} columns; quote cells that hold "
+                    "commas"
+                )
             yield {name: _cell(name, cell, where) for name, cell in zip(names, cells, strict=True)}
     except UnicodeDecodeError:
         raise ValueError(f"{path}, line {reader.line_num + 1} or after: {UTF8}") from None
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); quote cells, and double quotes inside") from None
+        raise ValueError(
+            f"{path}, line {reader.line_num}: not CSV ({error}); quote cells, and double quotes "
+            "inside"
+        ) from None
 
 
 def _cell(name: str, cell: str, where: str) -> Any:
-    """Text; but a label is a bool, and conversations, tools and lists of steps are what their JSON says."""
+    """Text; but a label is a bool, and conversations, tools and lists of steps are what their JSON
+    says.
+    """
     if name == "label":
         if cell.lower() not in BOOLS:
             raise ValueError(f"{where}: label must be true, false, 1 or 0, but is {cell!r:.40}")
@@ -242,15 +274,22 @@ def _cell(name: str, cell: str, where: str) -> Any:
         return _json_cell(name, text, where) if text else None
     if name in LIST_COLUMNS and text.startswith("[") and text.endswith("]"):
         return _json_cell(name, text, where)
-    # Python's way to write messages is looked for too: it is no JSON, but no text to train on either.
-    if text.startswith("[{") and text.endswith("}]") and re.search(r"""["'](role|from)["']\s*:""", text):
+    # Python's way to write messages is looked for too: it is no JSON, but no text to train on
+    # either.
+    if (
+        text.startswith("[{")
+        and text.endswith("}]")
+        and re.search(r"""["'](role|from)["']\s*:""", text)
+    ):
         value = _json_cell(name, text, where)
         return value if is_messages(value) or _is_sharegpt(value) else cell
     return cell
 
 
 def _is_sharegpt(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(turn, dict) and turn.keys() >= {"from", "value"} for turn in value)
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and turn.keys() >= {"from", "value"} for turn in value
+    )
 
 
 def _json_cell(name: str, text: str, where: str) -> Any:
@@ -260,7 +299,10 @@ def _json_cell(name: str, text: str, where: str) -> Any:
         problem = f"not JSON ({error.msg} at character {error.colno})"
     except ValueError as error:
         problem = str(error)
-    raise ValueError(f"{where}: {name} must be JSON, but {text!r:.40} is not: {problem}; write it with json.dumps")
+    raise ValueError(
+        f"{where}: {name} must be JSON, but {text!r:.40} is not: {problem}; write it with "
+        "json.dumps"
+    )
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -1,7 +1,9 @@
-"""Messages and tools as chat templates take them, whatever container or service they come from; and what became of them.
+"""Messages and tools as chat templates take them, whatever container or service they come from; and
+what became of them.
 
-A content is text: parts `[{"type": "text", "text": …}]` are joined.  Arguments of a tool call are an object: as JSON text they
-would be encoded twice by the many templates that say `arguments | tojson`.  What no template can mean is refused.
+A content is text: parts `[{"type": "text", "text": …}]` are joined.  Arguments of a tool call are
+an object: as JSON text they would be encoded twice by the many templates that say
+`arguments | tojson`.  What no template can mean is refused.
 """
 
 import json
@@ -11,25 +13,30 @@ from typing import Any
 from rlhf.data.types import Row, is_messages
 from rlhf.data.values import of_json
 
-TOOL_ROLES = ("tool", "function", "ipython", "environment", "observation")  # whose content may be an object
-WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # one of them is enough
+# Roles whose content may be an object.
+TOOL_ROLES = ("tool", "function", "ipython", "environment", "observation")
+# A message without content needs one of these.
+WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 def normalised(row: Row, names: tuple[str, ...]) -> Row:
-    """A row whose messages are as templates take them; keys that are null are left out, as `transformers` does.
+    """A row whose messages are as templates take them; keys that are null are left out, as
+    `transformers` does.
 
     Args:
       row: a dictionary.
       names: of columns; those that hold strings stay as they are.
 
-    Raises: ValueError for content that is neither text nor parts with text, and calls that are none; it says which message.
+    Raises: ValueError for content that is neither text nor parts with text, and calls that are
+    none; it says which message.
 
     >>> parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]
     >>> normalised({"messages": [{"role": "assistant", "content": parts}], "id": 7}, ("messages",))
     {'messages': [{'role': 'assistant', 'content': 'yes'}], 'id': 7}
     """
     changed = {name: row[name] for name in names if is_messages(row.get(name))}
+    # Several columns of messages: the error says of which.
     where = "{} {}".format if len(changed) > 1 else lambda _, number: f"message {number}"
     changed = {
         name: [_message(message, where(name, number)) for number, message in enumerate(value)]
@@ -39,7 +46,8 @@ def normalised(row: Row, names: tuple[str, ...]) -> Row:
 
 
 def tools(row: Row) -> list[Any] | None:
-    """The tools of a row, `tools` or, where that is null, `tool_defs`: a list of JSON schemas, or JSON text of one.
+    """The tools of a row, `tools` or, where that is null, `tool_defs`: a list of JSON schemas, or
+    JSON text of one.
 
     Raises: ValueError where they are something else.
 
@@ -56,21 +64,29 @@ def tools(row: Row) -> list[Any] | None:
 
 
 def variables(row: Row) -> dict[str, Any]:
-    """A row's `chat_template_kwargs`: an object, or JSON text of one.  Raises: ValueError where it is something else."""
+    """A row's `chat_template_kwargs`: an object, or JSON text of one.  Raises: ValueError where it
+    is something else.
+    """
     found = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(found, dict):
-        raise ValueError(f"chat_template_kwargs must be an object of names and values, but is {found!r:.60}")
+        raise ValueError(
+            f"chat_template_kwargs must be an object of names and values, but is {found!r:.60}"
+        )
     return found
 
 
 def with_argument_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages, arguments of calls as JSON text, for templates that join them to texts of theirs.
+    """The same messages, arguments of calls as JSON text, for templates that join them to texts of
+    theirs.
 
     >>> called = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
     >>> with_argument_texts([called])[0]["tool_calls"]
     [{'function': {'name': 'add', 'arguments': '{"a": 1}'}}]
     """
-    text = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    def text(value):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
     return [_with_arguments(message, text) for message in messages]
 
 
@@ -83,12 +99,12 @@ def calls(message: dict[str, Any]) -> list[dict[str, Any]]:
 def missing(messages: list[dict[str, Any]], text: str) -> str | None:
     """What of a conversation a template has left out of its text; None where all is there.
 
-    Contents must stand in it one after another, as written but for blanks around them.  Two things may differ: what the system
-    says may stand anywhere, and the thinking before `</think>` of a turn to which a user has replied may be gone, since
-    templates for reasoning models drop it.
+    Contents must stand in it one after another, as written but for blanks around them.  Two things
+    may differ: what the system says may stand anywhere, and the thinking before `</think>` of a
+    turn to which a user has replied may be gone, since templates for reasoning models drop it.
 
     Args:
-      messages: as `normalised` makes them.
+      messages: as `normalised` returns them.
       text: of the template.
 
     >>> missing([{"role": "system", "content": "be brief"}, {"role": "user", "content": " is it? "}], "user: is it?")
@@ -97,22 +113,30 @@ def missing(messages: list[dict[str, Any]], text: str) -> str | None:
     place = 0
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
     for number, message in enumerate(messages):
-        answered = any(user > number for user in users)
+        has_reply = any(user > number for user in users)
         named = f"message {number} of role {message['role']!r}"
         anywhere = message["role"] in ("system", "developer")
-        for piece in _pieces(message, answered):
+        # The search goes on from the last place found, so that contents must stand in their order.
+        for piece in _pieces(message, has_reply):
             start = 0 if anywhere else place
             ends = [at + len(form) for form in _forms(piece) if (at := text.find(form, start)) >= 0]
             if not ends:
                 return f"{named}, {piece!r:.60}"
             place = place if anywhere else min(ends)
         for call in calls(message):
-            if lost := next((value for value in _leaves(call) if not any(form in text for form in _forms(value))), None):
+            if lost := next(
+                (
+                    value
+                    for value in _leaves(call)
+                    if not any(form in text for form in _forms(value))
+                ),
+                None,
+            ):
                 return f"the tool call of {named}, {lost!r:.60}"
     return None
 
 
-def _pieces(message: dict[str, Any], answered: bool) -> Iterator[Any]:
+def _pieces(message: dict[str, Any], has_reply: bool) -> Iterator[Any]:
     """What must be in the text."""
     content = message.get("content", "")
     if not isinstance(content, str):
@@ -120,7 +144,8 @@ def _pieces(message: dict[str, Any], answered: bool) -> Iterator[Any]:
         return
     if message["role"] != "assistant" or "</think>" not in content:
         pieces = [content]
-    elif answered:
+    elif has_reply:
+        # Templates for reasoning models drop the thinking of earlier turns.
         pieces = [content.rpartition("</think>")[2]]
     else:
         pieces = [part for piece in content.split("<think>") for part in piece.split("</think>")]
@@ -128,7 +153,7 @@ def _pieces(message: dict[str, Any], answered: bool) -> Iterator[Any]:
 
 
 def _forms(value: Any) -> list[str]:
-    """How a template may write a value: a text as it is or inside of JSON, anything else as JSON."""
+    """How a template may write a value: a text as it is or in JSON, anything else as JSON."""
     as_json = {json.dumps(value, ensure_ascii=ensure) for ensure in (False, True)}
     if isinstance(value, str):
         return [value, *(text[1:-1] for text in as_json)]
@@ -142,6 +167,7 @@ def _leaves(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner)
+    # Booleans and floats are left out: templates write them in many ways ("True", "true", 1.0, 1).
     elif value not in ("", None) and not isinstance(value, bool | float):
         yield value
 
@@ -149,18 +175,24 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     role = message["role"]
     if not isinstance(role, str) or not role:
-        raise ValueError(f"{where}: role must be a text such as user or assistant, but is {role!r:.60}")
-    kept = {name: value for name, value in message.items() if value is not None}
-    if "content" in kept:
-        kept["content"] = _content(kept["content"], role, where)
-    elif not any(kept.get(name) for name in WITHOUT_CONTENT):
-        raise ValueError(f"{where} of role {role!r} has no content; give it text, or leave the message out")
+        raise ValueError(
+            f"{where}: role must be a text such as user or assistant, but is {role!r:.60}"
+        )
+    present = {name: value for name, value in message.items() if value is not None}
+    if "content" in present:
+        present["content"] = _content(present["content"], role, where)
+    elif not any(present.get(name) for name in WITHOUT_CONTENT):
+        raise ValueError(
+            f"{where} of role {role!r} has no content; give it text, or leave the message out"
+        )
     for name, kind in (("tool_calls", list), ("function_call", dict)):
-        if name in kept and not isinstance(kept[name], kind):
-            raise ValueError(f"{where}: {name} must be {_KINDS[kind]}, but is {kept[name]!r:.60}")
-    if wrong := [call for call in kept.get("tool_calls", []) if not isinstance(call, dict)]:
+        if name in present and not isinstance(present[name], kind):
+            raise ValueError(
+                f"{where}: {name} must be {_KINDS[kind]}, but is {present[name]!r:.60}"
+            )
+    if wrong := [call for call in present.get("tool_calls", []) if not isinstance(call, dict)]:
         raise ValueError(f"{where}: a tool call must be {_KINDS[dict]}, but is {wrong[0]!r:.60}")
-    return _with_arguments(kept, _object)
+    return _with_arguments(present, _object)
 
 
 _KINDS = {list: "a list of calls", dict: "an object with name and arguments"}
@@ -178,8 +210,14 @@ def _content(content: Any, role: str, where: str) -> Any:
         return content
     if isinstance(content, list) and isinstance(wrong := content[texts.index(None)], dict):
         kind = f"type {wrong['type']!r:.40}" if "type" in wrong else f"{wrong!r:.60}"
-        raise ValueError(f"{where}: content has a part of {kind}, but a model of text reads text alone; leave it out")
-    raise ValueError(f"{where}: content must be text, or parts with text, but is {content!r:.60}; write it as text")
+        raise ValueError(
+            f"{where}: content has a part of {kind}, but a model of text reads text alone; leave "
+            "it out"
+        )
+    raise ValueError(
+        f"{where}: content must be text, or parts with text, but is {content!r:.60}; write it as "
+        "text"
+    )
 
 
 def _part(part: Any) -> str | None:
@@ -240,4 +278,6 @@ def _parsed(value: Any, name: str) -> Any:
     try:
         return of_json(value)
     except ValueError as error:
-        raise ValueError(f"{name} is a text, but not JSON ({str(error)[:80]}): {value!r:.60}") from None
+        raise ValueError(
+            f"{name} is a text, but not JSON ({str(error)[:80]}): {value!r:.60}"
+        ) from None

@@ -1,7 +1,9 @@
-"""Chat templates rendered within bounds of time, memory and size, by a process that can be ended (`render_worker`).
+"""Chat templates rendered within bounds of time, memory and size, by a process that can be ended
+(`render_worker`).
 
-Jinja's sandbox keeps a template from the machine, but bounds neither its time nor its output: loops in loops, a big power, a
-text times 10^10.  10,000 conversations take about as long as in this process, and half a second for the first.
+Jinja's sandbox keeps a template from the machine, but bounds neither its time nor its output: loops
+in loops, a big power, a text times 10^10.  10,000 conversations take about as long as in this
+process, and half a second for the first.
 """
 
 import atexit
@@ -21,7 +23,7 @@ from rlhf.fields import documented
 SECONDS = 1.0  # of computing, for one conversation; a usual one takes a thousandth
 CHARACTERS = 16_000_000  # of a text; more than any model reads
 MEMORY = 2**30  # bytes, for the template alone
-BATCH = 128  # conversations sent together
+BATCH = 128  # conversations of one message to the process
 
 
 @documented
@@ -60,9 +62,11 @@ def render(conversations: Sequence[Conversation]) -> list[Rendered]:
     Args:
       conversations: each with its template.
 
-    Returns: as many, in their order.  One that takes too long is the last, and those after it are left out.
+    Returns: as many, in their order.  One that takes too long is the last, and those after it are
+    left out.
 
-    Raises: TypeError, ValueError, RecursionError for what JSON cannot hold, such as messages inside themselves.
+    Raises: TypeError, ValueError, RecursionError for what JSON cannot hold, such as messages inside
+    themselves.
 
     >>> hello = Conversation("{{ messages[0].content | upper }}", [{"role": "user", "content": "hello"}], {})
     >>> refused = hello._replace(template="{{ raise_exception('no ' ~ messages[0].role ~ ' here') }}")
@@ -70,36 +74,50 @@ def render(conversations: Sequence[Conversation]) -> list[Rendered]:
     [('HELLO', None), ('', 'no user here')]
     """
     done: list[Rendered] = []
+    # One process for all threads: a batch and its replies must not mix with another's.
     with _LOCK:
         for start in range(0, len(conversations), BATCH):
             batch = conversations[start : start + BATCH]
-            done += _WORKER.answers(batch)
+            done += _WORKER.render(batch)
             if len(done) < start + len(batch):
                 break
     return done
 
 
 class _Worker:
-    """The process, started when it is first needed; it ends with this one, whose end of its input closes then."""
+    """The process, started when it is first needed; it ends with this one, whose end of its input
+    closes then.
+    """
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
-        self.owner = 0  # the process that started it: one that forks has its own
-        self.templates: dict[str, int] = {}  # those it has been told
+        # The process that started it: a fork must not share its pipes.
+        self.owner = 0
+        self.templates: dict[str, int] = {}  # those that were sent, and their numbers
 
-    def answers(self, batch: Sequence[Conversation]) -> list[Rendered]:
-        """One for each conversation, or fewer: then the last is the one at which the process ended."""
+    def render(self, batch: Sequence[Conversation]) -> list[Rendered]:
+        """One a conversation, or fewer: then the process ended at the last of them."""
         process = self.running()
-        new = [template for template in dict.fromkeys(each.template for each in batch) if template not in self.templates]
-        numbers = self.templates | {template: len(self.templates) + i for i, template in enumerate(new)}
-        lines = [[numbers[each.template], {**each.options, "messages": each.messages}] for each in batch]
-        question = json.dumps({"templates": new, "conversations": lines}, default=_placeholder)
+        # A template is sent once, and named by its number afterwards: it may have 10,000
+        # characters.
+        new = [
+            template
+            for template in dict.fromkeys(each.template for each in batch)
+            if template not in self.templates
+        ]
+        numbers = self.templates | {
+            template: len(self.templates) + i for i, template in enumerate(new)
+        }
+        lines = [
+            [numbers[each.template], {**each.options, "messages": each.messages}] for each in batch
+        ]
+        request = json.dumps({"templates": new, "conversations": lines}, default=_placeholder)
         self.templates = numbers
         assert process.stdin is not None
         assert process.stdout is not None
         found: list[Rendered] = []
         try:
-            process.stdin.write(question + "\n")
+            process.stdin.write(request + "\n")
             process.stdin.flush()
             for _ in batch:
                 line = process.stdout.readline()
@@ -109,10 +127,13 @@ class _Worker:
                 found.append(Rendered(text, [(start, end) for start, end in generations], error))
         except BrokenPipeError:
             pass
-        except BaseException:  # such as Ctrl-C: what it still has to say is nobody's
+        except BaseException:
+            # Such as Ctrl-C: lines that were not read would be taken for those of the next batch.
             self.stop()
             raise
-        return found if len(found) == len(batch) else [*found, Rendered("", [], _ended(self.stop()))]
+        return (
+            found if len(found) == len(batch) else [*found, Rendered("", [], _ended(self.stop()))]
+        )
 
     def running(self) -> subprocess.Popen:
         if self.process is not None and self.owner == os.getpid() and self.process.poll() is None:
@@ -123,15 +144,23 @@ class _Worker:
         command = [sys.executable, "-P", script, str(SECONDS), str(CHARACTERS), str(MEMORY)]
         self.owner = os.getpid()
         self.templates = {}
+        # A session of its own, so that Ctrl-C reaches this process alone, which then ends the
+        # other.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="ascii",
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
             start_new_session=True,
-        )  # fmt: skip
+        )
         return self.process
 
     def stop(self) -> int:
         """Ends the process, and says what it ended with."""
-        process, self.process = self.process, None
+        process = self.process
+        self.process = None
         if process is None or self.owner != os.getpid():
             return 0
         process.kill()
@@ -141,14 +170,21 @@ class _Worker:
 
 
 def _ended(code: int) -> str:
+    # The worker's timer of computing time ends it by SIGPROF; anything else is a crash.
     if code == -signal.SIGPROF:
         return f"it takes longer than {SECONDS:g} s, which is the most for a row"
     return f"the process that renders it ended with {code}"
 
 
 def _placeholder(value: Any) -> Any:
-    """What JSON does not have: numbers of NumPy as Python's, and for anything else its type, as transformers shows it."""
-    return value.item() if hasattr(value, "item") and not getattr(value, "ndim", 1) else f"<{type(value).__name__}>"
+    """What JSON does not have: numbers of NumPy as Python's, and for anything else its type, as
+    transformers shows it.
+    """
+    return (
+        value.item()
+        if hasattr(value, "item") and not getattr(value, "ndim", 1)
+        else f"<{type(value).__name__}>"
+    )
 
 
 _LOCK = threading.Lock()

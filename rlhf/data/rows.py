@@ -1,4 +1,6 @@
-"""Texts as arrays at once, for short ones of which none may be cut.  Prompt and completion are tokenised apart."""
+"""Texts as arrays at once, for short ones of which none may be cut.  Prompt and completion are
+tokenised apart.
+"""
 
 from collections.abc import Sequence
 
@@ -7,17 +9,22 @@ from rlhf.rollouts import Batch, Pairs
 from rlhf.rollouts.text import encoder, in_row, starting
 
 
-def encode_rows(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int) -> Batch:
-    """Rows `start prompt completion end`, padded on the right; the completion and the end token are trained.
+def encode_rows(
+    tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int
+) -> Batch:
+    """Rows `start prompt completion end`, padded on the right; the completion and the end token are
+    trained.
 
     Args:
       tokenizer: a `transformers` tokenizer with an end token.
-      prompts, completions: as many of each; an empty prompt leaves the start token, if the tokenizer adds one.
+      prompts, completions: as many of each; an empty prompt leaves the start token, if the
+        tokenizer adds one.
       length: T.
 
     Returns: a `Batch` of NumPy arrays `[N, T]`.
 
-    Raises: ValueError for a row without text, one longer than `length`, or a tokenizer without an end token.
+    Raises: ValueError for a row without text, one longer than `length`, or a tokenizer without an
+    end token.
 
     >>> from rlhf.tasks import reviews
     >>> encode_rows(reviews.tokenizer(), ["the film"], ["is great ."], 8).mask.tolist()
@@ -26,14 +33,26 @@ def encode_rows(tokenizer, prompts: Sequence[str], completions: Sequence[str], l
     return batch(_tokenized(tokenizer, prompts, completions), length=length)
 
 
-def preference_pairs(tokenizer, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], length: int) -> Pairs:
-    """Preference pairs as `Pairs` of NumPy arrays `[N, 2, T]`.  Arguments and errors as `encode_rows`.
+def preference_pairs(
+    tokenizer, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], length: int
+) -> Pairs:
+    """Preference pairs as `Pairs` of NumPy arrays `[N, 2, T]`.
+
+    Args:
+      tokenizer: a `transformers` tokenizer with an end token.
+      prompts, chosen, rejected: as many of each; prompts may be empty.
+      length: T.
+
+    Raises: ValueError for a row without text, one longer than `length`, or a tokenizer without an
+    end token.
 
     >>> from rlhf.tasks import reviews
     >>> preference_pairs(reviews.tokenizer(), ["the film"], ["is great ."], ["is dull ."], 8).tokens.shape
     (1, 2, 8)
     """
-    return pairs(*(_tokenized(tokenizer, prompts, side) for side in (chosen, rejected)), length=length)
+    return pairs(
+        *(_tokenized(tokenizer, prompts, side) for side in (chosen, rejected)), length=length
+    )
 
 
 def _tokenized(tokenizer, prompts: Sequence[str], completions: Sequence[str]) -> list[Tokenized]:
@@ -41,12 +60,16 @@ def _tokenized(tokenizer, prompts: Sequence[str], completions: Sequence[str]) ->
         raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-    rows, begin, read = [], starting(tokenizer), encoder(tokenizer)
+    rows = []
+    encode_start = starting(tokenizer)
+    encode = encoder(tokenizer)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start = in_row("row", i, begin, prompt)
-        rest = in_row("row", i, read, completion)
+        start = in_row("row", i, encode_start, prompt)
+        rest = in_row("row", i, encode, completion)
         if not rest:
             raise ValueError(f"row {i} has no text to train on; remove it")
+        # A completion may hold its end token already; a second one would be trained after the
+        # first.
         if rest[-1] != tokenizer.eos_token_id:
             rest = [*rest, tokenizer.eos_token_id]
         rows.append(Tokenized(start + rest, [False] * len(start) + [True] * len(rest)))

@@ -1,8 +1,9 @@
 """The types of data sets that post-training reads: which columns their rows have.
 
-Rows are dictionaries.  A text column is standard (a string) or conversational (messages `{"role": …, "content": …}`), all of a
-row's alike.  Any further columns may stand beside: `tools` and `chat_template_kwargs` for the chat template, others for reward
-functions.  A column that is None is one that a row does not have.
+Rows are dictionaries.  A text column is standard (a string) or conversational (messages
+`{"role": …, "content": …}`), all of a row's alike.  Any further columns may stand beside: `tools`
+and `chat_template_kwargs` for the chat template, others for reward functions.  A column that is
+None is one that a row does not have.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,17 +30,27 @@ class Type(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-LANGUAGE_MODELLING = Type("language modelling", ("text",))  # its conversational column is called messages
+# Its conversational column is called messages.
+LANGUAGE_MODELLING = Type("language modelling", ("text",))
 PROMPT_ONLY = Type("prompt-only", ("prompt",))
 PROMPT_COMPLETION = Type("prompt-completion", ("prompt", "completion"))
 PREFERENCE = Type("preference", ("prompt", "chosen", "rejected"))
-IMPLICIT_PREFERENCE = Type("implicit-prompt preference", ("chosen", "rejected"))  # both begin with the prompt
+# Both columns start with the prompt.
+IMPLICIT_PREFERENCE = Type("implicit-prompt preference", ("chosen", "rejected"))
 UNPAIRED_PREFERENCE = Type("unpaired preference", ("prompt", "completion"), ("label",))
 STEPWISE = Type("stepwise supervision", ("prompt",), ("completions", "labels"))  # standard only
 TRIPLE = Type("triple", ("prompt", "chosen", "rejected", "reference"))
-TYPES = (  # a type stands before those whose columns it has too
-    TRIPLE, PREFERENCE, IMPLICIT_PREFERENCE, UNPAIRED_PREFERENCE, STEPWISE, PROMPT_COMPLETION, LANGUAGE_MODELLING, PROMPT_ONLY,
-)  # fmt: skip
+# A type stands before those whose columns it has too: the first that fits is the right one.
+TYPES = (
+    TRIPLE,
+    PREFERENCE,
+    IMPLICIT_PREFERENCE,
+    UNPAIRED_PREFERENCE,
+    STEPWISE,
+    PROMPT_COMPLETION,
+    LANGUAGE_MODELLING,
+    PROMPT_ONLY,
+)
 
 
 def columns(type: Type, row: Row) -> tuple[str, ...]:
@@ -48,11 +59,15 @@ def columns(type: Type, row: Row) -> tuple[str, ...]:
     >>> columns(LANGUAGE_MODELLING, {"messages": []}), columns(UNPAIRED_PREFERENCE, {})
     (('messages',), ('prompt', 'completion', 'label'))
     """
-    return ("messages",) if type == LANGUAGE_MODELLING and row.get("messages") is not None else type.texts + type.labels
+    return (
+        ("messages",)
+        if type == LANGUAGE_MODELLING and row.get("messages") is not None
+        else type.texts + type.labels
+    )
 
 
 def type_of(row: Row) -> Type:
-    """The type of a row, told by its columns: of several that fit, the one that needs most.
+    """The type of a row, by its columns: of several that fit, the one that needs most.
 
     Args:
       row: a dictionary; more columns than needed do no harm.
@@ -66,7 +81,10 @@ def type_of(row: Row) -> Type:
         if not _missing(type, row):
             return type
     known = "; ".join(f"{type.name}: {', '.join(columns(type, row))}" for type in TYPES)
-    raise ValueError(f"a row has the columns {_names(row)}, which fit no type; rename them to those of one ({known})")
+    raise ValueError(
+        f"a row has the columns {_names(row)}, which fit no type; rename them to those of one "
+        f"({known})"
+    )
 
 
 def is_messages(value: Any) -> bool:
@@ -75,20 +93,25 @@ def is_messages(value: Any) -> bool:
     >>> is_messages([{"role": "user", "content": "hello"}]), is_messages("hello")
     (True, False)
     """
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and "role" in m for m in value)
+    )
 
 
 def checked(rows: Iterable[Row], type: Type) -> Iterator[Row]:
     """The same rows one by one, each held against a type when it comes by.
 
-    Columns, and fields of objects, that are None are left out, as the readers of files do; labels 1 and 0 become bools.
+    Columns, and fields of objects, that are None are left out, as the readers of files do; labels 1
+    and 0 become bools.
 
     Args:
       rows: a list, a stream, or a `datasets.Dataset`.
       type: what they must be; rows of a type with more columns pass.
 
-    Raises: ValueError, on the row in question, where a column is missing, text is neither a string nor messages or both kinds
-      mix, or a label is neither True, False, 1 nor 0.
+    Raises: ValueError, on the row in question, where a column is missing, text is neither a string
+    nor messages or both kinds mix, or a label is neither True, False, 1 nor 0.
 
     >>> len(list(checked([{"prompt": "1 + 1 ="}], PROMPT_ONLY)))
     1
@@ -97,7 +120,8 @@ def checked(rows: Iterable[Row], type: Type) -> Iterator[Row]:
         missing = _missing(type, given)
         if missing:
             raise ValueError(
-                f"{type.name} rows need the columns {', '.join(columns(type, given))}, but row {number} has {_names(given)}: "
+                f"{type.name} rows need the columns {', '.join(columns(type, given))}, but row "
+                f"{number} has {_names(given)}: "
                 f"{', '.join(missing)} missing; rename or convert them"
             )
         try:
@@ -160,14 +184,21 @@ def _text_problem(type: Type, row: Row) -> str | None:
     names = [name for name in columns(type, row) if name not in type.labels]
     for name in names:
         if not isinstance(row[name], str) and not is_messages(row[name]):
-            found = row[name].__class__.__name__ if not isinstance(row[name], list) else "a list without them"
+            found = (
+                row[name].__class__.__name__
+                if not isinstance(row[name], list)
+                else "a list without them"
+            )
             return f"{name} must be a string or messages with role and content, but is {found}"
     conversational = [name for name in names if not isinstance(row[name], str)]
     if conversational and type == STEPWISE:
-        return "prompt holds messages, but stepwise supervision is of strings; render it to text first"
+        return (
+            "prompt holds messages, but stepwise supervision is of strings; render it to text first"
+        )
     if conversational and len(conversational) < len(names):
         text = ", ".join(name for name in names if name not in conversational)
-        return f"{', '.join(conversational)} hold messages but {text} a string; make all of them one or the other"
+        messages = ", ".join(conversational)
+        return f"{messages} hold messages but {text} a string; make all of them one or the other"
     return None
 
 
@@ -176,11 +207,18 @@ def _label_problem(type: Type, row: Row) -> str | None:
         return f"label must be True or False, or 1 or 0, but is {row['label']!r:.80}"
     if "labels" not in type.labels:
         return None
-    steps, labels = row["completions"], row["labels"]
+    steps = row["completions"]
+    labels = row["labels"]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         return f"completions must be a list of strings, one a step, but is {steps!r:.80}"
     if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
-        return f"labels must be a list of True and False, or of 1 and 0, one a step, but is {labels!r:.80}"
+        return (
+            "labels must be a list of True and False, or of 1 and 0, one a step, but is "
+            f"{labels!r:.80}"
+        )
     if not steps or len(steps) != len(labels):
-        return f"{len(steps)} completions but {len(labels)} labels; one label a step, and at least one step"
+        return (
+            f"{len(steps)} completions but {len(labels)} labels; one label a step, and at least "
+            "one step"
+        )
     return None

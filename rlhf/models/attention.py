@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rlhf.lm import SharedPrefix
 from rlhf.models.linear import in_float32
+from rlhf.shared_prefix import SharedPrefix
 
 Array = jax.Array
 SCORES = partial(jnp.einsum, "bkth,bksh->bkts")
@@ -29,101 +29,168 @@ def attention(
     kernel: str | None = None,
     last: bool = False,
 ) -> Array:
-    """`softmax(scale q kᵀ + bias + mask) v`, within a segment, grouped queries  (arXiv:1706.03762, eq. 1; arXiv:2305.13245).
+    """`softmax(scale q kᵀ + bias + mask) v`, within a segment, grouped queries  (arXiv:1706.03762,
+    eq. 1; arXiv:2305.13245).
 
-    A causal query sees the keys of its own segment whose position is not after its own and, with a window, less than `window`
-    before.  Others see all of their segment.
+    A causal query sees the keys of its own segment whose position is not after its own and, with a
+    window, less than `window` before.  Others see all of their segment.
 
     Args:
-      q: `[B, N, T, H]`.  k, v: `[B, K, S, H]`; N is a multiple of K, query heads `n K / N` share a key head.
-      positions, segment_ids: `[B, T]` int32 of the queries; segment 0 is padding, which no query sees.
+      q: `[B, N, T, H]`.  k, v: `[B, K, S, H]`; N is a multiple of K, query heads `n K / N` share a
+        key head.
+      positions, segment_ids: `[B, T]` int32 of the queries; segment 0 is padding, which no query
+        sees.
       kv_positions, kv_segment_ids: `[B, S]` of the keys; None: those of the queries.
       window: tokens a query sees, itself included; None: all.
       softcap: c in `c tanh(score / c)`, before the mask  (Gemma 2).
       bias: `[B, N, T, S]`, added to the scores; a leading axis of 1 serves every row.
       scale: on the scores, usually `H ** -0.5`.
-      kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the device's fused one where it can serve, else "xla".
-        Without a cache, positions must grow along the columns of a segment: kernels leave out the keys of later columns.
+      kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the device's fused one where
+        it can serve, else "xla".  Without a cache, positions must grow along the columns of a
+        segment: kernels leave out the keys of later columns.
       last: there is no cache, and the queries are those of the keys' last columns.
 
     Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.
 
-    Raises: ValueError where shapes do not fit, or the kernel asked for cannot serve the request; it says why.
+    Raises: ValueError where shapes do not fit, or the kernel asked for cannot serve the request; it
+    says why.
     """
     kv_positions = positions if kv_positions is None else kv_positions
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     _check(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids)
-    whole = kv_positions is positions and kv_segment_ids is segment_ids
+    # Compared by identity: values are not known while the program is traced.  Keys of the same
+    # tokens allow shortcuts that a cache, padded and in another order, does not.
+    same_tokens = kv_positions is positions and kv_segment_ids is segment_ids
     here = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
-    kernel = "xla" if q.shape[2] == 1 else kernel  # a single query has nothing to fuse
-    refused = _refused(kernel or here, q, causal, window, softcap, bias, whole or last)
+    # A single query has nothing to fuse.
+    kernel = "xla" if q.shape[2] == 1 else kernel
+    refused = _refused(kernel or here, q, causal, window, softcap, bias, same_tokens or last)
     if kernel and refused:
-        raise ValueError(f"{kernel} attention cannot serve this: {'; '.join(refused)}; give kernel='xla' or None")
+        raise ValueError(
+            f"{kernel} attention cannot serve this: {'; '.join(refused)}; give kernel='xla' or None"
+        )
+    # A kernel that was named must serve or raise; one that we chose ourselves may give way.
     chosen = "xla" if refused else kernel or here
     if chosen == "splash":
+        # Imported where it is used only: no other device needs Pallas' kernels for TPUs.
         from rlhf.models.splash import splash
 
+        # The kernel has no scale of its own, so the queries carry it.
         return splash(q * scale, k, v, segment_ids, kv_segment_ids, window=window, softcap=softcap)
     mask = visible(positions, segment_ids, kv_positions, kv_segment_ids, causal, window)
     if chosen == "cudnn":
         return _cudnn(q, k, v, mask, scale)
-    xla = _in_halves if whole and causal and q.shape[2] >= 128 else _xla
+    # In two halves a layer of 256 tokens takes 64 ms on a CPU instead of 80; four parts were no
+    # faster and compile longer.  Short rows have too little to save.
+    xla = _in_halves if same_tokens and causal and q.shape[2] >= 128 else _xla
     return xla(q, k, v, mask, softcap, bias, scale)
 
 
-def attention_once(shared: SharedPrefix, q, k, v, *, positions, segment_ids, bias, kv_positions, kv_segment_ids, **knobs):
-    """`attention` of rows that share a prefix, which sees itself once a group; what is returned has it once too.
+def shared_prefix_attention(
+    shared: SharedPrefix,
+    q,
+    k,
+    v,
+    *,
+    positions,
+    segment_ids,
+    bias,
+    kv_positions,
+    kv_segment_ids,
+    **options,
+):
+    """`attention` of rows that share a prefix, computed once a group; so it is in what is returned.
 
     Args:
-      q, k, v, positions, segment_ids, bias, knobs: as `attention`, of whole rows; `kv_...` are the queries' own.
+      shared: the group size G and the number S of columns that are not shared.
+      q: `[B, N, T, H]`.  k, v: `[B, K, T, H]`, all rows with all columns, the prefix in each.
+      positions, segment_ids: `[B, T]` int32; segment 0 is padding.
+      bias: `[B, N, T, T]`, added to the scores, with a leading axis of 1 for all rows; or None.
+      kv_positions, kv_segment_ids: `[B, T]`, those of the queries.
+      options: `causal`, `window`, `softcap`, `scale` and `kernel` of `attention`.
 
-    Returns: `[B / rows, N, T - own + rows · own, H]`.
+    Returns: `[B / G, N, T - S + G * S, H]` for groups of G rows and suffixes of S columns.
     """
-    start = q.shape[2] - shared.own
-    first = lambda x: x.reshape(-1, shared.rows, *x.shape[1:])[:, 0]  # row of each group
-    of_prefix = dict(positions=first(positions)[:, :start], segment_ids=first(segment_ids)[:, :start])
-    of_own = dict(positions=positions[:, start:], segment_ids=segment_ids[:, start:])
-    of_own |= dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
+    start = q.shape[2] - shared.suffix
+
+    def first_of_group(x):
+        return x.reshape(-1, shared.group_size, *x.shape[1:])[:, 0]
+
+    def prefix_of(x):
+        return first_of_group(x)[:, :, :start]
+
+    # Rows of a group are contiguous and equal up to `start`, so the first one stands for all.
+    prefix_arguments = dict(
+        positions=first_of_group(positions)[:, :start],
+        segment_ids=first_of_group(segment_ids)[:, :start],
+    )
+    suffix_arguments = dict(
+        positions=positions[:, start:],
+        segment_ids=segment_ids[:, start:],
+        kv_positions=kv_positions,
+        kv_segment_ids=kv_segment_ids,
+    )
     if bias is not None:
-        of_prefix["bias"] = (first(bias) if len(bias) > 1 else bias)[:, :, :start, :start]
-        of_own["bias"] = bias[:, :, start:]
-    start_of = lambda x: first(x)[:, :, :start]
-    prefix = attention(start_of(q), start_of(k), start_of(v), **of_prefix, **knobs)
-    own = attention(q[:, :, start:], k, v, **of_own, last=True, **knobs)  # [B, N, own, H]
-    own = jnp.moveaxis(own.reshape(-1, shared.rows, *own.shape[1:]), 1, 2)
-    return jnp.concatenate([prefix, own.reshape(*own.shape[:2], -1, own.shape[-1])], axis=2)
+        bias_of_group = first_of_group(bias) if len(bias) > 1 else bias
+        prefix_arguments["bias"] = bias_of_group[:, :, :start, :start]
+        suffix_arguments["bias"] = bias[:, :, start:]
+    prefix = attention(prefix_of(q), prefix_of(k), prefix_of(v), **prefix_arguments, **options)
+    # [B, N, S, H]; `last` lets fused kernels serve although there are more keys than queries.
+    suffix = attention(q[:, :, start:], k, v, **suffix_arguments, last=True, **options)
+    # [B / G, G, N, S, H] -> [B / G, N, G * S, H]: a group's suffixes behind its one prefix.
+    suffix = jnp.moveaxis(suffix.reshape(-1, shared.group_size, *suffix.shape[1:]), 1, 2)
+    suffix = suffix.reshape(*suffix.shape[:2], -1, suffix.shape[-1])
+    return jnp.concatenate([prefix, suffix], axis=2)
 
 
-def visible(positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None) -> Array:
+def visible(
+    positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None
+) -> Array:
     """Which keys a query sees.  `[B, T]`, `[B, S]` -> `[B, T, S]` bool.
 
-    Padding sees nothing where attention is causal, and every real token where it is not: heads of encoders read column 0,
-    padding or not, as transformers has them.
+    Padding sees nothing where attention is causal, and every real token where it is not: heads of
+    encoders read column 0, padding or not, as transformers has them.
     """
-    own, of_keys = segment_ids[:, :, None], kv_segment_ids[:, None, :]
+    of_queries = segment_ids[:, :, None]
+    of_keys = kv_segment_ids[:, None, :]
     if not causal:
-        return ((own == of_keys) | (own == 0)) & (of_keys != 0)
+        return ((of_queries == of_keys) | (of_queries == 0)) & (of_keys != 0)
     distance = positions[:, :, None] - kv_positions[:, None, :]
-    seen = (own == of_keys) & (own != 0) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+    allowed = (of_queries == of_keys) & (of_queries != 0) & (distance >= 0)
+    return allowed if window is None else allowed & (distance < window)
 
 
 def _in_halves(q, k, v, mask, softcap, bias, scale):
-    """`_xla`, where the first half of the queries cannot see the second half of the keys: three quarters of the work."""
-    length, half = q.shape[2], q.shape[2] // 2
+    """`_xla`, where the first half of the queries cannot see the second half of the keys: three
+    quarters of the work.
+    """
+    length = q.shape[2]
+    half = length // 2
 
     def part(rows, end):
-        own = None if bias is None else bias[:, :, rows, :end]
-        return _xla(q[:, :, rows], k[:, :, :end], v[:, :, :end], mask[:, rows, :end], softcap, own, scale)
+        part_bias = None if bias is None else bias[:, :, rows, :end]
+        return _xla(
+            q[:, :, rows],
+            k[:, :, :end],
+            v[:, :, :end],
+            mask[:, rows, :end],
+            softcap,
+            part_bias,
+            scale,
+        )
 
     return jnp.concatenate([part(slice(0, half), half), part(slice(half, length), length)], axis=2)
 
 
 def _xla(q, k, v, mask, softcap, bias, scale):
-    """Plain batched matrix products, the queries of a group side by side; scores and softmax in at least float32."""
+    """Plain batched matrix products, the queries of a group side by side; scores and softmax in at
+    least float32.
+    """
     batch, heads, length, width = q.shape
     groups = heads // k.shape[1]
     q = (q * scale).reshape(batch, k.shape[1], groups * length, width)
+    # XLA on CPU takes twice as long for the product of two to four queries with all keys as for as
+    # many products of one query.
     scores = _products(q, k, one_by_one=length == 1 and jax.default_backend() == "cpu")
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = scores.reshape(batch, k.shape[1], groups, length, -1)
@@ -131,40 +198,60 @@ def _xla(q, k, v, mask, softcap, bias, scale):
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype).reshape(-1, k.shape[1], groups, *bias.shape[2:])
-    scores = jnp.where(mask[:, None, None], scores, -0.7 * jnp.finfo(scores.dtype).max)  # finite: no NaN at padding
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, k.shape[1], groups * length, -1)
+    # Finite rather than -inf: the softmax of a row that is all -inf (padding) is NaN, and its
+    # gradient would spread.  0.7, since softmax subtracts the row's maximum, which must not
+    # overflow.
+    scores = jnp.where(mask[:, None, None], scores, -0.7 * jnp.finfo(scores.dtype).max)
+    probs = (
+        jax.nn.softmax(scores, axis=-1)
+        .astype(v.dtype)
+        .reshape(batch, k.shape[1], groups * length, -1)
+    )
     return jnp.matmul(probs, v).reshape(batch, heads, length, width)
 
 
 def _products(q, k, one_by_one: bool):
-    """`q kᵀ`, `[B, K, T, H]` -> `[B, K, T, S]`.  XLA on CPU would transpose all keys for a matmul, and multiplies a few queries
-    slower together than one by one."""
+    """`q kᵀ`, `[B, K, T, H]` -> `[B, K, T, S]`, all queries in one product or one after another."""
+    # An einsum rather than a matmul: for `q @ k.T` XLA on CPU would transpose all keys first.
     parts = jnp.split(q, q.shape[2], axis=2) if one_by_one else [q]
     return jnp.concatenate([in_float32(SCORES, part, k) for part in parts], axis=2)
 
 
 def _cudnn(q, k, v, mask, scale):
     """cuDNN's fused kernel through JAX's own function; it never chooses it by itself."""
-    btnh = lambda x: jnp.swapaxes(x, 1, 2)
-    out = jax.nn.dot_product_attention(btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn")
+
+    # JAX's function wants [B, T, N, H], as cuDNN does.
+    def btnh(x):
+        return jnp.swapaxes(x, 1, 2)
+
+    out = jax.nn.dot_product_attention(
+        btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn"
+    )
     return btnh(out)
 
 
-def _refused(kernel, q, causal, window, softcap, bias, whole) -> list[str]:
+def _refused(kernel, q, causal, window, softcap, bias, uncached) -> list[str]:
     """Why a kernel cannot serve; nothing if it can."""
     if kernel == "xla":
         return []
     if kernel not in ("cudnn", "splash"):
         return [f"it is not known; known are 'xla', 'cudnn' and 'splash', but not {kernel!r}"]
+    # Reasons by whether they hold; those that do are what the error lists.
     why = {"a bias on the scores": bias is not None}
     if kernel == "cudnn":
         why |= {
-            f"{q.dtype}, where it wants bfloat16 or float16": q.dtype not in (jnp.bfloat16, jnp.float16),
-            f"heads {q.shape[3]} wide, where it wants a multiple of 8 up to 128": q.shape[3] % 8 != 0 or q.shape[3] > 128,
+            f"{q.dtype}, where it wants bfloat16 or float16": q.dtype
+            not in (jnp.bfloat16, jnp.float16),
+            f"heads {q.shape[3]} wide, where it wants a multiple of 8 up to 128": q.shape[3] % 8
+            != 0
+            or q.shape[3] > 128,
             "a soft cap": softcap is not None,
         }
     else:
-        why |= {"attention that is not causal": not causal, "keys of a cache, beside the queries' own": not whole}
+        why |= {
+            "attention that is not causal": not causal,
+            "keys of a cache, beside the queries' own": not uncached,
+        }
     return [reason for reason, holds in why.items() if holds]
 
 
@@ -172,7 +259,10 @@ def _check(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids) -> Non
     if k.shape != v.shape:
         raise ValueError(f"k {list(k.shape)} but v {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q [B, N, T, H] = {list(q.shape)} but k [B, K, S, H] = {list(k.shape)}; K must divide N")
+        raise ValueError(
+            f"q [B, N, T, H] = {list(q.shape)} but k [B, K, S, H] = {list(k.shape)}; K must divide "
+            "N"
+        )
     for name, x, length in (
         ("positions", positions, q.shape[2]),
         ("segment_ids", segment_ids, q.shape[2]),

@@ -11,7 +11,8 @@ from rlhf.models.rotary import Rope
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,  # the tanh form
+    # The tanh form, which is JAX's default; Hugging Face calls the exact one "gelu".
+    "gelu": jax.nn.gelu,
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "tanh": jnp.tanh,
@@ -41,7 +42,8 @@ class TransformerConfig:
     mlp_size: int
     num_kv_heads: int | None = None  # None: num_heads
     head_dim: int | None = None  # None: hidden_size // num_heads
-    embed_size: int | None = None  # of the embedding, where it is projected to hidden_size and back (OPT-350m)
+    # of the embedding, where it is projected to hidden_size and back (OPT-350m)
+    embed_size: int | None = None
     kinds: tuple[LayerKind, ...] = (LayerKind(),)  # layer i is of kind i modulo their number
     causal: bool = True  # False: an encoder, every token sees its whole segment
     cross: bool = False  # attends to an encoder's output too
@@ -55,13 +57,16 @@ class TransformerConfig:
     # norms
     norm: str = "rms"  # "rms" or "layer" (mean taken off, with bias)
     norm_eps: float = 1e-6
-    norm_place: str = "pre"  # "pre", "branch" (of its output, OLMo 2), "both" (Gemma 2) or "sum" (of x and the branch, BERT)
+    # "pre", "branch" (of its output, OLMo 2), "both" (Gemma 2) or "sum" (of x and the branch, BERT)
+    norm_place: str = "pre"
     norm_offset: float = 0.0  # Gemma: scale by 1 + w
     embed_norm: bool = False
     final_norm: bool = True
-    qk_norm: str | None = None  # "head": of each head's queries and keys (Qwen 3); "heads": of all together (OLMo 2)
+    # "head": of each head's queries and keys (Qwen 3); "heads": over all heads jointly (OLMo 2)
+    qk_norm: str | None = None
     # blocks
-    parallel: int = 0  # attention and MLP side by side: 1 with one norm (GPT-J), 2 with a norm each (GPT-NeoX)
+    # attention and MLP side by side: 1 with one norm (GPT-J), 2 with a norm each (GPT-NeoX)
+    parallel: int = 0
     activation: str = "silu"  # a name of ACTIVATIONS
     gated: bool = True  # down(act(gate x) · up x), else down(act(up x))
     qkv_bias: bool = False
@@ -98,15 +103,31 @@ class TransformerConfig:
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, but is {getattr(self, field)!r}")
+                raise ValueError(
+                    f"{field} must be one of {allowed}, but is {getattr(self, field)!r}"
+                )
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}; give head_dim")
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}; give "
+                "head_dim"
+            )
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
+            raise ValueError(
+                f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}"
+            )
         if not self.rotary and any(kind.rope for kind in self.kinds):
-            raise ValueError("learned, relative or ALiBi positions beside rotary ones; give kinds=(LayerKind(rope=None),)")
-        if any(kind.sparse for kind in self.kinds) and not 0 < self.experts_per_token <= self.experts:
-            raise ValueError(f"sparse layers need experts, but {self.experts_per_token} a token of {self.experts} are given")
+            raise ValueError(
+                "learned, relative or ALiBi positions beside rotary ones; give "
+                "kinds=(LayerKind(rope=None),)"
+            )
+        if (
+            any(kind.sparse for kind in self.kinds)
+            and not 0 < self.experts_per_token <= self.experts
+        ):
+            raise ValueError(
+                f"sparse layers need experts, but {self.experts_per_token} a token of "
+                f"{self.experts} are given"
+            )
 
     @property
     def rotary(self) -> bool:
@@ -130,7 +151,7 @@ class TransformerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """An encoder that reads `inputs`, and a decoder that attends to it; they share the embedding."""
+    """An encoder of `inputs`, and a decoder that attends to it; they share the embedding."""
 
     encoder: TransformerConfig
     decoder: TransformerConfig
@@ -138,8 +159,13 @@ class EncoderDecoderConfig:
     def __post_init__(self):
         if self.encoder.causal or not self.decoder.cross:
             raise ValueError("the encoder must have causal=False, and the decoder cross=True")
-        if (self.encoder.vocab_size, self.encoder.hidden_size) != (self.decoder.vocab_size, self.decoder.hidden_size):
-            raise ValueError("encoder and decoder share the embedding; vocab_size and hidden_size must be equal")
+        if (self.encoder.vocab_size, self.encoder.hidden_size) != (
+            self.decoder.vocab_size,
+            self.decoder.hidden_size,
+        ):
+            raise ValueError(
+                "encoder and decoder share the embedding; vocab_size and hidden_size must be equal"
+            )
 
     @property
     def param_dtype(self):
@@ -148,16 +174,37 @@ class EncoderDecoderConfig:
 
 Config = TransformerConfig | EncoderDecoderConfig
 
-SAVED = ("q", "k", "v", "attention", "mlp")  # names of activations in a block
+# Names that `checkpoint_name` gives to activations in a block.
+SAVED = ("q", "k", "v", "attention", "mlp")
 _policies = jax.checkpoint_policies
-WEIGHTS = ("dynamic_slice", "squeeze", "convert_element_type")  # a layer's weights cut from the stack, and cast
-ELEMENTWISE = ("add", "sub", "mul", "neg", "select_n", "reshape", "transpose", "broadcast_in_dim", "slice", "concatenate")
+# A layer's weights cut from the stack, and cast: saved, they would be a second copy of the model.
+WEIGHTS = ("dynamic_slice", "squeeze", "convert_element_type")
+# Cheap to compute again, and as large as what they were computed from.
+ELEMENTWISE = (
+    "add",
+    "sub",
+    "mul",
+    "neg",
+    "select_n",
+    "reshape",
+    "transpose",
+    "broadcast_in_dim",
+    "slice",
+    "concatenate",
+)
 REMAT = {  # what the backward pass finds; the rest it computes again
-    "none": lambda primitive, *_, **__: primitive.name not in WEIGHTS + ELEMENTWISE,  # all that is worth the memory
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # results of products with weights
+    # all that is worth the memory
+    "none": lambda primitive, *_, **__: primitive.name not in WEIGHTS + ELEMENTWISE,
+    # results of products with weights; attention's scores, which have a batch axis, are not
+    "dots": _policies.dots_with_no_batch_dims_saveable,
     "names": _policies.save_only_these_names(*SAVED),
+    # as "names", in the host's memory
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=list(SAVED), offload_src="device", offload_dst="pinned_host"
-    ),  # as "names", in the host's memory
-    "full": _policies.nothing_saveable,  # a block's input alone
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(SAVED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    # a block's input alone
+    "full": _policies.nothing_saveable,
 }

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf.lm import LM, from_linen
+from rlhf.from_flax import from_linen
+from rlhf.lm import LM
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import EncoderDecoderConfig
 from rlhf.models.linear import or_zero
@@ -16,7 +17,8 @@ INPUTS = ("tokens", "positions", "segment_ids")
 
 
 def encoder_decoder(config: EncoderDecoderConfig) -> LM:
-    """The `LM` of a config.  Its `inputs` are the encoder's `tokens`, `positions` and `segment_ids`, `[B, S]` int32.
+    """The `LM` of a config.  Its `inputs` are the encoder's `tokens`, `positions` and
+    `segment_ids`, `[B, S]` int32.
 
     A decoder's segment attends to the encoder's segment of the same number.
     """
@@ -29,26 +31,46 @@ class EncoderDecoder(Weights):
     config: EncoderDecoderConfig
 
     def setup(self):
-        self.encoder, self.decoder = Stack(self.config.encoder), Stack(self.config.decoder)
+        self.encoder = Stack(self.config.encoder)
+        self.decoder = Stack(self.config.decoder)
         self.embedding, self.unembedding, self.unembedding_bias = ends(self, self.config.decoder)
 
     def encode(self, inputs) -> dict[str, Array]:
-        """Every layer's keys and values of the inputs, `k` and `v` `[B, L, K, S, H]`, with `positions` and `segment_ids`."""
+        """Every layer's keys and values of the inputs, `k` and `v` `[B, L, K, S, H]`, with
+        `positions` and `segment_ids`.
+        """
         if missing := [name for name in INPUTS if name not in (inputs or {})]:
-            raise ValueError(f"the encoder reads inputs {list(INPUTS)}, but {missing} are missing; got {sorted(inputs or {})}")
+            raise ValueError(
+                f"the encoder reads inputs {list(INPUTS)}, but {missing} are missing; got "
+                f"{sorted(inputs or {})}"
+            )
         c = self.config.encoder
         x = embed(c, self.embedding, or_zero(inputs["tokens"], c.vocab_size, inputs["segment_ids"]))
         x, _, _ = self.encoder.run(x, inputs["positions"], inputs["segment_ids"])
-        of_layer: Any = lambda layer: Block(self.config.decoder, parent=None).apply({"params": layer}, x, method="cross_kv")
-        weights = {name: leaf for name, leaf in self.decoder.layers.items() if name.startswith("cross_")}
-        kv: dict = jax.vmap(of_layer, out_axes=1)(weights)
-        return {**kv, "hidden": x, "positions": inputs["positions"], "segment_ids": inputs["segment_ids"]}
+
+        # `parent=None`: the block is applied to parameters that are passed in, not to its own.
+        def cross_kv(layer) -> Any:
+            block = Block(self.config.decoder, parent=None)
+            return block.apply({"params": layer}, x, method="cross_kv")
+
+        weights = {
+            name: leaf for name, leaf in self.decoder.layers.items() if name.startswith("cross_")
+        }
+        # The batch stays on axis 0, as in every leaf of a cache, so that rows can be cut from it.
+        kv: dict = jax.vmap(cross_kv, out_axes=1)(weights)
+        return {
+            **kv,
+            "hidden": x,
+            "positions": inputs["positions"],
+            "segment_ids": inputs["segment_ids"],
+        }
 
     def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None):
-        """Hidden states of the decoder `[B, T, D]`; `inputs` raw, or as `encode` made them."""
+        """Hidden states of the decoder `[B, T, D]`; `inputs` raw, or what `encode` returned."""
         if self.is_initializing():
             one = jnp.ones((1, 1), jnp.int32)
             inputs = dict(tokens=one, positions=one - 1, segment_ids=one)
+        # While decoding, the encoder's keys and values are passed in; it runs once a prompt.
         encoded = inputs if "k" in (inputs or {}) else self.encode(inputs)
         c = self.config.decoder
         x = embed(c, self.embedding, or_zero(tokens, c.vocab_size, segment_ids))
@@ -56,7 +78,9 @@ class EncoderDecoder(Weights):
 
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""
-        return logits(self.config.decoder, hidden, self.embedding, self.unembedding, self.unembedding_bias)
+        return logits(
+            self.config.decoder, hidden, self.embedding, self.unembedding, self.unembedding_bias
+        )
 
     def unstack(self, params):
         return {**params, "decoder": unstacked(params["decoder"], self.config.decoder)}

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf.lm import Bound, Head
+from rlhf.bound import Bound
+from rlhf.lm import Head
 from rlhf.models.config import ACTIVATIONS
 from rlhf.models.linear import linear
 
@@ -13,8 +14,9 @@ def scalar_head(hidden_size: int, *, scale: float = 0.0, dtype=jnp.float32) -> H
 
     Args:
       hidden_size: D.
-      scale: standard deviation of the initial weights.  0 for values (they start at 0); `(D + 1) ** -0.5` for rewards
-        (arXiv:1909.08593, as "The N implementation details of RLHF with PPO" describes it).
+      scale: standard deviation of the initial weights.  0 for values (they start at 0);
+        `(D + 1) ** -0.5` for rewards (arXiv:1909.08593, as "The N implementation details of RLHF
+        with PPO" describes it).
       dtype: of the parameters.
 
     Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[...]` in at least float32.
@@ -23,6 +25,8 @@ def scalar_head(hidden_size: int, *, scale: float = 0.0, dtype=jnp.float32) -> H
     >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 3, 4))).shape
     (2, 3)
     """
+    # `Bound` rather than a closure: heads with equal arguments are equal, so that jit finds the
+    # program that it compiled for the first.
     return Head(
         init=Bound(_init_scalar, (hidden_size, scale, jnp.dtype(dtype))),
         axes=_axes_scalar,
@@ -31,7 +35,10 @@ def scalar_head(hidden_size: int, *, scale: float = 0.0, dtype=jnp.float32) -> H
 
 
 def _init_scalar(hidden_size, scale, dtype, key):
-    return {"weight": scale * jax.random.normal(key, (hidden_size,), dtype), "bias": jnp.zeros((), dtype)}
+    return {
+        "weight": scale * jax.random.normal(key, (hidden_size,), dtype),
+        "bias": jnp.zeros((), dtype),
+    }
 
 
 def _axes_scalar():
@@ -54,19 +61,22 @@ def classifier_head(
     scale: float = 0.02,
     dtype=jnp.float32,
 ) -> Head:
-    """`f(h W_i + b_i) W + b`, as the classifiers of Hugging Face have it; without `inner`, `h W + b`.
+    """`f(h W_i + b_i) W + b`, as the classifiers of Hugging Face have it; without `inner`,
+    `h W + b`.
 
     Args:
       hidden_size: D.
       labels: K.
       bias: whether there is a b; sequence classifiers on decoders have none, token classifiers do.
-      inner: the activation f of a layer `[D, I]` before the labels (encoders); a name of `ACTIVATIONS`.
+      inner: the activation f of a layer `[D, I]` before the labels (encoders); a name of
+        `ACTIVATIONS`.
       inner_size: I; None: D.
-      reads: the token by which `rollouts.classify` judges a text: "last", "first" or "every".
+      reads: the token by which `rollouts.classify` scores a text: "last", "first" or "every".
       scale: standard deviation of the initial weights.
       dtype: of the parameters.
 
-    Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[..., K]` in at least float32; if K is 1 `[...]`, a reward.
+    Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[..., K]` in at least float32;
+    if K is 1 `[...]`, a reward.
 
     >>> head = classifier_head(4, 3, inner="tanh", bias=True)
     >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 5, 4))).shape
@@ -74,28 +84,35 @@ def classifier_head(
     """
     inner_size = (inner_size or hidden_size) if inner else None
     init = Bound(_init_labels, (hidden_size, inner_size, labels, bias, scale, jnp.dtype(dtype)))
-    return Head(init, Bound(_axes_labels, (bias, inner)), Bound(_apply_labels, (labels, bias, inner)), reads)
+    return Head(
+        init, Bound(_axes_labels, (bias, inner)), Bound(_apply_labels, (labels, bias, inner)), reads
+    )
 
 
 def q_head(hidden_size: int, actions: int, *, dtype=jnp.float32) -> Head:
-    """`relu(h W_i + b_i) W + b`, the inner layer `[D, 2 D]`: Q of every token, or V  (ILQL, arXiv:2206.11871, as in trlX).
+    """`relu(h W_i + b_i) W + b`, the inner layer `[D, 2 D]`: Q of every token, or V  (ILQL,
+    arXiv:2206.11871, as in trlX).
 
     Args:
       hidden_size: D.
       actions: the vocabulary for Q; 1 for V.
       dtype: of the parameters.
 
-    Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[..., actions]`, or `[...]` for V, in at least float32.
+    Returns: a `Head` whose `apply(params, hidden [..., D])` gives `[..., actions]`, or `[...]` for
+    V, in at least float32.
 
     >>> head = q_head(4, 96)
     >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 5, 4))).shape
     (2, 5, 96)
     """
     size = 2 * hidden_size
-    return classifier_head(hidden_size, actions, bias=True, inner="relu", inner_size=size, reads="every", dtype=dtype)
+    return classifier_head(
+        hidden_size, actions, bias=True, inner="relu", inner_size=size, reads="every", dtype=dtype
+    )
 
 
 def _init_labels(hidden_size, inner_size, labels, bias, scale, dtype, key):
+    # Both keys are split off always, so that `weight` is the same with and without an inner layer.
     weights, more = jax.random.split(key)
     out = {"weight": scale * jax.random.normal(weights, (inner_size or hidden_size, labels), dtype)}
     if bias:
@@ -116,8 +133,10 @@ def _apply_labels(labels, bias, inner, params, hidden):
     if inner:
         hidden = ACTIVATIONS[inner](linear(hidden, params["inner"], params["inner_bias"]))
     out = linear(hidden, params["weight"], params["bias"] if bias else None)
+    # With a single label the head is a reward model's, whose callers expect no axis of labels.
     return out[..., 0] if labels == 1 else out
 
 
 def _widen(hidden):
+    # Rewards and values are small differences of large sums.
     return hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))

@@ -1,4 +1,6 @@
-"""Folders as Hugging Face writes them: config.json, safetensors, tokenizer.  Read and written without torch."""
+"""Folders as Hugging Face writes them: config.json, safetensors, tokenizer.  Read and written
+without torch.
+"""
 
 import json
 import math
@@ -6,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +30,48 @@ from rlhf.sharding import shardings
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER = (FAST, *BESIDE, *OLDER)
-VALUE_HEAD = (Tensor("v_head.summary.weight", "weight", lead=True), Tensor("v_head.summary.bias", "bias", lead=True))  # TRL's
-OLD_NORMS = {"gamma": "weight", "beta": "bias"}  # of files from before PyTorch's names, such as bert-base-uncased's
+# TRL's names.
+VALUE_HEAD = (
+    Tensor("v_head.summary.weight", "weight", lead=True),
+    Tensor("v_head.summary.bias", "bias", lead=True),
+)
+# Of files from before PyTorch's names, such as bert-base-uncased's.
+OLD_NORMS = {"gamma": "weight", "beta": "bias"}
 SHARD = 5_000_000_000  # bytes of a file when a model is written
-READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # what a name of the Hub is downloaded for
+# What is downloaded of a name on the Hub: no pickles, which are large and are not read.
+READ = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
-def load(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields) -> tuple[LM, Params, Any]:
-    """A language model, its parameters and its tokenizer, from a folder or a name of the Hugging Face Hub.
+def load(
+    path_or_name,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    say: Callable | None = None,
+    **fields,
+) -> tuple[LM, Params, Any]:
+    """A language model, its parameters and its tokenizer, from a folder or a name of the Hugging
+    Face Hub.
 
     Tensors go one at a time from the files to the devices; the host holds little more than they do.
 
     Args:
-      path_or_name: a folder with config.json and model.safetensors, or several files and model.safetensors.index.json; or a
-        name like `Qwen/Qwen2.5-0.5B`, which is downloaded once (or found in the Hub's cache).
+      path_or_name: a folder with config.json and model.safetensors, or several files and
+        model.safetensors.index.json; or a name like `Qwen/Qwen2.5-0.5B`, which is downloaded once
+        (or found in the Hub's cache).
       dtype: of the computation, and of the parameters.
       mesh: every parameter is born where its axes say on this mesh; None: on the default device.
-      fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`; `param_dtype=jnp.float32` keeps float32
-        master copies beside a computation in bfloat16.
+      say: as in `rlhf.sharding.shardings`, for sizes that the mesh does not divide.
+      fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`;
+        `param_dtype=jnp.float32` keeps float32 master copies beside a computation in bfloat16.
 
-    Returns: `(lm, params, tokenizer)`.  Layers are stacked, `[num_layers, ...]`; the tokenizer is that of `load_tokenizer`, and
-    None where the folder has none.
+    Returns: `(lm, params, tokenizer)`.  Layers are stacked, `[num_layers, ...]`; the tokenizer is
+    that of `load_tokenizer`, and None where the folder has none.
 
     Raises: ValueError where a file is broken, a field of the config cannot be, the family is not
-      known, the config asks for what `TransformerConfig` does not span, or tensors are missing, left
-      over, of another shape or cut off: the file and the field or the tensors are named, before any
-      array is made.  FileNotFoundError where a file is missing.
+      known, the config asks for what `TransformerConfig` does not span, or tensors are missing,
+      left over, of another shape or cut off: the file and the field or the tensors are named,
+      before any array is made.  FileNotFoundError where a file is missing.
 
     >>> import tempfile
     >>> from rlhf.models import TransformerConfig, transformer
@@ -65,82 +83,138 @@ def load(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **
     >>> again == lm, bool((same["layers"]["q"] == params["layers"]["q"]).all()), tokenizer
     (True, True, None)
     """
-    folder, _, family, config, tensors = _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields})
+    folder, _, family, config, tensors = _found(
+        path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}
+    )
     lm = configs.lm_of(config)
-    params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config))}, mesh)
+    params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config))}, mesh, say)
     return lm, params["lm"], _tokenizer(folder)
 
 
-def load_classifier(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields):
-    """A reward model, process reward model or classifier: a trunk and a `Head`, as `load`.
+def load_classifier(
+    path_or_name,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    say: Callable | None = None,
+    **fields,
+):
+    """A reward model, process reward model or classifier: a trunk and a `Head`.
 
-    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`.  `rollouts.classify` reads texts with them.
+    Args:
+      path_or_name: a folder with config.json and safetensors, or a name on the Hugging Face Hub.
+      dtype: of the computation, and of the parameters.
+      mesh: every parameter is created where its axes say on this mesh; None: on the default device.
+      say: called with a line for every size that the mesh does not divide.
+      fields: of `TransformerConfig`, in place of what the folder says.
 
-    Raises: as `load`; ValueError for an encoder-decoder.
+    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`.
+    `rollouts.classify` reads texts with them.
+
+    Raises: ValueError for an encoder-decoder, and where a file is broken, the family is not known
+    or tensors do not fit the config; FileNotFoundError where a file is missing.
     """
     folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields)
     of_tokens = _of_tokens(hf)
-    lm, head = configs.lm_of(config), _head(config, family, hf.num_labels, of_tokens)
+    lm = configs.lm_of(config)
+    head = _head(config, family, hf.num_labels, of_tokens)
     parts = {"lm": (lm, family.rows(config)), "head": (head, family.head_rows(of_tokens))}
-    return lm, head, _read(folder, family, config, tensors, parts, mesh), _tokenizer(folder)
+    return lm, head, _read(folder, family, config, tensors, parts, mesh, say), _tokenizer(folder)
 
 
 def load_for_classification(
-    path_or_name, labels: int, *, of_tokens: bool = False, key: Any = None, dtype: Any = jnp.float32,
-    mesh: Mesh | None = None, **fields,
-):  # fmt: skip
-    """As `load_classifier`, to be trained: of the head what the files have is taken, and the rest is new.
+    path_or_name,
+    labels: int,
+    *,
+    of_tokens: bool = False,
+    key: Any = None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    say: Callable | None = None,
+    **fields,
+):
+    """A trunk and a `Head` to train: of the head what the files have is taken, and the rest is new.
 
-    So transformers does it: a language model gets a new head, an encoder keeps the pooler that it was pre-trained with, and a
-    classifier goes on from its own.  New labels begin at 0, an inner layer at random.  An output matrix is left out.
+    So transformers does it: a language model gets a new head, an encoder keeps the pooler that it
+    was pre-trained with, and a classifier continues from its head.  New labels start at 0, an inner
+    layer at random.  An output matrix is left out.
 
     Args:
-      path_or_name: a decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT), with a head or without.
+      path_or_name: a decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT), with a
+        head or without.
       labels: numbers a text; 1 for a reward.
-      of_tokens: a classifier of every token, such as a process reward model, rather than of whole texts.
+      of_tokens: a classifier of every token, such as a process reward model, rather than of full
+        texts.
       key: of what is random; None: `jax.random.key(0)`.
-      dtype, mesh, fields: as in `load`.
+      dtype: of the computation, and of the parameters.
+      mesh: every parameter is created where its axes say on this mesh; None: on the default device.
+      say: called with a line for every size that the mesh does not divide.
+      fields: of `TransformerConfig`, in place of what the folder says.
 
-    Returns: `(lm, head, params, tokenizer)` as `load_classifier`.
+    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`.
 
-    Raises: as `load`; ValueError for an encoder-decoder, and a classifier of another kind or with other labels.
+    Raises: ValueError for an encoder-decoder, a classifier of another kind or with other labels,
+    and where a file is broken or tensors do not fit; FileNotFoundError where a file is missing.
     """
     folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields)
     rows = family.head_rows(of_tokens)
-    found = next((row.name for row in (*family.head, *rows) if row.leaves == "weight" and row.name in tensors), None)
+    # A stored head that does not fit is refused: to replace it silently would lose its training.
+    found = next(
+        (
+            row.name
+            for row in (*family.head, *rows)
+            if row.leaves == "weight" and row.name in tensors
+        ),
+        None,
+    )
     if found and _of_tokens(hf) != of_tokens:
         kinds = {True: "tokens", False: "whole texts"}
         raise ValueError(
-            f"{folder} is a classifier of {kinds[not of_tokens]} ({found}), but one of {kinds[of_tokens]} is wanted; give the "
+            f"{folder} is a classifier of {kinds[not of_tokens]} ({found}), but one of "
+            f"{kinds[of_tokens]} is wanted; give the "
             "model that it was made from"
         )
     if found and (had := tensors[found].shape[0]) != labels:
         raise ValueError(
-            f"{folder} is a classifier with {had} labels ({found}), but {labels} {'is' if labels == 1 else 'are'} wanted; "
+            f"{folder} is a classifier with {had} labels ({found}), but {labels} "
+            f"{'is' if labels == 1 else 'are'} wanted; "
             f"give the model that it was made from, or a classifier with {labels}"
         )
-    lm, head = configs.lm_of(config), _head(config, family, labels, of_tokens)
+    lm = configs.lm_of(config)
+    head = _head(config, family, labels, of_tokens)
+    # Of the head those rows alone that the files have; the rest comes from `head.init` below.
     stored = tuple(row for row in rows if row.name in tensors)
     outputs = {row.name for row in family.rows(config) if row.leaves.startswith("unembedding")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in outputs}
-    params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config)), "head": (head, stored)}, mesh)
+    params = _read(
+        folder,
+        family,
+        config,
+        tensors,
+        {"lm": (lm, family.rows(config)), "head": (head, stored)},
+        mesh,
+        say,
+    )
     fresh = head.init(jax.random.key(0) if key is None else key)
+    # Zeros: all labels start equally likely, and rewards at 0, whatever the key.
     fresh["weight"] = jnp.zeros_like(fresh["weight"])
     return lm, head, params | {"head": fresh | params["head"]}, _tokenizer(folder)
 
 
 def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any]):
-    """As `_found`, of a model without an output matrix."""
+    """What `_found` returns, of a model without an output matrix."""
     config = read_config(path_or_name)
     if not isinstance(config, TransformerConfig):
         raise ValueError(
-            f"{path_or_name} is an encoder-decoder ({model_type(path_or_name)}), which cannot be a classifier here; take a "
+            f"{path_or_name} is an encoder-decoder ({model_type(path_or_name)}), which cannot be a "
+            "classifier here; take a "
             "decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT)"
         )
     return _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False})
 
 
 def _head(trunk: TransformerConfig, family: Family, labels: int, of_tokens: bool) -> Head:
+    # Encoders, which are not causal, are read at their first token, and their heads have biases.
     return classifier_head(
         trunk.hidden_size,
         labels,
@@ -155,29 +229,51 @@ def _of_tokens(hf) -> bool:
     return any(name.endswith("ForTokenClassification") for name in hf.architectures or ())
 
 
-def load_with_value(path_or_name, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **fields):
-    """A language model with a value head: TRL's `AutoModelForCausalLMWithValueHead` and its Seq2Seq twin, as `load`.
+def load_with_value(
+    path_or_name,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    say: Callable | None = None,
+    **fields,
+):
+    """A language model with a value head: TRL's `AutoModelForCausalLMWithValueHead` and its Seq2Seq
+    twin.
 
     The head is the files' `v_head.summary`; where they have none it is new, and zero.
 
-    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`; `head` is a `scalar_head`.
+    Args:
+      path_or_name: a folder with config.json and safetensors, or a name on the Hugging Face Hub.
+      dtype: of the computation, and of the parameters.
+      mesh: every parameter is created where its axes say on this mesh; None: on the default device.
+      say: called with a line for every size that the mesh does not divide.
+      fields: of `TransformerConfig`, in place of what the folder says.
 
-    Raises: as `load`.
+    Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`; `head` is a
+    `scalar_head`.
+
+    Raises: ValueError where a file is broken, the family is not known or tensors do not fit the
+    config; FileNotFoundError where a file is missing.
     """
-    folder, _, family, config, tensors = _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields})
-    lm, last = configs.lm_of(config), configs.decoder_of(config)
+    folder, _, family, config, tensors = _found(
+        path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}
+    )
+    lm = configs.lm_of(config)
+    last = configs.decoder_of(config)
     head = scalar_head(last.embed_size or last.hidden_size, dtype=last.param_dtype)
     parts: dict[str, tuple[Any, Any]] = {"lm": (lm, family.rows(config))}
     if any(name.startswith("v_head.") for name in tensors):
         parts["head"] = head, VALUE_HEAD
-    params = _read(folder, family, config, tensors, parts, mesh)
+    params = _read(folder, family, config, tensors, parts, mesh, say)
     return lm, head, {"head": head.init(jax.random.key(0)), **params}, _tokenizer(folder)
 
 
 def read_config(path_or_name, **fields) -> Config:
-    """What config.json says, in today's keys or those of transformers 4, with `fields` of `TransformerConfig` put in place.
+    """What config.json says, in today's keys or those of transformers 4, with `fields` of
+    `TransformerConfig` put in place.
 
-    Raises: as `load`.
+    Raises: ValueError where config.json is broken, the family is not known or a field cannot be;
+    FileNotFoundError where it is missing.
 
     >>> import tempfile
     >>> from rlhf.models import TransformerConfig, transformer
@@ -198,41 +294,56 @@ def load_tokenizer(path_or_name, *, eos_token: str | None = None) -> Any:
       path_or_name: of the model.
       eos_token: the end token in place of the one that its files name; None: theirs.
 
-    Raises: ValueError where there is none, it has no such end token, or a file of it or the config.json beside it cannot be;
+    Raises: ValueError where there is none, it has no such end token, or a file of it or the
+    config.json beside it cannot be;
       FileNotFoundError where the folder is missing.
     """
     folder = _folder(path_or_name)
-    if (folder / configs.CONFIG).exists():  # it is of a model that is loaded next: told before a data set is read
+    # The model of this folder is loaded next: what is wrong with its config is reported before a
+    # data set is read and tokenised.
+    if (folder / configs.CONFIG).exists():
         configs.read(folder)
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
         if not (folder / configs.CONFIG).exists():
-            raise FileNotFoundError(f"{path_or_name} has no config.json and no tokenizer.json; it holds no model")
-        raise ValueError(f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model")
+            raise FileNotFoundError(
+                f"{path_or_name} has no config.json and no tokenizer.json; it holds no model"
+            )
+        raise ValueError(
+            f"{path_or_name}: no tokenizer.json; put the tokenizer's files beside the model"
+        )
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             near = [token for token in tokenizer.added_tokens_encoder if token][:20]
             raise ValueError(
-                f"eos_token {eos_token!r} is no token of {path_or_name}, whose added tokens are {', '.join(near) or 'none'}"
+                f"eos_token {eos_token!r} is no token of {path_or_name}, whose added tokens are "
+                f"{', '.join(near) or 'none'}"
             )
         tokenizer.eos_token = eos_token
     return tokenizer
 
 
 def end_ids(path_or_name, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end token, and those that generation_config.json names (some models have
-    several).
+    """The tokens that end a completion: the tokenizer's end token, and those that
+    generation_config.json names (some models have several).
 
-    Raises: ValueError where generation_config.json or config.json cannot be, or an id is beyond the vocabulary.
+    Raises: ValueError where generation_config.json or config.json cannot be, or an id is beyond the
+    vocabulary.
     """
     folder = _folder(path_or_name)
     named = configs.generation(folder, configs.read(folder)[0].vocab_size).get("eos_token_id")
-    return tuple(sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}))
+    return tuple(
+        sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+    )
 
 
 def decoder_start(path_or_name) -> int | None:
-    """The token from which an encoder-decoder's decoder starts, `decoder_start_token_id` of config.json."""
-    return getattr(configs.transformers_config(_folder(path_or_name)), "decoder_start_token_id", None)
+    """The token from which an encoder-decoder's decoder starts, `decoder_start_token_id` of
+    config.json.
+    """
+    return getattr(
+        configs.transformers_config(_folder(path_or_name)), "decoder_start_token_id", None
+    )
 
 
 def model_type(path_or_name) -> str:
@@ -254,26 +365,34 @@ def save(
     shard_bytes: int = SHARD,
     **fields,
 ) -> None:
-    """Writes a folder that `load`, transformers and vLLM read; config.json comes last, so that a folder with it is whole.
+    """Writes a folder that `load`, transformers and vLLM read; config.json comes last, so that a
+    folder with it is complete.
 
     Args:
       folder: a new folder, or one without a model's config.json and weights.
       lm, params: of `transformer`, `encoder_decoder` or `load`.
-      head: parameters of a `classifier_head`, or of a `scalar_head` with bias 0: a reward model or classifier is written, and
-        no output matrix.  Its config gets the tokenizer's padding, by which transformers finds where texts of a batch end;
-        where there is none the end token is it, in the tokenizer too.
+      head: parameters of a `classifier_head`, or of a `scalar_head` with bias 0: a reward model or
+        classifier is written, and no output matrix.  Its config gets the tokenizer's padding, by
+        which transformers finds where texts of a batch end; where there is none the end token is
+        it, in the tokenizer too.
       value_head: parameters of a `scalar_head`, written beside the language model as TRL has it.
-      like: the folder or name that the model was loaded from: its config.json, generation_config.json and tokenizer are
-        written again, so that nothing of them is lost.
-      tokenizer: saved beside the model; without `like`, its ids of begin, end and padding go into the config.  Its end token
-        is among those of generation_config.json, so that transformers stops where `end_ids` says.
-      family: a model type of `FAMILIES`, without `like`; None: the first that can express the config, "llama" for Llama's.
-      dtype: of the tensors in the files, and in config.json; None: the one that the parameters have.  `stored_dtype(like)`
-        keeps the original's, where the parameters are masters in float32.
-      shard_bytes: the most bytes of a file; larger models are written as several files and an index.
-      fields: of config.json, for what `TransformerConfig` does not hold: `max_position_embeddings=…`, `eos_token_id=[…]`.
+      like: the folder or name that the model was loaded from: its config.json,
+        generation_config.json and tokenizer are written again, so that nothing of them is lost.
+      tokenizer: saved beside the model; without `like`, its ids of start, end and padding go into
+        the config.  Its end token is among those of generation_config.json, so that transformers
+        stops where `end_ids` says.
+      family: a model type of `FAMILIES`, without `like`; None: the first that can express the
+        config, "llama" for Llama's.
+      dtype: of the tensors in the files, and in config.json; None: the one that the parameters
+        have.  `stored_dtype(like)` keeps the original's, where the parameters are masters in
+        float32.
+      shard_bytes: the most bytes of a file; larger models are written as several files and an
+        index.
+      fields: of config.json, for what `TransformerConfig` does not hold:
+        `max_position_embeddings=…`, `eos_token_id=[…]`.
 
-    Raises: FileExistsError where the folder holds a model; ValueError where the family cannot express the config, or `like` has
+    Raises: FileExistsError where the folder holds a model; ValueError where the family cannot
+    express the config, or `like` has
       another one, naming the fields, or `params` are not the model's.
 
     >>> import tempfile
@@ -284,46 +403,70 @@ def save(
     ...     sorted(file.name for file in Path(folder).iterdir())
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    folder, config = Path(folder), configs.config_of(lm)
-    if held := [file.name for name in ("config.json", "model*.safetensors", INDEX) for file in sorted(folder.glob(name))]:
+    folder = Path(folder)
+    config = configs.config_of(lm)
+    if held := [
+        file.name
+        for name in ("config.json", "model*.safetensors", INDEX)
+        for file in sorted(folder.glob(name))
+    ]:
         raise FileExistsError(f"{folder} holds a model already ({held[0]}); give a new folder")
     fields = {"dtype": str(jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)), **fields}
     original = None if like is None else _folder(like)
     if original is None:
-        hf = configs.described(config, family, {**{name: getattr(tokenizer, name, None) for name in IDS}, **fields})
+        hf = configs.described(
+            config, family, {**{name: getattr(tokenizer, name, None) for name in IDS}, **fields}
+        )
     else:
         hf = configs.described_as(original, config, fields)
-    if head is not None and isinstance(config, TransformerConfig):  # a trunk has no output matrix
+    # The trunk of a classifier has no output matrix, in its files as in transformers.
+    if head is not None and isinstance(config, TransformerConfig):
         config = configs.replaced(config, unembeds=False)
         params = {name: x for name, x in params.items() if not name.startswith("unembedding")}
-    known, flat, shapes = configs.family_of(hf.model_type), mapping.flat(params), _shapes(configs.lm_of(config))
+    known = configs.family_of(hf.model_type)
+    flat = mapping.flat(params)
+    shapes = _shapes(configs.lm_of(config))
     if wrong := _misfits(flat, shapes):
         raise ValueError(f"params are not the config's: {'; '.join(wrong)}")
     heads = configs.decoder_of(config).kv_heads
     tensors = list(mapping.write(mapping.places(known.rows(config), shapes, config), flat, heads))
     if head is not None:
         leaves = mapping.flat(_with_labels(head))
+        # Of the heads that `_head` makes, those of tokens alone have a bias and no inner layer.
         of_tokens = ("bias",) in leaves and ("inner",) not in leaves
         rows = known.head_rows(of_tokens)
-        tensors += mapping.write(mapping.places(rows, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
+        tensors += mapping.write(
+            mapping.places(rows, {k: v.shape for k, v in leaves.items()}, config), leaves, heads
+        )
         hf.update(_of_classifier(hf, known, leaves, of_tokens))
-        if tokenizer is not None and configs.decoder_of(config).causal:  # encoders are read at their first token
+        # transformers finds a decoder's last token by its padding; encoders are read at their
+        # first.
+        if tokenizer is not None and configs.decoder_of(config).causal:
             hf.pad_token_id = _padding(tokenizer)
     if value_head is not None:
         leaves = mapping.flat(value_head)
-        tensors += mapping.write(mapping.places(VALUE_HEAD, {k: v.shape for k, v in leaves.items()}, config), leaves, heads)
+        tensors += mapping.write(
+            mapping.places(VALUE_HEAD, {k: v.shape for k, v in leaves.items()}, config),
+            leaves,
+            heads,
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
-    size = lambda leaf: leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize
+
+    def size(leaf):
+        return leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize
+
     _write_files(folder, _in_dtype(tensors, dtype), sum(map(size, flat.values())), shard_bytes)
     _write_companions(folder, hf, tokenizer, original, padded=head is not None)
+    # Last: a folder whose writing was interrupted has no config.json, and nobody takes it for a
+    # model.
     hf.save_pretrained(folder)
 
 
 def stored_dtype(path_or_name) -> Any:
     """The dtype that most of a model's numbers have in its files.
 
-    Raises: as `load`.
+    Raises: ValueError where a file is broken; FileNotFoundError where one is missing.
 
     >>> import tempfile
     >>> from rlhf.models import TransformerConfig, transformer
@@ -333,6 +476,7 @@ def stored_dtype(path_or_name) -> Any:
     ...     str(stored_dtype(folder))
     'bfloat16'
     """
+    # By numbers rather than tensors: some files hold norms, many small vectors, in float32.
     numbers: Counter = Counter()
     for stored in find(_folder(path_or_name)).values():
         if stored.dtype in FLOATS:
@@ -345,34 +489,46 @@ def _folder(path_or_name) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    if os.path.isdir(path_or_name):  # False too for paths that no system call takes
+    # `os.path.isdir` is False for paths that no system call takes, where `Path.is_dir` raises.
+    if os.path.isdir(path_or_name):
         return Path(path_or_name)
+    # What is there but no folder must not become a name to download.
     if os.path.lexists(path_or_name):
         loop = os.path.islink(path_or_name) and not os.path.exists(path_or_name)
         what = "a link to nothing" if loop else "a file"
-        raise FileNotFoundError(f"{path_or_name} is {what}, but a model is a folder with config.json and model.safetensors")
+        raise FileNotFoundError(
+            f"{path_or_name} is {what}, but a model is a folder with config.json and "
+            "model.safetensors"
+        )
     nowhere = (
-        f"{str(path_or_name)[:200]} is no folder, and no name that the Hub or its cache on this machine has; to download it by "
+        f"{str(path_or_name)[:200]} is no folder, and no name that the Hub or its cache on this "
+        "machine has; to download it by "
         "hand: hf download NAME --local-dir FOLDER"
     )
     try:
         return Path(snapshot_download(str(path_or_name), allow_patterns=READ))
     except HFValidationError as error:
         raise FileNotFoundError(nowhere) from error
-    except Exception as error:  # of the Hub, the network and the disk, as many kinds as there are versions
+    except Exception as error:
+        # Of the Hub, the network and the disk, as many kinds as there are versions.
         why = " ".join(str(error).split())
         raise FileNotFoundError(f"{nowhere} ({type(error).__name__}: {why[:200]})") from error
 
 
 def _found(path_or_name, fields: Mapping[str, Any]):
-    """`(folder, transformers' config, family, our config, tensors)`; tensors by their full names, and nothing of them read."""
+    """`(folder, transformers' config, family, our config, tensors)`; tensors by their full names,
+    and nothing of them read.
+    """
     folder = _folder(path_or_name)
     hf, config = configs.read(folder)
     configs.generation(folder, hf.vocab_size)
-    family, config = configs.family_of(hf.model_type), configs.replaced(config, **fields)
+    family = configs.family_of(hf.model_type)
+    config = configs.replaced(config, **fields)
     tensors = {_full_name(name, family, config): stored for name, stored in find(folder).items()}
+    # Some files store an output matrix of its own beside a config that ties it: the files are
+    # right, as transformers has it.
     if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
-        config = configs.replaced(config, tied=False)  # as transformers has it
+        config = configs.replaced(config, tied=False)
     return folder, hf, family, config, tensors
 
 
@@ -382,58 +538,90 @@ def _with_labels(head: Params) -> Params:
         return head
     if float(head["bias"]) != 0.0:
         raise ValueError(
-            f"Hugging Face's reward heads have no bias, but this one is {float(head['bias'])}; subtract it from the rewards"
+            f"Hugging Face's reward heads have no bias, but this one is {float(head['bias'])}; "
+            "subtract it from the rewards"
         )
     return {"weight": head["weight"][:, None]}
 
 
 def _of_classifier(hf, family: Family, leaves: Mapping, of_tokens: bool) -> dict:
     """Fields of a config that say what kind of classifier a model is, where they do not yet."""
-    task, labels = "Token" if of_tokens else "Sequence", leaves[("weight",)].shape[-1]
+    task = "Token" if of_tokens else "Sequence"
+    labels = leaves[("weight",)].shape[-1]
     if any(name.endswith(f"For{task}Classification") for name in hf.architectures or ()):
         return {}
     stem = re.sub("(ForCausalLM|LMHeadModel|Model)$", "", family.architecture)
     return {"architectures": [f"{stem}For{task}Classification"], "num_labels": labels}
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------
 
 
 def _read(
-    folder: Path, family: Family, config: Config, tensors, parts: Mapping[str, tuple[Any, Any]], mesh
+    folder: Path,
+    family: Family,
+    config: Config,
+    tensors,
+    parts: Mapping[str, tuple[Any, Any]],
+    mesh,
+    say,
 ) -> dict[str, Params]:
     """The parameters of each part, `(LM or Head, rows)`, once all tensors are known to fit."""
     last = configs.decoder_of(config)
+    # Counted before any name is made: a config could claim millions of layers or experts.
     if (least := mapping.least(config)) > len(tensors):
         raise ValueError(
-            f"{folder / configs.CONFIG} describes {last.num_layers} layers (num_hidden_layers) with {last.experts} experts, so "
+            f"{folder / configs.CONFIG} describes {last.num_layers} layers (num_hidden_layers) "
+            f"with {last.experts} experts, so "
             f"at least {least:,} tensors, but the files have {len(tensors)}"
         )
     leaves = {name: _leaves(part) for name, (part, _) in parts.items()}
     shapes = {name: {path: leaf.shape for path, leaf in leaves[name].items()} for name in parts}
     places = {name: mapping.places(rows, shapes[name], config) for name, (_, rows) in parts.items()}
-    unused = lambda name: re.search(family.ignored, name) or (last.tied and name in _outputs(family.rows(config)))
+    outputs = _outputs(family.rows(config))
+
+    # A tied output matrix may be stored a second time; that it is the same was checked in `_found`.
+    def unused(name):
+        return re.search(family.ignored, name) or (last.tied and name in outputs)
+
     if found := mapping.problems([(places[name], shapes[name]) for name in parts], tensors, unused):
         hints = {
             "score.": "load_classifier reads models with a head",
             "classifier.": "load_classifier reads models with a head",
             "v_head.": "load_with_value reads models with a value head",
         }
-        hint = next((f"; {cure}" for name, cure in hints.items() if "head" not in parts and name in found), "")
+        hint = next(
+            (f"; {cure}" for name, cure in hints.items() if "head" not in parts and name in found),
+            "",
+        )
         raise ValueError(f"the tensors of {folder} do not fit its config: {found}{hint}")
     out = {}
     for name, (part, _) in parts.items():
-        where = mapping.flat(shardings(mapping.nested(leaves[name]), part.axes(), mesh)) if mesh else {}
-        put = lambda path, x, where=where: _put(x, where.get(path))
-        out[name] = mapping.nested(mapping.read(places[name], tensors, leaves[name], last.kv_heads, put))
+        where = (
+            mapping.flat(shardings(mapping.nested(leaves[name]), part.axes(), mesh, say=say))
+            if mesh
+            else {}
+        )
+
+        # The default binds this part's shardings; a closure would see the last part's.
+        def put(path, x, where=where):
+            return _put(x, where.get(path))
+
+        out[name] = mapping.nested(
+            mapping.read(places[name], tensors, leaves[name], last.kv_heads, put)
+        )
     return out
 
 
 def _put(x: np.ndarray, sharding) -> jax.Array:
-    return jax.device_put(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    if sharding is None:
+        return jax.device_put(x)
+    # Each device is sent its slice alone.
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _leaves(part: LM | Head) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    # Shapes alone: no parameter is computed.
     return mapping.flat(jax.eval_shape(part.init, jax.random.key(0)))
 
 
@@ -443,7 +631,8 @@ def _shapes(lm: LM) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 def _misfits(flat: Mapping, wanted: Mapping) -> list[str]:
     return [
-        f"{'.'.join(path)} {list(flat[path].shape) if path in flat else 'missing'} but the config has "
+        f"{'.'.join(path)} {list(flat[path].shape) if path in flat else 'missing'} but the config "
+        "has "
         f"{list(wanted[path]) if path in wanted else 'no such leaf'}"
         for path in sorted(flat.keys() | wanted.keys())
         if path not in flat or path not in wanted or flat[path].shape != wanted[path]
@@ -454,8 +643,13 @@ def _full_name(name: str, family: Family, config: Config) -> str:
     """A tensor's name with the trunk's prefix, which files of the trunk alone leave out."""
     names = {row.name for row in (*family.rows(config), *family.head)}
     name = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda old: OLD_NORMS[old[0]], name)
+    # Family tables write {} for the numbers of layers and experts.
     numbered = re.sub(r"\.\d+\.", ".{}.", family.prefix + name)
-    return family.prefix + name if numbered in names or re.search(family.ignored, family.prefix + name) else name
+    return (
+        family.prefix + name
+        if numbered in names or re.search(family.ignored, family.prefix + name)
+        else name
+    )
 
 
 def _outputs(rows) -> list[str]:
@@ -468,15 +662,20 @@ def _differ(tensors, rows) -> bool:
     stored = [tensors[name] for name in _outputs(rows) if name in tensors]
     if not stored or embedding not in tensors:
         return False
-    one, other = stored[0], tensors[embedding]
+    one = stored[0]
+    other = tensors[embedding]
     if one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOATS):
-        return True  # as a tensor of its own it is told what does not fit; as a tied one it would be ignored
+        # As a tensor of its own it is checked, and what does not fit is reported; as a tied one it
+        # would be ignored.
+        return True
     return not np.array_equal(one.read(), other.read())
 
 
 def _in_dtype(tensors, dtype):
     """The same tensors, cast where they are made."""
-    return tensors if dtype is None else [(name, lambda make=make: make().astype(dtype)) for name, make in tensors]
+    if dtype is None:
+        return tensors
+    return [(name, lambda make=make: make().astype(dtype)) for name, make in tensors]
 
 
 def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
@@ -490,6 +689,7 @@ def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
 
     def flush():
         file = WEIGHTS if number == 1 else f"model-{len(set(files.values())) + 1:05}.safetensors"
+        # transformers refuses files whose metadata does not name a framework.
         save_file(shard, folder / file, metadata={"format": "pt"})
         files.update(dict.fromkeys(shard, file))
         shard.clear()
@@ -503,7 +703,9 @@ def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
         done += x.nbytes
     flush()
     if number > 1:
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n")
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n"
+        )
 
 
 def _write_companions(folder: Path, hf, tokenizer, original: Path | None, *, padded: bool) -> None:
@@ -514,12 +716,15 @@ def _write_companions(folder: Path, hf, tokenizer, original: Path | None, *, pad
         tokenizer.save_pretrained(folder)
         if padded and tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
             _edit(folder / "tokenizer_config.json", pad_token=str(tokenizer.eos_token))
-    for name in ("generation_config.json", *(TOKENIZER if tokenizer is None else ())) if original else ():
+    for name in (
+        ("generation_config.json", *(TOKENIZER if tokenizer is None else ())) if original else ()
+    ):
         if (original / name).exists():
             shutil.copy(original / name, folder)
     file = folder / "generation_config.json"
     if not file.exists():
         transformers.GenerationConfig.from_model_config(hf).save_pretrained(folder)
+    # transformers stops at the ids of this file alone, so the tokenizer's end token joins them.
     end = getattr(tokenizer, "eos_token_id", None)
     named = json.loads(file.read_text()).get("eos_token_id")
     ends = {*(named if isinstance(named, list) else [named])} - {None}

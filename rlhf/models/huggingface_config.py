@@ -13,7 +13,8 @@ from rlhf.models.families.table import pattern
 from rlhf.models.json_files import read_object
 from rlhf.models.transformer import transformer
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
 LIMIT = 16_000_000  # bytes of either
 COMPUTATION = ("dtype", "param_dtype", "kernel", "remat")  # fields that no file holds
 
@@ -28,55 +29,73 @@ def config_of(lm: LM) -> Config:
 
     Raises: TypeError for other models, which have none.
     """
+    # `init` of these models is a `Bound` method, whose first argument is the Flax module.
     config = getattr(getattr(lm.init, "args", (None,))[0], "config", None)
     if not isinstance(config, TransformerConfig | EncoderDecoderConfig):
-        raise TypeError("this LM has no config: it was not made by `transformer`, `encoder_decoder` or `load`")
+        raise TypeError(
+            "this LM has no config: it was not made by `transformer`, `encoder_decoder` or `load`"
+        )
     return config
 
 
 def read(folder: Path) -> tuple[Any, Config]:
-    """config.json as transformers' object, defaults filled in and older keys turned into today's; and as our config.
+    """config.json as transformers' object, defaults filled in and older keys turned into today's;
+    and as our config.
 
-    Every field that counts is held against its kind and range first, so that no array, list or loop is made of one that cannot
-    be.
+    Every field that counts is held against its kind and range first, so that no array, list or loop
+    is made of one that cannot be.
 
-    Raises: FileNotFoundError where there is no config.json; ValueError naming the file and the field.
+    Raises: FileNotFoundError where there is no config.json; ValueError naming the file and the
+    field.
     """
+    # Imported here: it takes seconds, and models made from a config do not need it.
     from transformers import AutoConfig
 
     file = folder / CONFIG
     if not file.exists():
-        adapter = "; it holds an adapter alone, and adapter_config.json names its base model"
-        raise FileNotFoundError(f"{folder} has no {CONFIG}{adapter if (folder / 'adapter_config.json').exists() else ''}")
+        hint = ""
+        if (folder / "adapter_config.json").exists():
+            hint = "; it holds an adapter alone, and adapter_config.json names its base model"
+        raise FileNotFoundError(f"{folder} has no {CONFIG}{hint}")
     raw = read_object(file, LIMIT)
     if (quantised := raw.get("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(f"{folder} holds quantised weights ({method}), not supported")
     try:
         family_of(raw.get("model_type"))
+        # Before transformers sees them: its classes make lists and loops of some sizes at once.
         schema.check(raw, raw["model_type"])
         _check_names(raw)
         hf = AutoConfig.for_model(**raw)
         schema.check_ids(raw, hf.vocab_size)
+        # Before our config is made, whose error would not name the fields of this file.
         schema.check_heads(raw, hf)
         config = ours(hf)
-        schema.check_together(hf, config)
+        schema.check_consistency(hf, config)
     except ValueError as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # whatever transformers' classes raise of fields that we do not read
-        raise ValueError(f"{file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        # Whatever transformers' classes raise of fields that we do not read.
+        raise ValueError(
+            f"{file}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     return hf, config
 
 
 def transformers_config(folder: Path):
-    """config.json as an object of transformers' class.  Raises: as `read`."""
+    """config.json as an object of transformers' class.
+
+    Raises: FileNotFoundError where there is no config.json; ValueError naming the file and the
+    field that cannot be.
+    """
     return read(folder)[0]
 
 
 def generation(folder: Path, vocab_size: int) -> dict[str, Any]:
     """What generation_config.json says; {} where there is none.
 
-    Raises: ValueError where it is not JSON, or an id of its tokens is no id of a vocabulary of `vocab_size`.
+    Raises: ValueError where it is not JSON, or an id of its tokens is no id of a vocabulary of
+    `vocab_size`.
     """
     file = folder / GENERATION
     if not file.exists():
@@ -90,16 +109,24 @@ def generation(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _check_names(raw: Mapping[str, Any]) -> None:
-    """transformers sets every field that it does not know as an attribute: none may stand in a method's place."""
+    """transformers sets every field that it does not know as an attribute: none may stand in a
+    method's place.
+    """
     from transformers import PreTrainedConfig
 
-    if wrong := [name for name in raw if callable(getattr(PreTrainedConfig, name, None)) or name == "per_layer_config"]:
+    if wrong := [
+        name
+        for name in raw
+        if callable(getattr(PreTrainedConfig, name, None)) or name == "per_layer_config"
+    ]:
         raise ValueError(f"{wrong[0]!r} is no field of a config that is supported; leave it out")
 
 
 def family_of(model_type) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r:.80} is not known; known: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model_type {model_type!r:.80} is not known; known: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[model_type]
 
 
@@ -107,17 +134,24 @@ def ours(hf) -> Config:
     family = family_of(hf.model_type)
     for field, allowed in family.only.items():
         if getattr(hf, field, allowed[0]) not in allowed:
-            raise ValueError(f"{hf.model_type} with {field} = {getattr(hf, field)!r} is not supported; known: {allowed}")
+            raise ValueError(
+                f"{hf.model_type} with {field} = {getattr(hf, field)!r} is not supported; known: "
+                f"{allowed}"
+            )
     config = family.read(hf)
     return _shortest(config) if isinstance(config, TransformerConfig) else config
 
 
 def replaced(config: Config, **fields) -> Config:
-    """A config with other fields; of an encoder-decoder, computation in both halves and the rest in the decoder."""
+    """A config with other fields; of an encoder-decoder, computation in both halves and the rest in
+    the decoder.
+    """
     if isinstance(config, TransformerConfig):
         return dataclasses.replace(config, **fields)
     common = {name: value for name, value in fields.items() if name in COMPUTATION}
-    return EncoderDecoderConfig(dataclasses.replace(config.encoder, **common), dataclasses.replace(config.decoder, **fields))
+    return EncoderDecoderConfig(
+        dataclasses.replace(config.encoder, **common), dataclasses.replace(config.decoder, **fields)
+    )
 
 
 def decoder_of(config: Config) -> TransformerConfig:
@@ -127,8 +161,10 @@ def decoder_of(config: Config) -> TransformerConfig:
 def with_vocabulary(config: Config, size: int) -> Config:
     """A config with so many tokens; of an encoder-decoder, in both halves."""
     if isinstance(config, EncoderDecoderConfig):
-        of = lambda half: dataclasses.replace(half, vocab_size=size)
-        return EncoderDecoderConfig(of(config.encoder), of(config.decoder))
+        return EncoderDecoderConfig(
+            dataclasses.replace(config.encoder, vocab_size=size),
+            dataclasses.replace(config.decoder, vocab_size=size),
+        )
     return dataclasses.replace(config, vocab_size=size)
 
 
@@ -139,6 +175,7 @@ def described(config: Config, family: str | None, fields: Mapping[str, Any]):
     """
     family = family_for(config) if family is None else family
     hf = _written(config, family, fields)
+    # Read back and compared: a field that the family has no place for is an error, not a loss.
     if lost := differences(config, ours(hf)):
         raise ValueError(f"a {family} model cannot have {', '.join(lost)}")
     return hf
@@ -152,7 +189,9 @@ def _written(config: Config, family: str, fields: Mapping[str, Any]):
     if known.write is None or not isinstance(config, TransformerConfig):
         raise ValueError(f"a {family} model is saved beside its original; give like=")
     try:
-        return AutoConfig.for_model(family, **{**known.write(config), "architectures": [known.architecture], **fields})
+        return AutoConfig.for_model(
+            family, **{**known.write(config), "architectures": [known.architecture], **fields}
+        )
     except StrictDataclassError as error:
         raise ValueError(f"a {family} model cannot have this config: {error}") from error
 
@@ -161,8 +200,11 @@ def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
     """The config of the original, with other fields, if the model is of that form."""
     hf, theirs = read(original)
     if decoder_of(theirs).tied and not decoder_of(config).tied:
-        theirs, hf.tie_word_embeddings = replaced(theirs, tied=False), False  # stored twice, and different
-    if decoder_of(config).vocab_size > decoder_of(theirs).vocab_size:  # tokens were added
+        # The original stores its tied matrix twice, and the two differ (see `_found`).
+        theirs = replaced(theirs, tied=False)
+        hf.tie_word_embeddings = False
+    # Tokens were added, by `resized`.
+    if decoder_of(config).vocab_size > decoder_of(theirs).vocab_size:
         hf.vocab_size = decoder_of(config).vocab_size
         theirs = with_vocabulary(theirs, hf.vocab_size)
     if not decoder_of(config).unembeds:
@@ -175,15 +217,30 @@ def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
 
 def differences(config: Config, other: Config) -> list[str]:
     """What the first has, where the second has something else."""
-    a, b = _resolved(config), _resolved(other)
-    return [f"{field} = {a.get(field)!r} (but {b.get(field)!r})" for field in {**a, **b} if a.get(field) != b.get(field)]
+    a = _resolved(config)
+    b = _resolved(other)
+    return [
+        f"{field} = {a.get(field)!r} (but {b.get(field)!r})"
+        for field in {**a, **b}
+        if a.get(field) != b.get(field)
+    ]
 
 
 def _resolved(c: Config) -> dict:
     """What a config computes, defaults written out; without the fields that no file holds."""
     if isinstance(c, EncoderDecoderConfig):
-        return {f"{half}.{k}": v for half in ("encoder", "decoder") for k, v in _resolved(getattr(c, half)).items()}
-    fields = {**vars(c), "num_kv_heads": c.kv_heads, "head_dim": c.width, "attention_scale": c.scale, "kinds": _kinds(c)}
+        return {
+            f"{half}.{k}": v
+            for half in ("encoder", "decoder")
+            for k, v in _resolved(getattr(c, half)).items()
+        }
+    fields = {
+        **vars(c),
+        "num_kv_heads": c.kv_heads,
+        "head_dim": c.width,
+        "attention_scale": c.scale,
+        "kinds": _kinds(c),
+    }
     return {field: value for field, value in fields.items() if field not in COMPUTATION}
 
 
@@ -204,6 +261,7 @@ def _kinds(c: TransformerConfig) -> tuple[LayerKind, ...]:
 
 def family_for(config: Config) -> str:
     lost = {}
+    # All that can write are tried in turn: which one fits depends on a dozen fields at once.
     for name in (name for name, family in FAMILIES.items() if family.write):
         try:
             lost[name] = differences(config, ours(_written(config, name, {})))
@@ -212,4 +270,7 @@ def family_for(config: Config) -> str:
         if not lost[name]:
             return name
     nearest = min(lost, key=lambda name: len(lost[name]))
-    raise ValueError(f"no family can express this config; the nearest, {nearest}, cannot have {', '.join(lost[nearest])}")
+    raise ValueError(
+        f"no family can express this config; the nearest, {nearest}, cannot have "
+        f"{', '.join(lost[nearest])}"
+    )

@@ -15,12 +15,13 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, wide: bool = Fal
 
     Args:
       x: `[..., in]`.
-      weight: `[in, out]`, or an object with `matmul(x [N, in]) -> [N, out]` in its place: a matrix with an adapter, or one
-        held in four bits.
+      weight: `[in, out]`, or an object with `matmul(x [N, in]) -> [N, out]` in its place: a matrix
+        with an adapter, or one held in four bits.
       bias: `[out]`.
       wide: in at least float32 instead, sums and all, where the weight is a plain array.
     """
-    flat = x.reshape(-1, x.shape[-1])  # one plain matrix product: on CPU its backward pass takes half the time of a batched one
+    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.
+    flat = x.reshape(-1, x.shape[-1])
     product = partial(in_float32, jnp.matmul) if wide else jnp.matmul
     y = weight.matmul(flat) if hasattr(weight, "matmul") else product(flat, weight.astype(x.dtype))
     y = y.reshape(*x.shape[:-1], -1)
@@ -28,7 +29,8 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, wide: bool = Fal
 
 
 def in_float32(product: Callable, a: Array, b: Array) -> Array:
-    """`product(a, b)` of two arrays in half precision, its sums kept in float32; what flows back is in half precision again.
+    """`product(a, b)` of two arrays in half precision, its sums in float32; what flows back is
+    in half precision again.
 
     For numbers of which the small differences matter: scores of attention, logits.
 
@@ -39,9 +41,14 @@ def in_float32(product: Callable, a: Array, b: Array) -> Array:
     >>> (a @ b).item(), in_float32(jnp.matmul, a, b).item()  # bfloat16 has no 257
     (256.0, 257.0)
     """
-    return _in_float32(product, a, b) if a.dtype == b.dtype and a.dtype.itemsize < 4 else product(a, b)
+    # Arrays in float32 or above sum that wide anyway, and must not be narrowed to it.
+    if a.dtype == b.dtype and a.dtype.itemsize < 4:
+        return _in_float32(product, a, b)
+    return product(a, b)
 
 
+# A derivative of its own: that of a product with float32 sums would carry float32 gradients, twice
+# the memory, through the whole backward pass.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_float32(product, a, b):
     return product(a, b, preferred_element_type=jnp.float32)
@@ -60,13 +67,15 @@ def rows(vector: Array, like: Array) -> Array:
 
 
 def look_up(table: Array, ids: Array) -> Array:
-    """Rows of a table, `[N, D]`, `[...]` -> `[..., D]`; NaN for ids that are below 0 or not below N.
+    """Rows of a table, `[N, D]`, `[...]` -> `[..., D]`; NaN for ids that are below 0 or not below
+    N.
 
     A device cannot raise; and another row's vector in its place would be believed.
 
     >>> look_up(jnp.ones((2, 1)), jnp.array([1, 2, -1])).tolist()
     [[1.0], [nan], [nan]]
     """
+    # `take` counts negative ids from the end, as NumPy does; beyond the end it fills.
     rows = jnp.where(ids < 0, table.shape[0], ids)
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
@@ -77,7 +86,8 @@ def are_ids(ids: Array, number: int) -> Array:
 
 
 def or_zero(ids: Array, number: int, segment_ids: Array) -> Array:
-    """Ids, 0 in place of what padding holds beyond their number: it is looked up too, and seen by nobody.
+    """Ids, 0 in place of what padding holds beyond their number: it is looked up too, but no
+    token attends to it.
 
     >>> or_zero(jnp.array([[5, 9, 9]]), 8, jnp.array([[1, 1, 0]])).tolist()
     [[5, 9, 0]]

@@ -1,4 +1,6 @@
-"""Our parameters from a file's tensors, and back: names, transposition, fused parts, layers and experts stacked."""
+"""Our parameters from a file's tensors, and back: names, transposition, fused parts, layers and
+experts stacked.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +18,8 @@ from rlhf.models.safetensors_files import FLOATS, Stored
 from rlhf.models.transformer import DENSE, SPARSE
 
 Path = tuple[str, ...]
-TOLD = 20  # names of a kind in an error
+# Names of a kind that an error lists; a wrong config could make them thousands.
+LISTED = 20
 
 
 @documented
@@ -34,24 +37,34 @@ class Place(NamedTuple):
     at: tuple[int, ...]
 
 
-def places(rows: Sequence[Tensor], shapes: Mapping[Path, tuple[int, ...]], config: Config) -> dict[str, Place]:
+def places(
+    rows: Sequence[Tensor], shapes: Mapping[Path, tuple[int, ...]], config: Config
+) -> dict[str, Place]:
     """Every tensor that a file with these rows has for parameters of these shapes, by name."""
     out = {}
     for row in rows:
         leaves = tuple(tuple(leaf.split(".")) for leaf in row.leaves.split())
+        # A family's table has rows for every variant; biases or a tied matrix may be absent here.
         if all(leaf in shapes for leaf in leaves):
-            for numbers, at in _numbers(row, shapes[leaves[0]], _stack_of(config, leaves[0]), leaves[0][-1]):
+            for numbers, at in _numbers(
+                row, shapes[leaves[0]], _stack_of(config, leaves[0]), leaves[0][-1]
+            ):
                 out[row.name.format(*numbers)] = Place(row, leaves, at)
     return out
 
 
-def _numbers(row: Tensor, shape: Sequence[int], config: TransformerConfig, leaf: str) -> Iterator[tuple[tuple, tuple]]:
-    """The numbers in a row's names, of layers and experts, beside their indices into the stacked leaf."""
+def _numbers(
+    row: Tensor, shape: Sequence[int], config: TransformerConfig, leaf: str
+) -> Iterator[tuple[tuple, tuple]]:
+    """The numbers in a row's names, of layers and experts, beside their indices into the stacked
+    leaf.
+    """
     stacked = row.name.count("{}")
     if not stacked:
         yield (), ()
         return
-    lacks = (leaf in SPARSE, leaf in DENSE)  # what dense layers lack, and what sparse ones lack
+    # Indexed by whether a layer is sparse: dense layers lack the first, sparse ones the second.
+    lacks = (leaf in SPARSE, leaf in DENSE)
     layers = [i for i in range(config.num_layers) if not lacks[config.kind(i).sparse]]
     for place, layer in enumerate(layers):
         if stacked == 1:
@@ -62,8 +75,14 @@ def _numbers(row: Tensor, shape: Sequence[int], config: TransformerConfig, leaf:
 
 def least(config: Config) -> int:
     """Tensors that a model has at least: one a layer, and one for each expert of a sparse one."""
-    stacks = (config,) if isinstance(config, TransformerConfig) else (config.encoder, config.decoder)
-    return sum(stack.experts if stack.kind(i).sparse else 1 for stack in stacks for i in range(stack.num_layers))
+    stacks = (
+        (config,) if isinstance(config, TransformerConfig) else (config.encoder, config.decoder)
+    )
+    return sum(
+        stack.experts if stack.kind(i).sparse else 1
+        for stack in stacks
+        for i in range(stack.num_layers)
+    )
 
 
 def _stack_of(config: Config, leaf: Path) -> TransformerConfig:
@@ -73,20 +92,29 @@ def _stack_of(config: Config, leaf: Path) -> TransformerConfig:
 
 
 def file_shape(place: Place, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
+    # Without the stacked axes; fused parts lie side by side along our last axis.
     parts = [shapes[leaf][len(place.at) :] for leaf in place.leaves]
     shape = (*parts[0][:-1], sum(part[-1] for part in parts)) if parts[0] else ()
     shape = shape[::-1] if place.row.transpose else shape
     return (1, *shape) if place.row.lead else shape
 
 
-def problems(parts: Sequence[tuple[Mapping[str, Place], Mapping]], tensors: Mapping[str, Stored], ignored: Callable) -> str:
+def problems(
+    parts: Sequence[tuple[Mapping[str, Place], Mapping]],
+    tensors: Mapping[str, Stored],
+    ignored: Callable,
+) -> str:
     """What does not fit, all of it in one line; "" if everything does.
 
     Args:
       parts: of a trunk, and of a head where there is one: its places and the shapes of its leaves.
       ignored: whether a tensor that has no place does not matter.
     """
-    expected = {name: list(file_shape(place, shapes)) for where, shapes in parts for name, place in where.items()}
+    expected = {
+        name: list(file_shape(place, shapes))
+        for where, shapes in parts
+        for name, place in where.items()
+    }
     both = sorted(expected.keys() & tensors.keys())
     found = {
         "missing": sorted(expected.keys() - tensors.keys()),
@@ -96,7 +124,9 @@ def problems(parts: Sequence[tuple[Mapping[str, Place], Mapping]], tensors: Mapp
             for name in both
             if list(tensors[name].shape) != expected[name]
         ],
-        "not of floats": [f"{name} {tensors[name].dtype}" for name in both if tensors[name].dtype not in FLOATS],
+        "not of floats": [
+            f"{name} {tensors[name].dtype}" for name in both if tensors[name].dtype not in FLOATS
+        ],
     }
     return "; ".join(f"{what}: {listed(names)}" for what, names in found.items() if names)
 
@@ -107,8 +137,8 @@ def listed(names: Sequence[str]) -> str:
     >>> listed(["a", "b"]), listed(["a"] * 100)[-12:]
     ('a, b', ' and 80 more')
     """
-    more = f", … and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
-    return ", ".join(names[:TOLD]) + more
+    more = f", … and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def read(
@@ -132,9 +162,14 @@ def read(
             names.setdefault(leaf, []).append(name)
 
     def filled(path):
-        leaf, part = leaves[path], lambda name: _part(tensors[name], where[name], path, leaves, heads)
+        leaf = leaves[path]
+
+        def part(name):
+            return _part(tensors[name], where[name], path, leaves, heads)
+
         if where[names[path][0]].at == ():
             return np.ascontiguousarray(part(names[path][0]).astype(leaf.dtype, copy=False))
+        # Filled layer by layer: a list of layers that is stacked would be in memory twice.
         buffer = np.empty(leaf.shape, leaf.dtype)
         for name in names[path]:
             buffer[where[name].at] = part(name)
@@ -143,18 +178,28 @@ def read(
     out = {}
     for path in sorted(names, key=lambda path: -_bytes(leaves[path])):
         out[path] = jax.block_until_ready(put(path, filled(path)))
-        jnp.zeros(())  # JAX lets go of the host's copy at its next call
+        # JAX lets go of the host's copy at its next call, so that one is made.
+        jnp.zeros(())
     return out
 
 
-def _part(stored: Stored, place: Place, path: Path, leaves: Mapping[Path, jax.ShapeDtypeStruct], heads: int) -> np.ndarray:
+def _part(
+    stored: Stored,
+    place: Place,
+    path: Path,
+    leaves: Mapping[Path, jax.ShapeDtypeStruct],
+    heads: int,
+) -> np.ndarray:
     sizes = [(leaves[leaf].shape or (1,))[-1] for leaf in place.leaves]
     return parts_of(stored.read(), place.row, sizes, heads)[place.leaves.index(path)]
 
 
-def write(where: Mapping[str, Place], flat: Mapping[Path, Any], heads: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """A file's tensors, each made when it is called for."""
+def write(
+    where: Mapping[str, Place], flat: Mapping[Path, Any], heads: int
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """A file's tensors, each as a function that makes it."""
 
+    # Made when it is called for: only one file of several need be in the host's memory.
     def make(place):
         return joined([np.asarray(flat[leaf][place.at]) for leaf in place.leaves], place.row, heads)
 
@@ -170,7 +215,8 @@ def parts_of(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[n
         return [x]
     if not row.grouped:
         return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
-    groups = x.reshape(*x.shape[:-1], heads, -1)  # [..., groups, (queries a group + 2) H]
+    # Grouped: each key head follows its queries, [..., groups, (queries a group + 2) H].
+    groups = x.reshape(*x.shape[:-1], heads, -1)
     parts = np.split(groups, np.cumsum([size // heads for size in sizes])[:-1], axis=-1)
     return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
@@ -189,7 +235,9 @@ def _bytes(leaf) -> int:
 
 
 def flat(tree) -> dict[Path, Any]:
-    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def nested(leaves: Mapping[Path, Any]) -> Params:

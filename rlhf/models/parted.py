@@ -1,4 +1,6 @@
-"""A frozen trunk and a trained top: what is below is held once, for the policy and its reference alike  (trlX's hydra)."""
+"""A frozen trunk and a trained top: what is below is held once, for the policy and its reference
+alike  (trlX's hydra).
+"""
 
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -27,14 +29,16 @@ class Parted(NamedTuple):
 
 
 def part(lm: LM, params: Params, *, top: int) -> tuple[Params, Params]:
-    """`(trained, frozen)`: the last `top` layers, the final norm and the output matrix; the embedding and the layers below.
+    """`(trained, frozen)`: the last `top` layers, the final norm and the output matrix; the
+    embedding and the layers below.
 
     Args:
       lm, params: a decoder of `transformer` or `load`.
       top: layers that are trained; at least 1, and not all.
 
-    Returns: two pytrees for `join`.  `trained` is what the optimizer sees; `frozen` goes into the train state's context, and a
-    reference model is `join(reference(trained), frozen)`.  A tied embedding stays frozen.
+    Returns: two pytrees for `join`.  `trained` is what the optimizer updates; `frozen` goes into
+    the train state's context, and a reference model is `join(reference(trained), frozen)`.  A tied
+    embedding stays frozen.
 
     Raises: ValueError where `top` is out of range, TypeError for an encoder-decoder.
 
@@ -48,13 +52,21 @@ def part(lm: LM, params: Params, *, top: int) -> tuple[Params, Params]:
     if not isinstance(config, TransformerConfig):
         raise TypeError("an encoder-decoder cannot be parted; a decoder can")
     if not 0 < top < config.num_layers:
-        raise ValueError(f"top must be from 1 to {config.num_layers - 1}, of {config.num_layers} layers, but is {top}")
-    halves: tuple[Params, Params] = {}, {}
+        raise ValueError(
+            f"top must be from 1 to {config.num_layers - 1}, of {config.num_layers} layers, but is "
+            f"{top}"
+        )
+    halves: tuple[Params, Params] = ({}, {})
     for name, leaf in params["layers"].items():
+        # Leaves of experts or MLPs are stacked over fewer layers, so each leaf has its own border.
         below = rank(name, config.kinds, config.num_layers - top)
         halves[0][name] = jax.tree.map(itemgetter(slice(below, None)), leaf)
         halves[1][name] = jax.tree.map(itemgetter(slice(below)), leaf)
-    above = {name: leaf for name, leaf in params.items() if name.startswith(("final_norm", "unembedding", "project_out"))}
+    above = {
+        name: leaf
+        for name, leaf in params.items()
+        if name.startswith(("final_norm", "unembedding", "project_out"))
+    }
     rest = {name: leaf for name, leaf in params.items() if name not in above and name != "layers"}
     return {**above, "layers": halves[0]}, {**rest, "layers": halves[1]}
 
@@ -67,11 +79,21 @@ def join(trained: Params, frozen: Params) -> Params:
     >>> params["layers"]["q"].top.shape
     (1, 2)
     """
-    layers = {name: Parted(bottom, trained["layers"][name]) for name, bottom in frozen["layers"].items()}
+    # A pair in place of the stack rather than one array: joining them would copy the model at every
+    # step, and the scan over layers takes the two one after the other.
+    layers = {
+        name: Parted(bottom, trained["layers"][name]) for name, bottom in frozen["layers"].items()
+    }
     return {**frozen, **trained, "layers": layers}
 
 
-def whole(params: Params) -> Params:
+def merged(params: Params) -> Params:
     """Plain stacks again: for saving."""
-    together = lambda leaf: jax.tree.map(lambda *p: jnp.concatenate(p), leaf.bottom, leaf.top)
-    return {**params, "layers": {name: together(leaf) for name, leaf in params["layers"].items()}}
+
+    def concatenated(leaf):
+        return jax.tree.map(lambda *p: jnp.concatenate(p), leaf.bottom, leaf.top)
+
+    return {
+        **params,
+        "layers": {name: concatenated(leaf) for name, leaf in params["layers"].items()},
+    }

@@ -8,18 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.fields import documented
-from rlhf.lm import ALONE, LM, SharedPrefix, from_linen
+from rlhf.from_flax import from_linen
+from rlhf.lm import LM
 from rlhf.models.block import Block, Weights
 from rlhf.models.config import REMAT, LayerKind, TransformerConfig
 from rlhf.models.experts import Routing
 from rlhf.models.linear import linear, look_up, or_zero, rows
 from rlhf.models.position_bias import alibi, relative
-from rlhf.models.rotary import turns
+from rlhf.models.rotary import rotations
 from rlhf.sharding import constrain, row_ways
+from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
 
 Array = jax.Array
-SPARSE = ("router", "expert_gate", "expert_up", "expert_down")  # leaves of sparse layers alone
-DENSE = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")  # of dense layers alone
+# Leaves of sparse layers alone, and of dense layers alone: where a model has both, each is stacked
+# over fewer layers than the others.
+SPARSE = ("router", "expert_gate", "expert_up", "expert_down")
+DENSE = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
 @documented
@@ -55,7 +59,8 @@ def transformer(config: TransformerConfig) -> LM:
 class Stack(Weights):
     """Positions, blocks, final norm: from embedded tokens to hidden states.
 
-    `layers` holds the blocks' parameters stacked, `[num_layers, ...]`; those of MLPs and experts over the layers with them.
+    `layers` holds the blocks' parameters stacked, `[num_layers, ...]`; those of MLPs and experts
+    over the layers with them.
     """
 
     config: TransformerConfig
@@ -70,82 +75,128 @@ class Stack(Weights):
             self.embed_norm = self.norm_weights("embed_norm", c.hidden_size)
         if c.max_positions:
             rows = c.max_positions + c.position_offset
-            self.position_embedding = self.weight("position_embedding", (rows, c.hidden_size), (None, "embed"), init)
+            self.position_embedding = self.weight(
+                "position_embedding", (rows, c.hidden_size), (None, "embed"), init
+            )
         if c.relative_buckets:
-            self.relative = self.weight("relative", (c.relative_buckets, c.num_heads), (None, "heads"), init)
+            self.relative = self.weight(
+                "relative", (c.relative_buckets, c.num_heads), (None, "heads"), init
+            )
 
     def _stacked(self):
+        # One leaf for all layers: a scan over them compiles one block instead of `num_layers`.
         if not self.is_initializing():
             return self.get_variable("params", "layers")
         return self.param("layers", self._init_layers)
 
     def _init_layers(self, key):
-        """Blocks of each kind there is, dense or sparse; what both kinds have is taken from the first."""
+        """Blocks of each kind there is, dense or sparse; what both kinds have is taken from the
+        first.
+        """
         c = self.config
-        x, one = jnp.zeros((1, 1, c.hidden_size), c.dtype), jnp.ones((1, 1), jnp.int32)
-        seen = dict(positions=one, segment_ids=one)
+        x = jnp.zeros((1, 1, c.hidden_size), c.dtype)
+        one = jnp.ones((1, 1), jnp.int32)
+        attention_inputs = dict(positions=one, segment_ids=one)
         out: dict[str, Any] = {}
         for sparse in dict.fromkeys(c.kind(i).sparse for i in range(c.num_layers)):
             init = partial(
-                Block(c).init, x=x, kind=LayerKind(rope=None, sparse=sparse), turns={}, cached=None, seen=seen, cross=seen
+                Block(c).init,
+                x=x,
+                kind=LayerKind(rope=None, sparse=sparse),
+                rotations={},
+                cached=None,
+                attention_inputs=attention_inputs,
+                cross=attention_inputs,
             )
-            for name, leaf in jax.vmap(lambda key, init=init: init(key)["params"])(jax.random.split(key, c.num_layers)).items():
-                own = leaf.value[: rank(name, c.kinds, c.num_layers)]
-                out.setdefault(name, leaf.replace(value=own, names=("layers", *leaf.names)))
+            stacked = jax.vmap(lambda key, init=init: init(key)["params"])(
+                jax.random.split(key, c.num_layers)
+            )
+            for name, leaf in stacked.items():
+                # All layers were initialised as if of this kind; as many are taken as have the
+                # leaf.
+                present = leaf.value[: rank(name, c.kinds, c.num_layers)]
+                out.setdefault(name, leaf.replace(value=present, names=("layers", *leaf.names)))
         return out
 
     def run(
-        self, x: Array, positions, segment_ids, cache=None, encoded=None, shared: SharedPrefix = ALONE
+        self,
+        x: Array,
+        positions,
+        segment_ids,
+        cache=None,
+        encoded=None,
+        shared: SharedPrefix = NOT_SHARED,
     ) -> tuple[Array, Cache | None, dict]:
-        """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it, and the routing of experts.
+        """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it,
+        and the routing of experts.
 
         Args:
-          encoded: as `encode` of an encoder-decoder makes it; None without an encoder.
-          shared: what the rows of `positions` and `segment_ids` share stands once in `x` and in what is returned.
+          encoded: what `encode` of an encoder-decoder returned; None without an encoder.
+          shared: what the rows of `positions` and `segment_ids` share stands once in `x` and in
+            what is returned.
         """
         c = self.config
         if c.max_positions:
-            places = or_zero(positions + c.position_offset, c.max_positions + c.position_offset, segment_ids)
-            places = jnp.where((segment_ids != 0) & (positions < 0), -1, places)  # rows before the offset are for padding
-            x = x + look_up(self.position_embedding, shared.once(places)).astype(x.dtype)
+            places = or_zero(
+                positions + c.position_offset, c.max_positions + c.position_offset, segment_ids
+            )
+            # The rows before the offset are for padding; a real token with a position below 0 must
+            # give NaN rather than read one of them.
+            places = jnp.where((segment_ids != 0) & (positions < 0), -1, places)
+            x = x + look_up(self.position_embedding, shared.deduplicate(places)).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
         x = constrain(x, "batch", "sequence", None)
-        layers, cross = self.layers, None
+        layers = self.layers
+        cross = None
         if encoded is not None:
+            # Each layer has keys and values of the encoder's output: they travel with its
+            # parameters.
             of_layers = {name: jnp.moveaxis(encoded[name], 1, 0) for name in ("k", "v")}
             if isinstance(layers, tuple):
-                layers = tuple({**x, "cross": {k: y[i] for k, y in of_layers.items()}} for i, x in enumerate(layers))
+                layers = tuple(
+                    {**x, "cross": {k: y[i] for k, y in of_layers.items()}}
+                    for i, x in enumerate(layers)
+                )
             else:
                 layers = {**layers, "cross": of_layers}
             where = dict(kv_positions=encoded["positions"], kv_segment_ids=encoded["segment_ids"])
             cross = dict(positions=positions, segment_ids=segment_ids, **where)
+        # Without a cache the model trains, or scores what is there already; with one it decodes.
         run = partial(self._scan, shared) if cache is None else self._unroll
         x, cache, routing = run(x, layers, positions, segment_ids, cache, cross)
         x = self.normalise(x, *self.final_norm) if c.final_norm else x
         return x, cache, {"routing": routing} if routing else {}
 
     def _scan(self, shared, x, layers, positions, segment_ids, cache, cross):
-        """Training: one compiled block, scanned over the repeating pattern of kinds; the layers left over follow.
+        """Training: one compiled block, scanned over the repeating pattern of kinds; the layers
+        left over follow.
 
-        A layer's weights are cut from the stack where they are used, and cut again in the backward pass: kept, they would be a
-        second copy of the model.  A CPU runs four layers a turn of the loop, which spares it most of
-        the loop's buffers; without a loop between them XLA would keep what is to be made again, so `prevent_cse`.
+        A layer's weights are cut from the stack where they are used, and cut again in the backward
+        pass: kept, they would be a second copy of the model.  A CPU runs four layers a turn of the
+        loop, which spares it most of the loop's buffers; without a loop between them XLA would keep
+        what is to be made again, so `prevent_cse`.
         """
         c = self.config
-        seen, rotary = self._where(positions, segment_ids, None)
+        attention_inputs, rotations = self._where(positions, segment_ids, None)
         unroll = 4 if jax.default_backend() == "cpu" else 1
 
         def apply(carry, layers, repeat, place, kinds):
             x, routing = carry
-            layer, kind = _layer(layers, kinds, repeat, place), kinds[place]
-            x, _, more = _block(c, layer, x, kind, rotary, None, seen, cross, shared)
+            layer = _layer(layers, kinds, repeat, place)
+            kind = kinds[place]
+            x, _, more = _block(c, layer, x, kind, rotations, None, attention_inputs, cross, shared)
             return constrain(x, "batch", "sequence", None), _add(routing, more)
 
-        apply = jax.checkpoint(apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat])
+        # The repeat is an array, the index of the scan; place and kinds are Python values, as which
+        # leaves a layer has, and its window, are known when the program is compiled.
+        apply = jax.checkpoint(
+            apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat]
+        )
         carry = x, self._no_routing(x)
         for first, number, stack in _stacks(layers, c):
             kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
 
+            # Defaults bind this round's values; a closure would see the last round's.
             def pattern(carry, repeat, stack=stack, kinds=kinds):
                 for place in range(len(kinds)):
                     carry = apply(carry, stack, repeat, place, kinds)
@@ -159,24 +210,54 @@ class Stack(Weights):
         return carry[0], None, carry[1]
 
     def _unroll(self, x, layers, positions, segment_ids, cache, cross):
-        """Prefill and decoding: each layer by itself over the same stacked parameters, with a cache of its own."""
-        c, routing = self.config, self._no_routing(x)
+        """Prefill and decoding: each layer by itself over the same stacked parameters, with a cache
+        of its own.
+        """
+        c = self.config
+        routing = self._no_routing(x)
         room = cache.positions.shape[1]
         if x.shape[1] > room:
-            raise ValueError(f"{x.shape[1]} columns but a cache of {room}; make it with init_cache(batch, length) of them all")
-        update = lambda axis: jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis))
-        write = lambda old, new: update(1)(old, new, cache.written)
-        cache_positions = update(0)(cache.positions, positions, cache.written)
-        cache_segments = update(0)(cache.segment_ids, segment_ids, cache.written)
-        seen, rotary = self._where(positions, segment_ids, (cache_positions, cache_segments))
-        kept: list[tuple[Array, Array]] = []
+            raise ValueError(
+                f"{x.shape[1]} columns but a cache of {room}; make it with init_cache(batch, "
+                "length) of them all"
+            )
+
+        # Each row has its own write index, since prompts may have been read to different lengths.
+        def write_at(axis, old, new):
+            def one(old, new, i):
+                return jax.lax.dynamic_update_slice_in_dim(old, new, i, axis)
+
+            return jax.vmap(one)(old, new, cache.written)
+
+        write = partial(write_at, 1)
+        cache_positions = write_at(0, cache.positions, positions)
+        cache_segments = write_at(0, cache.segment_ids, segment_ids)
+        attention_inputs, rotations = self._where(
+            positions, segment_ids, (cache_positions, cache_segments)
+        )
+        layer_caches: list[tuple[Array, Array]] = []
         for i, layer in enumerate(cut(layers, c)):
-            x, kv, more = _block(c, layer, x, c.kind(i), rotary, (*cache.layers[i], write), seen, cross)
-            kept.append(kv)
+            x, kv, more = _block(
+                c,
+                layer,
+                x,
+                c.kind(i),
+                rotations,
+                (*cache.layers[i], write),
+                attention_inputs,
+                cross,
+            )
+            layer_caches.append(kv)
             routing = _add(routing, more)
-        written_over = cache.written + x.shape[1] > room  # a device cannot raise
+        # A device cannot raise.  Beyond the end `dynamic_update_slice` moves the start back and
+        # writes over older tokens, which would be believed; NaN is not.
+        written_over = cache.written + x.shape[1] > room
         x = jnp.where(written_over[:, None, None], jnp.nan, x)
-        return x, Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(kept)), routing
+        return (
+            x,
+            Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(layer_caches)),
+            routing,
+        )
 
     def _where(self, positions, segment_ids, cached):
         """What attention asks for of queries and keys, and the angles of rotary positions."""
@@ -186,17 +267,30 @@ class Stack(Weights):
         if c.alibi:
             bias = alibi(c.num_heads, positions, kv_positions)
         if c.relative_buckets:
-            bias = relative(self.relative, positions, kv_positions, causal=c.causal, max_distance=c.relative_distance)
-        seen = dict(
-            positions=positions, segment_ids=segment_ids, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids, bias=bias
+            bias = relative(
+                self.relative,
+                positions,
+                kv_positions,
+                causal=c.causal,
+                max_distance=c.relative_distance,
+            )
+        attention_inputs = dict(
+            positions=positions,
+            segment_ids=segment_ids,
+            kv_positions=kv_positions,
+            kv_segment_ids=kv_segment_ids,
+            bias=bias,
         )
         ropes = [kind.rope for kind in c.kinds if kind.rope] if c.rotary else []
-        return seen, turns(ropes, c.width, positions, segment_ids, *(cached or (None, None)))
+        return attention_inputs, rotations(
+            ropes, c.width, positions, segment_ids, *(cached or (None, None))
+        )
 
     def _no_routing(self, x) -> Routing | None:
         c = self.config
         if not any(kind.sparse for kind in c.kinds):
             return None
+        # Zeros to add to: a scan's carry must have its final structure from the start.
         zeros = jnp.zeros((x.shape[0], c.experts), jnp.promote_types(x.dtype, jnp.float32))
         return Routing(zeros, zeros, zeros[:, 0])
 
@@ -210,40 +304,59 @@ class Transformer(Stack):
         init = nn.initializers.normal(c.hidden_size**-0.5)
         self.embedding, self.unembedding, self.unembedding_bias = ends(self, c)
         if c.token_types:
-            self.type_embedding = self.weight("type_embedding", (c.token_types, c.hidden_size), (None, "embed"), init)
+            self.type_embedding = self.weight(
+                "type_embedding", (c.token_types, c.hidden_size), (None, "embed"), init
+            )
         if c.embed_size:
-            self.project_in = self.weight("project_in", (c.embed_size, c.hidden_size), (None, "embed"), init)
-            self.project_out = self.weight("project_out", (c.hidden_size, c.embed_size), ("embed", None), init)
+            self.project_in = self.weight(
+                "project_in", (c.embed_size, c.hidden_size), (None, "embed"), init
+            )
+            self.project_out = self.weight(
+                "project_out", (c.hidden_size, c.embed_size), ("embed", None), init
+            )
 
     @property
     def shares(self) -> bool:
-        """Whether a prefix is the same whatever follows: not where the whole text is seen, or its length turns positions."""
+        """Whether a prefix is the same whatever follows: not where attention reads the full text,
+        or rotary angles depend on its length.
+        """
         c = self.config
-        return c.causal and not any(kind.rope and kind.rope.scaling and kind.rope.scaling.by_length for kind in c.kinds)
+        return c.causal and not any(
+            kind.rope and kind.rope.scaling and kind.rope.scaling.by_length for kind in c.kinds
+        )
 
-    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=ALONE):
-        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and `{"routing": …}` of experts.
+    def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=NOT_SHARED):
+        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and
+        `{"routing": …}` of experts.
 
         Args:
           shared: the columns that rows share are read once; without a cache.
         """
-        c, inputs = self.config, inputs or {}
+        c = self.config
+        inputs = inputs or {}
         if unknown := sorted(inputs.keys() - ({"token_types"} if c.token_types else set())):
-            raise ValueError(f"this model is conditioned on its tokens alone, but got inputs {unknown}")
-        shared = shared.fitting(len(tokens), row_ways())  # every device has as many groups as the others
-        x = embed(c, self.embedding, shared.once(or_zero(tokens, c.vocab_size, segment_ids)))
+            raise ValueError(
+                f"this model is conditioned on its tokens alone, but got inputs {unknown}"
+            )
+        # Every device must have as many groups as the others: smaller ones, if need be.
+        shared = shared.fitting(len(tokens), row_ways())
+        x = embed(c, self.embedding, shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids)))
         if c.token_types:
-            types = or_zero(inputs.get("token_types", jnp.zeros_like(tokens)), c.token_types, segment_ids)
-            x = x + look_up(self.type_embedding, shared.once(types)).astype(c.dtype)
+            types = or_zero(
+                inputs.get("token_types", jnp.zeros_like(tokens)), c.token_types, segment_ids
+            )
+            x = x + look_up(self.type_embedding, shared.deduplicate(types)).astype(c.dtype)
         x = linear(x, self.project_in) if c.embed_size else x
         x, cache, aux = self.run(x, positions, segment_ids, cache, shared=shared)
-        return shared.whole(linear(x, self.project_out) if c.embed_size else x), cache, aux
+        return shared.expand(linear(x, self.project_out) if c.embed_size else x), cache, aux
 
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""
         c = self.config
         if not c.unembeds:
-            raise ValueError("this model has no output matrix (unembeds=False): its hidden states are for heads")
+            raise ValueError(
+                "this model has no output matrix (unembeds=False): its hidden states are for heads"
+            )
         return logits(c, hidden, self.embedding, self.unembedding, self.unembedding_bias)
 
     def unstack(self, params):
@@ -257,8 +370,12 @@ class Transformer(Stack):
 
 def empty_cache(c: TransformerConfig, batch: int, length: int) -> Cache:
     zeros = jnp.zeros((batch, length), jnp.int32)
-    empty = lambda: jnp.zeros((batch, c.kv_heads, length, c.width), c.dtype)
-    return Cache(zeros[:, 0], zeros, zeros, tuple((empty(), empty()) for _ in range(c.num_layers)))
+
+    def empty():
+        return jnp.zeros((batch, c.kv_heads, length, c.width), c.dtype)
+
+    layers = tuple((empty(), empty()) for _ in range(c.num_layers))
+    return Cache(written=zeros[:, 0], positions=zeros, segment_ids=zeros, layers=layers)
 
 
 def ends(module: Weights, c: TransformerConfig) -> tuple[Any, Any, Any]:
@@ -266,9 +383,17 @@ def ends(module: Weights, c: TransformerConfig) -> tuple[Any, Any, Any]:
     size = c.embed_size or c.hidden_size
     init = nn.initializers.normal(c.hidden_size**-0.5)
     embedding = module.weight("embedding", (c.vocab_size, size), ("vocab", "embed"), init)
-    own = c.unembeds and not c.tied
-    unembedding = module.weight("unembedding", (size, c.vocab_size), ("embed", "vocab"), init) if own else None
-    return embedding, unembedding, module.bias(c.unembeds and c.unembed_bias, "unembedding_bias", c.vocab_size, "vocab")
+    separate = c.unembeds and not c.tied
+    unembedding = (
+        module.weight("unembedding", (size, c.vocab_size), ("embed", "vocab"), init)
+        if separate
+        else None
+    )
+    return (
+        embedding,
+        unembedding,
+        module.bias(c.unembeds and c.unembed_bias, "unembedding_bias", c.vocab_size, "vocab"),
+    )
 
 
 def embed(c: TransformerConfig, embedding, tokens) -> Array:
@@ -278,16 +403,20 @@ def embed(c: TransformerConfig, embedding, tokens) -> Array:
 
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     """`s (h W) + b` in at least float32, capped where the config says."""
+    # In float32 (`wide`): small differences of logits matter, and half precision rounds them away.
     y = linear(hidden, embedding.T if c.tied else unembedding, wide=True)
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32)) * c.logit_scale
     y = y if bias is None else y + rows(bias, y)
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
 
 
-def _block(c, layer, x, kind, rotary, cached, seen, cross, shared=ALONE):
+def _block(c, layer, x, kind, rotations, cached, attention_inputs, cross, shared=NOT_SHARED):
+    # The encoder's keys and values travelled with the parameters, so that a scan cuts them too.
     params = {name: leaf for name, leaf in layer.items() if name != "cross"}
     cross = None if cross is None else {**cross, **layer["cross"]}
-    return Block(c, shared, parent=None).apply({"params": params}, x, kind, rotary, cached, seen, cross)
+    return Block(c, shared, parent=None).apply(
+        {"params": params}, x, kind, rotations, cached, attention_inputs, cross
+    )
 
 
 def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str, Any], ...]:
@@ -302,26 +431,40 @@ def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str,
 
 
 def unstacked(params: dict[str, Any], c: TransformerConfig) -> dict[str, Any]:
-    """Parameters for a loop of decoding steps: with layers cut already on CPU, where XLA would copy each out of the stack at
-    every step; as they are elsewhere, where it need not."""
-    return {**params, "layers": cut(params["layers"], c)} if jax.default_backend() == "cpu" else params
+    """Parameters for a loop of decoding steps: on CPU with the layers cut from the stack."""
+    # XLA on CPU copies each layer out of the stack at every step; elsewhere a slice is read in
+    # place.
+    if jax.default_backend() == "cpu":
+        return {**params, "layers": cut(params["layers"], c)}
+    return params
 
 
 def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int, dict[str, Any]]]:
     """`(first layer, number, parameters)`: one stack of all layers, or the two of `parted`."""
     if not hasattr(layers["q"], "bottom"):
         return [(0, c.num_layers, layers)]
-    bottom, top = ({name: getattr(leaf, half) for name, leaf in layers.items()} for half in ("bottom", "top"))
+    bottom, top = (
+        {name: getattr(leaf, half) for name, leaf in layers.items()} for half in ("bottom", "top")
+    )
     below = jax.tree.leaves(bottom["q"])[0].shape[0]
     return [(0, below, bottom), (below, c.num_layers - below, top)]
 
 
-def _layer(layers: dict[str, Any], kinds: tuple[LayerKind, ...], repeat, place: int) -> dict[str, Any]:
-    """The parameters of the layer at a place in a repeat of the kinds, of leaves stacked over the layers that have them."""
+def _layer(
+    layers: dict[str, Any], kinds: tuple[LayerKind, ...], repeat, place: int
+) -> dict[str, Any]:
+    """The parameters of the layer at a place in a repeat of the kinds, of leaves stacked over the
+    layers that have them.
+    """
     absent = DENSE if kinds[place].sparse else SPARSE
-    at = lambda name: repeat * rank(name, kinds, len(kinds)) + rank(name, kinds, place)
-    cut = lambda i: lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False)
-    return {name: jax.tree.map(cut(at(name)), leaf) for name, leaf in layers.items() if name not in absent}
+
+    def cut(name, leaf):
+        # Experts' leaves are stacked over sparse layers alone: the index counts the layers before
+        # this one that have the leaf.  `repeat` may be an array, the index of a scan.
+        i = repeat * rank(name, kinds, len(kinds)) + rank(name, kinds, place)
+        return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), leaf)
+
+    return {name: cut(name, leaf) for name, leaf in layers.items() if name not in absent}
 
 
 def rank(name: str, kinds: tuple[LayerKind, ...], i: int) -> int:

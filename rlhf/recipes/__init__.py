@@ -2,10 +2,26 @@
 
 import importlib
 
+# Imported on first use: `rlhf --help` and `import rlhf` load none of them.
 _MODULES = (
-    "bco", "classic", "cpo", "dpo", "gkd", "grpo", "ilql", "kto", "nash_md", "online_dpo", "orpo", "ppo", "prm", "reward",
-    "rft", "rloo", "sft", "xpo",
-)  # fmt: skip
+    "bco",
+    "cpo",
+    "dpo",
+    "gkd",
+    "grpo",
+    "ilql",
+    "kto",
+    "nash_md",
+    "online_dpo",
+    "orpo",
+    "ppo",
+    "prm",
+    "reward",
+    "rft",
+    "rloo",
+    "sft",
+    "xpo",
+)
 __all__ = [*_MODULES]
 
 

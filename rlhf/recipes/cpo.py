@@ -1,118 +1,111 @@
-"""Preference pairs without a reference: CPO, SimPO, AlphaPO and TPO, beside the likelihood of the better answer."""
+"""Preference pairs without a reference: CPO, SimPO, AlphaPO and TPO, beside the likelihood of the
+better completion.
+"""
 
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
+import optax
 
-from rlhf import losses, rollouts, tasks
-from rlhf.fields import documented
-from rlhf.lm import LM, SharedPrefix
-from rlhf.loop import Training, fit
+from rlhf import tasks
 from rlhf.losses import preference, reference_free
-from rlhf.ranges import Coefficient, Length, Share, Strength, between, checked
-from rlhf.recipes import pairs as pairs_of
-from rlhf.recipes import setup
-from rlhf.rollouts import Batch, Pairs
-from rlhf.runs import RunFolder
+from rlhf.ranges import Coefficient, Length, Share, Strength, between
+from rlhf.shared_prefix import SharedPrefix
+from rlhf.train import train_step
+from rlhf.training import datasets, evaluation, loading, meshes, offline
+from rlhf.training import pairs as pair_rows
+from rlhf.training import reference_free as pair_losses
+from rlhf.training.loading import load_policy, load_seq2seq, load_tokenizer
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    DatasetOptions,
+    MeshOptions,
+    ModelOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import Policy
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.trained import Trained, result
+from rlhf.typing import StepFn
 
 LOSSES = {
     "sigmoid": reference_free.cpo,
-    "hinge": pairs_of.without_reference(preference.hinge),
-    "ipo": pairs_of.without_reference(preference.ipo),
+    "hinge": pair_rows.without_reference(preference.hinge),
+    "ipo": pair_rows.without_reference(preference.ipo),
     "simpo": reference_free.simpo,
     "alphapo": reference_free.alphapo,
     "tpo": reference_free.tpo,
     "tpo_l": reference_free.tpo_l,
 }
-TRIPLES = ("tpo", "tpo_l")  # the likelihood beside is that of a third answer
-ALONE = ("simpo", "alphapo")  # nothing beside, unless it is asked for
+# Losses on triples: the likelihood beside them is that of a third completion.
+TRIPLES = ("tpo", "tpo_l")
+# These stand alone: their default nll_coef is 0.
+ALONE = ("simpo", "alphapo")
 
 
-@documented
-class Weighted(NamedTuple):
-    """The optimizer mini-batch with its weights.
-
-    Attributes:
-      pairs: with weights of the pairs.
-      nll: [R, N] float32, weights of the imitated completions: each trained token of the mini-batch counts the
-        same.
-    """
-
-    pairs: Pairs
-    nll: Any
-
-
-def imitated(of_completions):
-    """`[R, N, 2]` -> `[R, N]`: what is the chosen completion's; of triples, `[R, 1, 3]`, the third's."""
-    return of_completions[..., 2 if of_completions.shape[-1] == 3 else 0]
-
-
-def prepare(pairs: Pairs, *, whole: bool = False, max_segments: int = 1) -> Weighted:
-    """Weights: every pair the same, and every token that is imitated; with `whole` the prompt's too."""
-    rows = rollouts.pair_rows(pairs)
-    valid = (pairs_of.lengths(pairs, max_segments=max_segments) > 0).all(-1)
-    tokens = imitable(rows, whole)
-    number = jnp.sum(imitated(pairs_of.sums(tokens.astype(jnp.float32), pairs, tokens, max_segments=max_segments)) * valid)
-    return Weighted(pairs._replace(weights=valid / jnp.maximum(valid.sum(), 1)), valid / jnp.maximum(number, 1))
-
-
-def imitable(rows: Batch, whole: bool):
-    """`[B, T]` bool: the tokens of completions; of whole texts those that have a log-prob, all but the first."""
-    return (rows.segment_ids != 0) & ~losses.segments.starts(rows.segment_ids) if whole else rows.mask
-
-
-def objective(
-    lm: LM, *, loss: Callable = reference_free.cpo, nll_coef: float = 1.0, whole: bool = False, max_segments: int = 1,
+def make_update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Callable = reference_free.cpo,
+    nll_coef: float = 1.0,
+    max_segments: int = 1,
     shared: SharedPrefix | None = None,
-) -> Callable:  # fmt: skip
-    """The `loss_fn` of a `Weighted` batch: `loss + nll_coef · NLL`; `params` are the policy's.
+    micro_batches: int = 1,
+) -> StepFn:
+    """CPO and its kin: `loss(chosen, rejected) + nll_coef · NLL of the chosen completion`
+    (arXiv:2401.08417).
 
-    `loss` is an objective of `losses.reference_free`.  With `whole`, as for `prepare`, prompts count to the NLL.
+    Args:
+      policy: what is trained.
+      optimizer: any optax transformation.
+      loss: of `losses.reference_free`.
+      nll_coef: of the negative log-likelihood; of triples it is the third completion's.
+      max_segments: the most sequences of a packed row.
+      shared: what the completions of a pair have in common, read once.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+
+    Returns: `update(state, pairs) -> (state, metrics)`, pure.  The pairs need no weights.
     """
-    by_length = "chosen_length" in inspect.signature(loss).parameters
+    loss_fn = pair_losses.make_loss(
+        policy, loss=loss, nll_coef=nll_coef, max_segments=max_segments, shared=shared
+    )
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
 
-    def loss_fn(params, context, batch, key):
-        rows = rollouts.pair_rows(batch.pairs)
-        tokens = imitable(rows, whole)
-        logprobs = rollouts.score_batch(lm, params, rows._replace(mask=tokens), shared=shared).logprobs
-        of = partial(pairs_of.sums, logprobs, batch.pairs, max_segments=max_segments)
-        lengths = pairs_of.lengths(batch.pairs, max_segments=max_segments)
-        of_pair, of_lengths = [(x[..., 0], x[..., 1]) for x in (of(), lengths)]
-        per_pair = loss(*of_pair, **(dict(zip(pairs_of.LENGTHS, of_lengths, strict=True)) if by_length else {}))
-        chosen, rejected = preference.averages(*of_pair, *of_lengths) if by_length else of_pair
-        nll = losses.weighted_sum(0.0 - imitated(of(tokens)), batch.nll)
-        metrics = {
-            "nll": nll,
-            "accuracy": losses.weighted_sum(chosen > rejected, batch.pairs.weights),
-            "margin": losses.weighted_sum(chosen - rejected, batch.pairs.weights),
-        }
-        return losses.weighted_sum(per_pair, batch.pairs.weights) + nll_coef * nll, metrics
+    def update(state, pairs):
+        # Weights are of the whole mini-batch: made before the step cuts it into micro-batches.
+        return step(state, pair_losses.with_weights(pairs, max_segments=max_segments))
 
-    return loss_fn
+    return update
 
 
-def chosen_loss(name: str, **knobs) -> Callable:
-    """A loss by name with those of its knobs that are given.
+def chosen_loss(name: str, **options) -> Callable:
+    """A loss by name with those of its options that are given.
 
-    Raises: ValueError for a loss that is not known, a knob that means nothing to it, and one that it does not take.
+    Raises: ValueError for a loss that is not known, an option that means nothing to it, and one
+    that it does not take.
     """
-    loss = setup.named(name, LOSSES, "loss")
-    given = {knob: value for knob, value in knobs.items() if value is not None}
-    if useless := [knob for knob in given if knob not in inspect.signature(loss).parameters]:
+    loss = datasets.named(name, LOSSES, "loss")
+    # None: not given, so that each loss keeps its own default.
+    given = {option: value for option, value in options.items() if value is not None}
+    if useless := [option for option in given if option not in inspect.signature(loss).parameters]:
         raise ValueError(f"{', '.join(useless)} means nothing to {name}; leave it out")
     chosen = partial(loss, **given)
-    pairs_of.check(chosen, references=0)
+    pair_rows.check(chosen, references=0)
     return chosen
 
 
-@checked
+@recipe
 def main(
-    model: setup.Model,
-    source: setup.Data,
-    training: Training,
+    model: ModelOptions,
+    dataset: DatasetOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
     output: str,
     *,
     loss: str = "sigmoid",
@@ -124,11 +117,12 @@ def main(
     max_length: Length = 1024,
     packing: Literal["none", "bfd"] = "none",
     resume: bool = False,
-) -> dict[str, float]:
+    callbacks: Callbacks = (),
+) -> Trained:
     """Preference pairs without a reference: CPO, SimPO, AlphaPO, TPO.
 
-    Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the prompt; for tpo and tpo_l
-    also `reference`, the answer to imitate.
+    Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the
+    prompt; for tpo and tpo_l also `reference`, the completion to imitate.
 
     Args:
       output: a new folder for the run.
@@ -137,31 +131,69 @@ def main(
       gamma: the margin that simpo, alphapo and tpo_l want to reach; null: 0.5.
       alpha: shape of alphapo's reward; null: 0.25.
       label_smoothing: the share of pairs thought to be labelled the wrong way round; null: 0.
-      nll_coef: of the better answer's negative log-likelihood; null: 1, for simpo and alphapo 0.
-      max_length: tokens of a prompt with its answer; longer ones are cut.
+      nll_coef: of the chosen completion's negative log-likelihood; null: 1, for simpo and alphapo
+        0.
+      max_length: tokens of a prompt with its completion; longer ones are cut.
       packing: several pairs in a row: bfd (best fit).
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    per_pair = chosen_loss(loss, beta=beta, gamma=gamma, alpha=alpha, label_smoothing=label_smoothing)
+    per_pair = chosen_loss(
+        loss, beta=beta, gamma=gamma, alpha=alpha, label_smoothing=label_smoothing
+    )
     if loss in TRIPLES and packing != "none":
-        raise ValueError(f"packing {packing} is of pairs, but {loss} has three answers a prompt; leave it out")
-    columns = (*pairs_of.COLUMNS, "reference") if loss in TRIPLES else pairs_of.COLUMNS
-    tokenizer = model.tokenizer()
-    lay_out = partial(pairs_of.lay_out, tokenizer, seq2seq=model.seq2seq(tokenizer))
-    train, test = source.laid_out(tasks.preferences, lambda rows: lay_out(rows, packing, max_length, run.say, columns))
-    total = training.total_steps(len(train.tokens), judged=test is not None)
-    model.check(tokenizer, train, test)
-    most, shared = pairs_of.segments(train, test), pairs_of.shared_prefix(train, test)
-    policy = setup.policy(model, training.seed)
-    amount = nll_coef if nll_coef is not None else 0.0 if loss in ALONE else 1.0
-    loss_fn = policy.of_whole(objective(policy.lm, loss=per_pair, nll_coef=amount, max_segments=most, shared=shared))
+        raise ValueError(
+            f"packing {packing} is of pairs, but {loss} has three completions a prompt; leave it "
+            "out"
+        )
+    columns = (*pair_rows.COLUMNS, "reference") if loss in TRIPLES else pair_rows.COLUMNS
+    devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
+    tokenizer = load_tokenizer(model)
+    seq2seq = load_seq2seq(model, tokenizer)
 
-    _, figures = fit(
-        run, training, setup.offline_step(loss_fn, partial(prepare, max_segments=most), training), policy.params,
-        lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, fixed=policy.context(), shown=("loss", "accuracy", "margin"),
-        evaluate=setup.evaluation(loss_fn, test and prepare(test, max_segments=most), training.batch_size),
-        export=partial(policy.export, run.path, tokenizer),
-    )  # fmt: skip
-    return figures
+    def to_arrays(rows):
+        return pair_rows.lay_out(
+            tokenizer, rows, packing, max_length, run.say, columns, seq2seq=seq2seq
+        )
+
+    train, held_out = datasets.load_arrays(dataset, tasks.preferences, to_arrays)
+    total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
+    loading.check_tokens(model, tokenizer, train, held_out)
+
+    # 2. The model and its optimizer state, born sharded.
+    loaded = load_policy(model, training.seed, devices, say=run.say)
+    optimizer = make_optimizer(training, total)
+    state = loaded.init_state(optimizer, training.seed)
+
+    # 3. The step, and the evaluation of the same loss.
+    default_nll_coef = 0.0 if loss in ALONE else 1.0
+    # A static size of the program: the most sequences that any row of either set holds.
+    max_segments = pair_rows.segments(train, held_out)
+    options: dict[str, Any] = {
+        "loss": per_pair,
+        "nll_coef": default_nll_coef if nll_coef is None else nll_coef,
+        "max_segments": max_segments,
+        "shared": pair_rows.shared_prefix(train, held_out),
+    }
+    update = make_update(loaded.policy, optimizer, micro_batches=training.micro_batches, **options)
+    weighted = held_out and pair_losses.with_weights(held_out, max_segments=max_segments)
+    loss_fn = pair_losses.make_loss(loaded.policy, **options)
+    evaluate = evaluation.of_loss(loss_fn, weighted, training.batch_size, devices)
+
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    state = fit(
+        run,
+        training,
+        state,
+        offline.make_step(update, devices, state),
+        datasets.batches(train, training, devices),
+        total=total,
+        callbacks=callbacks,
+        shown=("loss", "rewards/accuracies", "rewards/margins"),
+        evaluate=evaluate,
+        export=partial(loaded.export, run.path, tokenizer),
+        mesh=devices,
+    )
+    return result(run, model, loaded, tokenizer, state)

@@ -1,34 +1,50 @@
-"""Implicit Q-learning for language: values of logged answers, and sampling that leans to what they value."""
+"""Implicit Q-learning for language: values of logged completions, and sampling that leans to what
+they value.
+"""
 
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from rlhf import averages, data, losses, tasks
+from rlhf import data, losses, tasks
 from rlhf.data.types import Row
 from rlhf.fields import documented
-from rlhf.lm import LM
-from rlhf.loop import Training, fit
 from rlhf.losses import offline
-from rlhf.models import huggingface
-from rlhf.models.huggingface_config import decoder_of
-from rlhf.ranges import Coefficient, Length, Share, Steps, between, checked
-from rlhf.recipes import online, q_heads, setup
-from rlhf.recipes.online import Sampling, Scoring
-from rlhf.recipes.q_heads import Heads
+from rlhf.ranges import Coefficient, Length, Share, Steps, between
 from rlhf.rollouts.types import Array
-from rlhf.runs import RunFolder
-from rlhf.train import reference
+from rlhf.train import reference, train_step
+from rlhf.training import datasets, evaluation, loading, meshes, prompts, q_heads
+from rlhf.training import offline as offline_steps
+from rlhf.training import rewards as reward_functions
+from rlhf.training.loading import load_policy, load_tokenizer
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    DatasetOptions,
+    GroupSamplingOptions,
+    MeshOptions,
+    ModelOptions,
+    RewardOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import Policy
+from rlhf.training.q_heads import Heads
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.sampling import stop_criteria
+from rlhf.training.trained import Trained, result
+from rlhf.typing import StepFn
 
 
 @documented
 class Trajectories(NamedTuple):
-    """Logged answers and what they were worth.
+    """Logged completions and their rewards.
 
     Attributes:
       tokens: [B, T] int32.
@@ -47,51 +63,147 @@ class Trajectories(NamedTuple):
     weights: Array | None = None
 
 
-def prepare(batch: Trajectories) -> Trajectories:
-    """The optimizer mini-batch with its weights; a sequence's first token has nothing before it and is no action."""
+def with_weights(batch: Trajectories) -> Trajectories:
+    """An optimizer mini-batch with its weights; a sequence's first token has nothing before it and
+    is no action.
+    """
     mask = batch.mask & ~losses.segments.starts(batch.segment_ids)
     return batch._replace(mask=mask, weights=losses.weights.token_mean(mask, batch.segment_ids))
 
 
-def objective(
-    lm: LM, heads: Heads, *, tau: float = 0.7, discount: float = 0.99, cql_coef: float = 0.1, awac_coef: float = 1.0,
+def make_loss(
+    policy: Policy,
+    heads: Heads,
+    *,
+    tau: float = 0.7,
+    discount: float = 0.99,
+    cql_coef: float = 0.1,
+    awac_coef: float = 1.0,
     awac_beta: float = 0.0,
-) -> Callable:  # fmt: skip
-    """The `loss_fn` of prepared `Trajectories`; `params` is `{"lm": …, "q": …, "v": …}`, `context["target"]` the slow Qs.
+) -> Callable:
+    """The `loss_fn` of `Trajectories` with weights: losses of Q and V, CQL, and the cross-entropy
+    of logged completions.
 
     Neither logits nor Q of all positions exist at once, in value or gradient.
+
+    Args:
+      policy: what is trained; `params` is `{"lm": …, "q": …, "v": …}`, `context["target"]` the slow
+        Qs.
+      heads: two Qs, and V.
+      tau: τ of the expectile that V is of Q; 0.5 is the mean, towards 1 the maximum.
+      discount: of what follows, per token.
+      cql_coef: of the term that keeps Q low for tokens that nobody chose.
+      awac_coef: of the cross-entropy of the logged completions.
+      awac_beta: how much it leans to better tokens; 0: not at all.
     """
 
     def per_position(params, target, hidden, token):
-        chosen = lambda q: jnp.take_along_axis(q, token[..., None, None], axis=-1, mode="fill")[..., 0]
-        q, slow = heads.both(params["q"], hidden), heads.both(target, hidden)
+        def chosen(q):
+            return jnp.take_along_axis(q, token[..., None, None], axis=-1, mode="fill")[..., 0]
+
+        # `[…, 2, V]`: two Qs of every token; the slow ones make the target that V follows.
+        q = heads.both(params["q"], hidden)
+        slow_q = heads.both(target, hidden)
         cql = offline.cql(q, jnp.broadcast_to(token[..., None], q.shape[:-1])).sum(-1)
-        logprobs = losses.logits.token_logprob(lm.unembed(params["lm"], hidden), token)
-        return logprobs, heads.v.apply(params["v"], hidden), chosen(q), chosen(slow).min(-1), cql
+        logprobs = losses.logits.token_logprob(policy.lm.unembed(params["lm"], hidden), token)
+        values = heads.v.apply(params["v"], hidden)
+        return logprobs, values, chosen(q), chosen(slow_q).min(-1), cql
 
     def loss_fn(params, context, batch, key):
-        hidden, _, _ = lm.hidden(params["lm"], batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
-        following = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
-        piece = partial(per_position, params, context["target"])
-        found = losses.chunked(piece, hidden, lambda hidden: hidden, following)
-        here = lambda x: jnp.roll(x, 1, axis=1)  # what position t - 1 says of tokens[:, t]; prepared masks lack column 0
-        logprobs, values, q, target, cql = map(here, found)
-        aims = offline.td_targets(batch.rewards, values, batch.mask, discount=discount, segment_ids=batch.segment_ids)
-        parts = {
-            "q_loss": offline.q_loss(q[..., 0], aims, batch.mask) + offline.q_loss(q[..., 1], aims, batch.mask),
-            "value_loss": offline.expectile_value_loss(values, target, batch.mask, tau=tau),
+        full = {**params, "lm": policy.full_params(params["lm"], context, key)}
+        hidden, _, _ = policy.lm.hidden(
+            full["lm"], batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+        )
+        # Position t acts by choosing tokens[:, t + 1]; the last one has no action, and is masked.
+        next_tokens = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+        piece = partial(per_position, full, context["target"])
+        # A chunk of columns at a time: logits and four Qs `[B, T, V]` would not fit at once.
+        found = losses.chunked(piece, hidden, lambda hidden: hidden, next_tokens)
+        # What position t - 1 says of tokens[:, t].  Column 0, which the last one rolls into, is in
+        # no mask.
+        logprobs, values, q, target_q, cql = (jnp.roll(x, 1, axis=1) for x in found)
+        td_targets = offline.td_targets(
+            batch.rewards, values, batch.mask, discount=discount, segment_ids=batch.segment_ids
+        )
+        # Both Qs get the same target and differ by their start: their minimum below is cautious.
+        first_loss = offline.q_loss(q[..., 0], td_targets, batch.mask)
+        second_loss = offline.q_loss(q[..., 1], td_targets, batch.mask)
+        per_token = {
+            "q_loss": first_loss + second_loss,
+            "value_loss": offline.expectile_value_loss(values, target_q, batch.mask, tau=tau),
             "cql": cql_coef * cql,
-            "awac": awac_coef * offline.awac(logprobs, target, values, batch.mask, beta=awac_beta),
+            "awac": awac_coef
+            * offline.awac(logprobs, target_q, values, batch.mask, beta=awac_beta),
         }
-        parts = {name: losses.weighted_sum(x, batch.weights) for name, x in parts.items()}
-        figures = {"q": losses.weighted_sum(target, batch.weights), "value": losses.weighted_sum(values, batch.weights)}
-        return sum(parts.values()), {**parts, **figures}
+        terms = {name: losses.weighted_sum(x, batch.weights) for name, x in per_token.items()}
+        metrics = {
+            "q": losses.weighted_sum(target_q, batch.weights),
+            "value": losses.weighted_sum(values, batch.weights),
+        }
+        return sum(terms.values()), {**terms, **metrics}
 
     return loss_fn
 
 
+def make_update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    heads: Heads,
+    tau: float = 0.7,
+    discount: float = 0.99,
+    cql_coef: float = 0.1,
+    awac_coef: float = 1.0,
+    awac_beta: float = 0.0,
+    target_rate: float = 0.001,
+    target_every: int = 5,
+    micro_batches: int = 1,
+) -> StepFn:
+    """ILQL: which tokens lead to a higher reward, from logged completions of any quality
+    (arXiv:2206.11871).
+
+    Args:
+      policy: what is trained; `params` is `{"lm": …, "q": …, "v": …}`, `context["target"]` the slow
+        Qs.
+      optimizer: any optax transformation.
+      heads: two Qs, and V.
+      tau: τ of the expectile that V is of Q; 0.5 is the mean, towards 1 the maximum.
+      discount: of what follows, per token.
+      cql_coef: of the term that keeps Q low for tokens that nobody chose.
+      awac_coef: of the cross-entropy of the logged completions.
+      awac_beta: how much it leans to better tokens; 0: not at all.
+      target_rate: by which the slow Qs follow.
+      target_every: steps between their moves.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+
+    Returns: `update(state, batch) -> (state, metrics)`, pure.  The batch needs no weights.
+    """
+    loss_fn = make_loss(
+        policy,
+        heads,
+        tau=tau,
+        discount=discount,
+        cql_coef=cql_coef,
+        awac_coef=awac_coef,
+        awac_beta=awac_beta,
+    )
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+
+    def update(state, batch):
+        state, metrics = step(state, with_weights(batch))
+        target = state.context["target"]
+        moved = offline.polyak(target, state.params["q"], rate=target_rate)
+        is_due = state.step % target_every == 0
+        # Chosen inside the program: a branch on the host would wait for the device.
+        target = jax.tree.map(lambda new, old: jnp.where(is_due, new, old), moved, target)
+        return state._replace(context=state.context | {"target": target}), metrics
+
+    return update
+
+
 def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> Trajectories:
-    """Rows of prompt, completion and reward as arrays, rewards with mean 0 and deviation 1; what is cut is said.
+    """Rows of prompt, completion and reward as arrays, rewards with mean 0 and deviation 1; what is
+    cut is said.
 
     Raises: ValueError for a reward that is no number, and where all are equal.
     """
@@ -99,23 +211,35 @@ def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> Trajector
         reward = row.get("reward")
         if not isinstance(reward, int | float) or not np.isfinite(reward):
             raise ValueError(f"row {number}: reward must be a number, but is {reward!r}")
-    kept = setup.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
-    rewards = np.array([row["reward"] for row in rows], np.float32)[kept.kept]
+    fitting = datasets.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
+    # Of the remaining rows alone: those that were left out are not trained on.
+    rewards = np.array([row["reward"] for row in rows], np.float32)[fitting.remaining]
     centered = np.asarray(losses.whiten(rewards, np.ones(len(rewards), bool)))
     if not centered.any():
-        raise ValueError(f"the reward is {rewards[0]} in all {len(rewards)} rows, so that there is nothing to learn; check it")
-    batch = data.batch(kept.sides[0])
+        raise ValueError(
+            f"the reward is {rewards[0]} in all {len(rewards)} rows, so that there is nothing to "
+            "learn; check it"
+        )
+    batch = data.batch(fitting.sides[0])
+    # The reward comes with the last action; tokens before it get theirs by the discounted return.
     last = np.asarray(losses.segments.last_trained(batch.mask, batch.segment_ids))
-    return Trajectories(*batch[:4], last * (centered / centered.std())[:, None])
+    return Trajectories(
+        tokens=batch.tokens,
+        mask=batch.mask,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        rewards=last * (centered / centered.std())[:, None],
+    )
 
 
-@checked
+@recipe
 def main(
-    model: setup.Model,
-    source: setup.Data,
-    training: Training,
-    scoring: Scoring,
-    sampling: Sampling,
+    model: ModelOptions,
+    dataset: DatasetOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
+    sampling: GroupSamplingOptions,
+    reward: RewardOptions,
     output: str,
     *,
     tau: Annotated[float, between(0, 1, above=True, below=True)] = 0.7,
@@ -128,57 +252,113 @@ def main(
     beta: Coefficient = 1.0,
     max_length: Length = 1024,
     resume: bool = False,
-) -> dict[str, float]:
-    """Implicit Q-learning for language: learns from logged answers of any quality which tokens lead to a higher reward.
+    callbacks: Callbacks = (),
+) -> Trained:
+    """Implicit Q-learning for language: learns from logged completions of any quality which tokens
+    lead to a higher reward.
 
-    Rows have `prompt`, `completion` and `reward`.  Beside the model, the run's folder holds heads.safetensors: two Qs and V.
+    Rows have `prompt`, `completion` and `reward`.  Beside the model, the run's folder holds
+    heads.safetensors: two Qs and V.
 
     Args:
       output: a new folder for the run.
       tau: of the expectile that V is of Q; 0.5 is the mean, towards 1 the maximum.
       discount: of what follows, per token.
       cql_coef: of the term that keeps Q low for tokens that nobody chose.
-      awac_coef: of the cross-entropy of the logged answers.
+      awac_coef: of the cross-entropy of the logged completions.
       awac_beta: how much it leans to better tokens; 0: not at all.
       target_rate: by which the slow Qs follow, every `target_every` steps.
       target_every: steps.
-      beta: how much sampling leans to what is valued, logits + beta (Q - V): of answers to --eval_dataset, and when `rlhf eval`
-        and `rlhf chat` ask the run.
+      beta: how much sampling leans to what is valued, logits + beta (Q - V): of completions of
+        --eval_dataset, and when `rlhf eval` and `rlhf chat` use the run.
       max_length: tokens of a prompt with its completion; longer ones are cut.
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    model.check_decoder()
-    follow = averages.following(target_every, target_rate, name="target", of=itemgetter("q"))
-    tokenizer = model.tokenizer()
-    eos_ids = online.ends(model.model, tokenizer)
-    rows, held_out = source.rows(tasks.trajectories)
-    train, test = lay_out(tokenizer, rows, max_length, run.say), online.Questions.of(tokenizer, held_out) if held_out else None
-    total = training.total_steps(len(train.tokens), judged=test is not None)
-    model.check(tokenizer, train)
-    if test:
-        model.check(tokenizer, test.prompts, more=sampling.max_new_tokens)
-    judge = scoring.judge(source, tokenizer, held_out) if held_out else None
-    policy = setup.policy(model, training.seed)
-    size = setup.hidden_size(policy.lm, policy.whole(policy.params, policy.context()))
-    heads = q_heads.heads_of(size, decoder_of(huggingface.read_config(model.model)).vocab_size)
-    fresh = heads.init(jax.random.key(training.seed))
-    loss = objective(policy.lm, heads, tau=tau, discount=discount, cql_coef=cql_coef, awac_coef=awac_coef, awac_beta=awac_beta)
+    loading.check_decoder(model)
+    devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
+    tokenizer = load_tokenizer(model)
+    stop = stop_criteria(model, sampling, tokenizer)
+    rows, held_out_rows = datasets.load_rows(dataset, tasks.trajectories)
+    train = lay_out(tokenizer, rows, max_length, run.say)
+    held_out = prompts.tokenize(tokenizer, held_out_rows) if held_out_rows else None
+    total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
+    loading.check_tokens(model, tokenizer, train)
+    if held_out:
+        loading.check_tokens(
+            model, tokenizer, held_out.prompts, max_new_tokens=sampling.max_new_tokens
+        )
+    reward_fn = (
+        reward_functions.load(reward, dataset, tokenizer, held_out_rows) if held_out_rows else None
+    )
 
-    def loss_fn(params, context, batch, key):
-        return loss({**params, "lm": policy.whole(params["lm"], context)}, context, batch, key)
+    # 2. The model with its heads, the slow Qs and the optimizer state, born sharded.
+    loaded = load_policy(model, training.seed, devices, say=run.say)
+    policy = loaded.policy
+    lm_params = policy.lm_params(loaded.params, loaded.context())
+    # From shapes: a model of your own has no config to read it from.
+    vocab_size = jax.eval_shape(
+        policy.lm.unembed,
+        lm_params,
+        jax.ShapeDtypeStruct((loading.hidden_size(policy.lm, lm_params),), jnp.float32),
+    ).shape[-1]
+    heads = q_heads.heads_of(loading.hidden_size(policy.lm, lm_params), vocab_size)
+    fresh = loaded.place(heads.init(jax.random.key(training.seed)), heads.axes())
+    optimizer = make_optimizer(training, total)
+    # A copy: a donated state frees each array once.
+    context = {**loaded.context(), "target": reference(fresh["q"])}
+    # Heads beside the model's parameters: one optimizer trains all, the slow Qs follow in the
+    # context.
+    with_heads = loaded._replace(params={"lm": loaded.params, **fresh})
+    axes = {**heads.axes(), "target": heads.axes()["q"]}
+    state = with_heads.init_state(optimizer, training.seed, context, axes=axes)
+
+    # 3. The step, and an evaluation by what the model samples.
+    update = make_update(
+        policy,
+        optimizer,
+        heads=heads,
+        tau=tau,
+        discount=discount,
+        cql_coef=cql_coef,
+        awac_coef=awac_coef,
+        awac_beta=awac_beta,
+        target_rate=target_rate,
+        target_every=target_every,
+        micro_batches=training.micro_batches,
+    )
+    evaluate = None
+    if reward_fn is not None:
+        sample = q_heads.make_sampler(loaded, heads, sampling, stop, beta)
+        evaluate = evaluation.of_completions(
+            run, sample, reward_fn, held_out, training, tokenizer, devices
+        )
+
+    def of_policy(state):
+        return state._replace(params=state.params["lm"])
 
     def export(state, over):
-        learnt = {**{name: state.params[name] for name in fresh}, "target": state.context["target"]}
-        q_heads.save(run.path / q_heads.FILE, learnt)  # first: a run with a model has heads
-        policy.export(run.path, tokenizer, state._replace(params=state.params["lm"]), over)
+        heads_params = {name: state.params[name] for name in fresh} | {
+            "target": state.context["target"]
+        }
+        # Heads first: whoever finds a model in the folder finds its heads too.
+        q_heads.save(run.path / q_heads.FILE, heads_params)
+        loaded.export(run.path, tokenizer, of_policy(state), over)
 
-    sample = q_heads.player(policy, heads, sampling, eos_ids, beta)
-    _, figures = fit(
-        run, training, setup.offline_step(loss_fn, prepare, training), {"lm": policy.params, **fresh},
-        lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, fixed=policy.context(), context={"target": reference(fresh["q"])}, hooks=[follow],
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    state = fit(
+        run,
+        training,
+        state,
+        offline_steps.make_step(update, devices, state),
+        datasets.batches(train, training, devices),
+        total=total,
+        callbacks=callbacks,
         shown=("reward", "loss", "q_loss", "value_loss"),
-        evaluate=online.evaluation(run, sample, judge, test, training, tokenizer) if judge and test else None, export=export,
-    )  # fmt: skip
-    return figures
+        evaluate=evaluate,
+        export=export,
+        mesh=devices,
+    )
+    return result(run, model, loaded, tokenizer, of_policy(state))

@@ -1,90 +1,174 @@
-"""Nash mirror descent: the policy plays against a mixture of itself and the reference, and learns to be preferred."""
+"""Nash mirror descent: the policy plays against a mixture of itself and the reference, and learns
+to be preferred.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlhf import losses, rollouts
 from rlhf.fields import documented
-from rlhf.lm import LM, geometric_mixture
-from rlhf.loop import Training
 from rlhf.metrics import Ratio
-from rlhf.ranges import Share, Strength, checked
-from rlhf.recipes import grpo, online, online_steps, setup
-from rlhf.recipes.importance import Importance, Weigh
-from rlhf.recipes.online import Drawing, Scoring
+from rlhf.mixture import geometric_mixture
+from rlhf.ranges import Share, Strength
 from rlhf.rollouts import Batch, Rollout
-from rlhf.runs import RunFolder
+from rlhf.train import minibatches, run_minibatches, train_step
+from rlhf.training import datasets, evaluation, loading, online
+from rlhf.training import sampling as sample_of
+from rlhf.training.importance import ImportanceOptions, Weigh, weighted
+from rlhf.training.loading import load_policy
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    MeshOptions,
+    ModelOptions,
+    PromptOptions,
+    RewardOptions,
+    SamplingOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import Policy
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.sampling import policy_sampler, rollout_metrics
+from rlhf.training.trained import Trained, result
+from rlhf.typing import UpdateFn
 
 
 @documented
 class Games(NamedTuple):
-    """Answers of the policy, and how they did.
+    """Completions of the policy, and how they did.
 
     Attributes:
-      batch: the policy's answers.
-      preferred: [B] float32, the probability that an answer is preferred to its opponent's.
+      batch: the policy's completions.
+      preferred: [B] float32, the probability that a completion is preferred to its opponent's.
     """
 
     batch: Batch
     preferred: Any
 
 
-def prepare(games: Games) -> Games:
-    """The optimizer mini-batch with its weights: sums over an answer's tokens."""
-    return games._replace(batch=grpo.prepare(games.batch, losses.weights.sequence_sum))
+def make_loss(policy: Policy, *, beta: float = 0.1) -> Callable:
+    """The `loss_fn` of `Games` with weights.  Its value means nothing, its gradient is that of the
+    regularised game.
 
-
-def objective(lm: LM, *, beta: float = 0.1) -> Callable:
-    """The `loss_fn` of prepared `Games`; `params` are the policy's.  The loss means nothing by itself, its gradient does."""
+    Args:
+      policy: what is trained.
+      beta: strength of the pull towards the reference, per nat.
+    """
 
     def loss_fn(params, context, games, key):
         batch = games.batch
-        s = rollouts.score_batch(lm, params, batch)
-        per_token = losses.online.nash_md(s.logprobs, batch.ref_logprobs, batch.mask, preferred=games.preferred, beta=beta)
+        scored = policy.score(params, context, batch, key=key)
+        per_token = losses.online.nash_md(
+            scored.logprobs, batch.ref_logprobs, batch.mask, preferred=games.preferred, beta=beta
+        )
         if batch.importance is not None:
             per_token = per_token * batch.importance
-        entropy = Ratio(jnp.sum(s.entropy * batch.mask), batch.mask.sum().astype(jnp.float32))
-        return losses.weighted_sum(per_token, batch.weights), {"entropy": entropy}
+        # Weights below sum to more than 1 (sums over sequences): entropy is a ratio of its own.
+        number = batch.mask.sum().astype(jnp.float32)
+        metrics = {"entropy": Ratio(jnp.sum(scored.entropy * batch.mask), number)}
+        return losses.weighted_sum(per_token, batch.weights), metrics
 
     return loss_fn
 
 
-def experience(lm: LM, ref_params, rollout: Rollout, rewards, *, weigh: Weigh | None = None) -> tuple[Games, dict]:
-    """The games of a rollout of `online.two_players`, the policy first; where a side has no score, nothing is trained.
+def play(policy: Policy, context: Any, rollout: Rollout, rewards) -> tuple[Games, dict]:
+    """The games of a rollout, of which row 2p is the policy's completion of prompt p, row 2p + 1
+    the opponent's.
 
     Args:
-      rewards: `[B]`; an answer is preferred with the probability σ(its reward - the opponent's).
-      weigh: importance weights of the policy's answers, where its sampler filters.
+      policy: what is trained.
+      context: of the state, with the reference.
+      rollout: `[2P, T]`.
+      rewards: `[2P]`; a completion is preferred with the probability σ(its reward - the
+        opponent's).  Where either has no reward (NaN), nothing is trained.
+
+    Returns: the games, and metrics.
     """
-    own: Rollout = setup.select(rollout, slice(0, None, 2))
+    of_policy: Rollout = datasets.select(rollout, slice(0, None, 2))
+    # Rows alternate: the policy's completion, then the opponent's.
     margin = rewards[::2] - rewards[1::2]
-    scored = ~jnp.isnan(margin)
-    preferred = jax.nn.sigmoid(jnp.where(scored, margin, 0.0))
-    ref_logprobs = online.logprobs(lm, ref_params, own)
-    batch = rollouts.batch_of(own, mask=own.mask & scored[:, None], ref_logprobs=ref_logprobs)
-    seen: dict[str, Any] = {}
-    if weigh is not None:
-        importance, seen = weigh(own)
-        batch = batch._replace(importance=importance)
-    kl = online.rollout_metrics(own, rewards[::2], ref_logprobs)["kl_to_reference"]
-    return Games(batch, preferred), {
-        **online.duel_figures(rollout, rewards),
+    has_rewards = ~jnp.isnan(margin)
+    # NaN times a mask of 0 would still be NaN: a row without rewards gets a number here.
+    preferred = jax.nn.sigmoid(jnp.where(has_rewards, margin, 0.0))
+    ref_logprobs = policy.reference_logprobs(context, of_policy)
+    batch = rollouts.batch_of(
+        of_policy, mask=of_policy.mask & has_rewards[:, None], ref_logprobs=ref_logprobs
+    )
+    metrics = {
+        **sample_of.pair_metrics(rollout, rewards),
         "preferred": preferred.mean(),
-        "kl_to_reference": kl,
-        **seen,
+        "objective/kl": rollout_metrics(of_policy, rewards[::2], ref_logprobs)["objective/kl"],
     }
+    return Games(batch, preferred), metrics
 
 
-@checked
+def make_update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.1,
+    micro_batches: int = 1,
+    importance: Weigh | None = None,
+) -> UpdateFn:
+    """Nash-MD: the policy plays against a geometric mixture of itself and the reference
+    (arXiv:2312.00886).
+
+    Args:
+      policy: what is trained; its reference is in the state's context.
+      optimizer: any optax transformation.
+      beta: strength of the pull towards the reference, per nat.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+      importance: of `ImportanceOptions.weigh`, where the sampler's filters make it another than the
+        policy; None: no weights.
+
+    Returns: `update(state, rollout, rewards, key) -> (state, metrics)`, pure; rollout and rewards
+    are those of `play`.
+    """
+    step = train_step(make_loss(policy, beta=beta), optimizer, micro_batches=micro_batches)
+
+    def minibatch_step(state, games):
+        # Whole completions: the preference is one of sequences, and longer ones are not made to
+        # count less.
+        weights = losses.weights.sequence_sum(games.batch.mask, games.batch.segment_ids)
+        return step(state, games._replace(batch=games.batch._replace(weights=weights)))
+
+    def update(state, rollout, rewards, key):
+        games, metrics = play(policy, state.context, rollout, rewards)
+        batch, mismatch = weighted(
+            importance, games.batch, datasets.select(rollout, slice(0, None, 2))
+        )
+        games = games._replace(batch=batch)
+        state, of_steps = run_minibatches(minibatch_step, state, minibatches(key, games, 1))
+        return state, {**of_steps, **metrics, **mismatch}
+
+    return update
+
+
+@recipe
 def main(
-    model: setup.Model, source: online.Asking, training: Training, scoring: Scoring, drawing: Drawing,
-    importance: Importance, output: str, *,
-    beta: Strength = 0.1, mixture_coef: Share = 0.5, resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
-    """Nash learning from human feedback: an answer of the policy against one of a mixture of it and the model as it was.
+    model: ModelOptions,
+    dataset: PromptOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
+    sampling: SamplingOptions,
+    reward: RewardOptions,
+    importance: ImportanceOptions,
+    output: str,
+    *,
+    beta: Strength = 0.1,
+    mixture_coef: Share = 0.5,
+    resume: bool = False,
+    callbacks: Callbacks = (),
+) -> Trained:
+    """Nash learning from human feedback: the policy's completions against those of a mixture of it
+    and the reference.
 
     Rows have `prompt`, and the columns that the reward functions read.
 
@@ -93,23 +177,69 @@ def main(
       beta: strength of the pull towards the reference, per nat.
       mixture_coef: the reference's share in the opponent, a geometric mixture.
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    model.check_decoder()
-    begin = online_steps.start(run, model, source, training, scoring, drawing, rows=training.batch_size)
-    policy = setup.policy(model, training.seed)
-    params_of = online.params_of(policy)
-    both = lambda state: (params_of(state), policy.reference(state.context))
-    player = online.player(policy.lm, params_of, drawing, begin.eos_ids)
-    opponent = online.player(geometric_mixture(policy.lm, mixture_coef=mixture_coef), both, drawing, begin.eos_ids)
+    loading.check_decoder(model)
+    inputs = online.load_inputs(
+        run,
+        model,
+        dataset,
+        training,
+        sampling,
+        reward,
+        mesh,
+        rows=training.batch_size,
+    )
 
-    weigh = importance.weigh(drawing.sampler())
+    # 2. The policy, its reference and its optimizer state, born sharded.
+    loaded = load_policy(model, training.seed, inputs.mesh, say=run.say)
+    optimizer = make_optimizer(training, inputs.total)
+    state = loaded.init_state(optimizer, training.seed, loaded.context(with_reference=True))
 
-    def played(state, rollout, rewards):
-        return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards, weigh=weigh)
+    # 3. The step: sample from the policy and from the mixture, score, update.
+    policy = loaded.policy
 
-    _, figures = online_steps.learn(
-        begin, policy, online.two_players(player, opponent), played, prepare, policy.of_whole(objective(policy.lm, beta=beta)),
-        fixed=policy.context(with_reference=True), answer=player, shown=("reward", "opponent_reward"),
-    )  # fmt: skip
-    return figures
+    def both_params(state):
+        return policy.lm_params(state.params, state.context), policy.reference_params(state.context)
+
+    # Two models as one `LM`, whose parameters are a pair: any sampler can use it.
+    mixture = geometric_mixture(policy.lm, mixture_coef=mixture_coef)
+    of_policy = policy_sampler(loaded, sampling, inputs.stop)
+    opponent = sample_of.make_sampler(mixture, both_params, sampling, inputs.stop)
+    sample = sample_of.pair_sampler(of_policy, opponent)
+    weigh = importance.weigh(sampling.sampler(inputs.stop.eos_ids))
+    update = make_update(
+        policy, optimizer, beta=beta, micro_batches=training.micro_batches, importance=weigh
+    )
+
+    on_rollout = online.log_completions(run, dataset, inputs.tokenizer)
+
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    evaluate = evaluation.of_completions(
+        # Evaluations are of the policy alone: the opponent is a device of training.
+        run,
+        of_policy,
+        inputs.reward_fn,
+        inputs.held_out,
+        training,
+        inputs.tokenizer,
+        inputs.mesh,
+    )
+    state = fit(
+        run,
+        training,
+        state,
+        online.make_step(
+            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
+        ),
+        inputs.batch,
+        total=inputs.total,
+        callbacks=callbacks,
+        shown=("reward", "opponent_reward"),
+        evaluate=evaluate,
+        export=partial(loaded.export, run.path, inputs.tokenizer),
+        mesh=inputs.mesh,
+    )
+    return result(run, model, loaded, inputs.tokenizer, state)

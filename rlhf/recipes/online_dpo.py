@@ -1,99 +1,176 @@
-"""Online DPO: answers are drawn as training goes, and the best of a prompt's is preferred to the worst.
+"""Online DPO: completions are sampled as training goes, and the best of a prompt's is preferred to
+the worst.
 
-The objective compares log-probs at temperature 1, whatever temperature the answers are drawn at.
+The objective compares log-probs at temperature 1, whatever temperature completions are sampled at.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from functools import partial
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
+import optax
 
-from rlhf import losses
-from rlhf.lm import SharedPrefix
-from rlhf.loop import Training
 from rlhf.losses import preference
-from rlhf.ranges import Count, Strength, between, checked
-from rlhf.recipes import dpo, online, online_steps, reward, setup
-from rlhf.recipes import pairs as pairs_of
-from rlhf.recipes.online import Drawing, Scoring
-from rlhf.rollouts import Pairs, Rollout
-from rlhf.runs import RunFolder
+from rlhf.ranges import Count, Strength
+from rlhf.shared_prefix import SharedPrefix
+from rlhf.train import minibatches, run_minibatches, train_step
+from rlhf.training import evaluation, online
+from rlhf.training import pairs as pair_rows
+from rlhf.training import preference as pair_losses
+from rlhf.training.loading import load_policy
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    MeshOptions,
+    ModelOptions,
+    NumSamples,
+    PromptOptions,
+    RewardOptions,
+    SamplingOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import Policy
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.sampling import policy_sampler, rollout_metrics
+from rlhf.training.trained import Trained, result
+from rlhf.typing import UpdateFn
 
 LOSSES: dict[str, Callable] = {"sigmoid": preference.sigmoid, "ipo": preference.ipo}
-objective = dpo.objective  # the `loss_fn` of prepared `Pairs`
-prepare = reward.prepare  # the optimizer mini-batch with its weights: pairs in which there is something to prefer
 
 
-def experience(rollout: Rollout, rewards, *, num_samples: int) -> tuple[Pairs, jax.Array, dict]:
-    """The best and the worst answer of each prompt as `Pairs`; where none is better, neither is trained.
+def make_update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_samples: int = 2,
+    loss: Callable = preference.sigmoid,
+    beta: float = 0.1,
+    num_minibatches: int = 1,
+    micro_batches: int = 1,
+    max_new_tokens: int | None = None,
+) -> UpdateFn:
+    """Online DPO: the best completion of a prompt is preferred to its worst  (arXiv:2402.04792).
 
     Args:
-      rewards: `[B]`, NaN where a completion could not be scored.
-      num_samples: completions a prompt, contiguous.
+      policy: what is trained; its reference is in the state's context.
+      optimizer: any optax transformation.
+      num_samples: completions of a prompt, contiguous rows of the rollout.
+      loss: a preference objective.
+      beta: strength of the pull towards the reference, per nat.
+      num_minibatches: optimizer steps on the pairs.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+      max_new_tokens: last columns of the rollout, in which a prompt's samples differ: what comes
+        before is read once; None: rows are read by themselves.
 
-    Returns: the pairs; `[P, 2]` int32, which of a prompt's answers they are; and figures.
+    Returns: `update(state, rollout, rewards, key) -> (state, metrics)`, pure.  `rewards` is `[B]`,
+    NaN where there is none.
     """
-    chosen, rejected, margin = losses.online.pairs_by_score(rewards.reshape(-1, num_samples))
-    picked = jnp.stack([chosen, rejected], axis=1)
+    # Groups of 2, whatever `num_samples` is: of each prompt a pair is left.
+    shared = None if max_new_tokens is None else SharedPrefix(2, max_new_tokens)
+    loss_fn = pair_losses.make_loss(policy, loss=loss, beta=beta, shared=shared)
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
 
-    def sides(x):
-        return jnp.take_along_axis(x.reshape(-1, num_samples, x.shape[-1]), picked[:, :, None], axis=1)
+    def minibatch_step(state, pairs):
+        # Weights are of an optimizer mini-batch: made here, before it is cut into micro-batches.
+        return step(state, pair_losses.with_weights(pairs))
 
-    mask = sides(rollout.mask) & (margin > 0)[:, None, None]
-    pairs = Pairs(
-        sides(rollout.tokens),
-        mask,
-        sides(rollout.positions),
-        sides(rollout.segment_ids),
-        inputs=jax.tree.map(sides, rollout.inputs),
-    )
-    return pairs, picked, {"reward_margin": margin.mean(), "preferred": (margin > 0).mean()}
+    def update(state, rollout, rewards, key):
+        pairs, _, of_pairs = pair_losses.best_and_worst(rollout, rewards, num_samples=num_samples)
+        # After the choice: the reference reads two completions a prompt and not all of them.
+        pairs = pair_losses.with_reference(policy, state.context, pairs, shared=shared)
+        batches = minibatches(key, pairs, num_minibatches)
+        state, metrics = run_minibatches(minibatch_step, state, batches)
+        return state, {**metrics, **rollout_metrics(rollout, rewards), **of_pairs}
+
+    return update
 
 
-@checked
+@recipe
 def main(
-    model: setup.Model,
-    source: online.Asking,
-    training: Training,
-    scoring: Scoring,
-    drawing: Drawing,
+    model: ModelOptions,
+    dataset: PromptOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
+    sampling: SamplingOptions,
+    reward: RewardOptions,
     output: str,
     *,
-    num_samples: Annotated[int, between(2, 65_536)] = 2,
+    num_samples: NumSamples = 2,
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
     beta: Strength = 0.1,
     mini_batches: Count = 1,
     resume: bool = False,
-) -> dict[str, float]:
-    """Online DPO: samples several answers, and learns to prefer the best of them to the worst.
+    callbacks: Callbacks = (),
+) -> Trained:
+    """Online DPO: samples several completions, and learns to prefer the best of them to the worst.
 
     Rows have `prompt`, and the columns that the reward functions read.
 
     Args:
       output: a new folder for the run.
-      num_samples: answers a prompt, at least 2.
+      num_samples: completions of a prompt, at least 2.
       loss: DPO's own, or IPO's on means over tokens.
       beta: strength of the pull towards the reference, per nat.
       mini_batches: optimizer steps on the pairs of a step.
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    pairs_of.check(LOSSES[loss], beta=beta)
-    begin = online_steps.start(
-        run, model, source, training, scoring, drawing, rows=training.batch_size, mini_batches=mini_batches
-    )  # fmt: skip
-    policy = setup.policy(model, training.seed)
-    sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)
-    shared = SharedPrefix(2, drawing.max_new_tokens)
-    loss_fn = policy.of_whole(objective(policy.lm, beta=beta, loss=LOSSES[loss], shared=shared))
+    pair_rows.check(LOSSES[loss], beta=beta)
+    inputs = online.load_inputs(
+        run,
+        model,
+        dataset,
+        training,
+        sampling,
+        reward,
+        mesh,
+        # Pairs, one a prompt: that is what mini-batches cut.
+        rows=training.batch_size,
+        num_minibatches=mini_batches,
+    )
 
-    def preferred(state, rollout, rewards):
-        pairs, _, seen = experience(rollout, rewards, num_samples=num_samples)
-        return state, dpo.prepare(policy.lm, policy.reference(state.context), pairs, shared=shared), seen
+    # 2. The policy, its reference and its optimizer state, born sharded.
+    loaded = load_policy(model, training.seed, inputs.mesh, say=run.say)
+    optimizer = make_optimizer(training, inputs.total * mini_batches)
+    state = loaded.init_state(optimizer, training.seed, loaded.context(with_reference=True))
 
-    _, figures = online_steps.learn(
-        begin, policy, sample, preferred, prepare, loss_fn,
-        fixed=policy.context(with_reference=True), shown=("reward", "accuracy"),
-    )  # fmt: skip
-    return figures
+    # 3. The step: sample, score, update.
+    sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
+    update = make_update(
+        loaded.policy,
+        optimizer,
+        num_samples=num_samples,
+        loss=LOSSES[loss],
+        beta=beta,
+        num_minibatches=mini_batches,
+        micro_batches=training.micro_batches,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+
+    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, mini_batches)
+
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    evaluate = evaluation.of_completions(
+        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
+    )
+    state = fit(
+        run,
+        training,
+        state,
+        online.make_step(
+            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
+        ),
+        inputs.batch,
+        total=inputs.total,
+        updates=mini_batches,
+        callbacks=callbacks,
+        shown=("reward", "rewards/accuracies"),
+        evaluate=evaluate,
+        export=partial(loaded.export, run.path, inputs.tokenizer),
+        mesh=inputs.mesh,
+    )
+    return result(run, model, loaded, inputs.tokenizer, state)

@@ -1,106 +1,268 @@
-"""Proximal policy optimisation for language models: value head on the policy's trunk, KL to the reference in the reward."""
+"""Proximal policy optimisation for language models: value head on the policy's trunk, KL to the
+reference in the reward.
+"""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlhf import losses, rollouts
-from rlhf.lm import LM, Head
-from rlhf.loop import Training
+from rlhf.losses import moments
+from rlhf.losses.controllers import Controller
 from rlhf.models import scalar_head
-from rlhf.ranges import Coefficient, Count, Share, Strength, between, checked
-from rlhf.recipes import online, online_steps, setup
-from rlhf.recipes.importance import Importance
-from rlhf.recipes.online import Drawing, Scoring
-from rlhf.rollouts import Batch, Rollout
-from rlhf.runs import RunFolder
+from rlhf.ranges import Coefficient, Count, Share, Strength, between
+from rlhf.rollouts import Batch
+from rlhf.train import minibatches, run_minibatches, train_step
+from rlhf.training import evaluation, online
+from rlhf.training.importance import ImportanceOptions, Weigh, weighted
+from rlhf.training.loading import load_with_head
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    MeshOptions,
+    ModelOptions,
+    PromptOptions,
+    RewardOptions,
+    SamplingOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import HEAD, Policy
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.sampling import policy_sampler, rollout_metrics
+from rlhf.training.trained import Trained, result
+from rlhf.typing import UpdateFn
+
+# Of all scores so far, where they are scaled; its state is in the train state's context.
+RUNNING = moments.running()
 
 
-def prepare(batch: Batch) -> Batch:
-    """The optimizer mini-batch with whitened advantages and its weights."""
+def make_loss(
+    policy: Policy, *, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1
+) -> Callable:
+    """The `loss_fn` of a mini-batch with its weights: the clipped surrogate and the clipped value
+    loss  (arXiv:1707.06347).
+
+    Args:
+      policy: with a value head; `params` is `{"lm": …, "head": …}`.
+      clip: half-width of the trust region.
+      value_clip: half-width of the value's trust region, in units of reward.
+      value_coef: weight of the value loss.
+    """
+
+    def loss_fn(params, context, batch, key):
+        scored = policy.score(params, context, batch, key=key)
+        policy_loss = losses.clipped_surrogate(
+            scored.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.mask,
+            clip_low=clip,
+            clip_high=clip,
+        )
+        if batch.importance is not None:
+            policy_loss = policy_loss * batch.importance
+        value_loss = losses.clipped_value_loss(
+            scored.values[HEAD], batch.values, batch.returns, batch.mask, clip=value_clip
+        )
+        per_token = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": scored.entropy,
+            # KL(old ‖ new), estimated on samples of the old policy; with a `target_kl` it ends the
+            # passes over a batch.
+            "approx_kl": losses.kl.k3(
+                batch.old_logprobs, jax.lax.stop_gradient(scored.logprobs), batch.mask
+            ),
+        }
+        metrics = {name: losses.weighted_sum(x, batch.weights) for name, x in per_token.items()}
+        return metrics["policy_loss"] + value_coef * metrics["value_loss"], metrics
+
+    return loss_fn
+
+
+def with_weights(batch: Batch) -> Batch:
+    """An optimizer mini-batch with its weights, and advantages whitened over all of it, before it
+    is cut into micro-batches.
+    """
+    # Whitening takes mean and deviation over the mini-batch: in a micro-batch they would be others.
     return batch._replace(
         advantages=losses.whiten(batch.advantages, batch.mask),
         weights=losses.weights.token_mean(batch.mask, batch.segment_ids),
     )
 
 
-def objective(lm: LM, head: Head, *, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1) -> Callable:
-    """The `loss_fn` of a prepared `Batch`; `params` is `{"lm": …, "head": …}`."""
-
-    def loss_fn(params, context, batch, key):
-        s = evaluate(lm, head, params, batch)
-        pg = losses.clipped_surrogate(s.logprobs, batch.logprobs, batch.advantages, batch.mask, clip_low=clip, clip_high=clip)
-        if batch.importance is not None:
-            pg = pg * batch.importance
-        value = losses.clipped_value_loss(s.values["value"], batch.values, batch.returns, batch.mask, clip=value_clip)
-        moved = losses.kl.k3(batch.logprobs, jax.lax.stop_gradient(s.logprobs), batch.mask)
-        each = {"policy_loss": pg, "value_loss": value, "entropy": s.entropy, "approx_kl": moved}
-        metrics = {name: losses.weighted_sum(x, batch.weights) for name, x in each.items()}
-        return metrics["policy_loss"] + value_coef * metrics["value_loss"], metrics
-
-    return loss_fn
-
-
-def evaluate(lm: LM, head: Head, params, batch: Batch | Rollout) -> rollouts.Scored:
-    """Log-probs and values of a batch's tokens, in one pass."""
-    return rollouts.score_batch(lm, params["lm"], batch, heads={"value": (head, params["head"])})
-
-
-def experience(
-    lm: LM, head: Head, params, ref_params, rollout: Rollout, scores, *, kl_coef=0.05, discount=1.0, lam=0.95,
+def estimate(
+    policy: Policy,
+    state: Any,
+    rollout: rollouts.Rollout,
+    scores,
+    *,
+    kl_coef,
+    discount: float = 1.0,
+    lam: float = 0.95,
     whiten_rewards: bool = False,
-) -> tuple[Batch, dict]:  # fmt: skip
-    """A rollout as a `Batch`: rewards `score at the end - kl_coef · k1`, advantages and returns by GAE.
+) -> tuple[Batch, dict]:
+    """A rollout as a `Batch` with values, advantages and returns, by GAE on rewards
+    `score at the end - kl_coef · k1`.
 
-    A score stands for all that follows.  A row without one (NaN: it was cut, say, and only whole answers are scored) goes on
-    with the value after its last token instead.
+    A score stands for all that follows.  A row without one (NaN: it was cut, say, and only finished
+    completions are scored) goes on with the value after its last token instead.
 
     Args:
-      scores: `[B]`, the reward model's; centre them near 0, or let `lam` be 1: with less, a value head that starts at 0 makes
-        early tokens see less of the score.
+      policy: with a value head; its reference is in the state's context.
+      state: of training, whose parameters sampled the rollout.
+      rollout: `[B, T]`.
+      scores: `[B]`; centre them near 0, or let `lam` be 1: with less, a value head that starts at 0
+        makes early tokens see less of the score.
+      kl_coef: cost of the KL to the reference, per nat; a number or `[]`.
+      discount: of a reward, per token.
+      lam: λ of GAE; 1: Monte Carlo, 0: one-step TD.
       whiten_rewards: rewards of deviation 1 over the batch's tokens, their mean as it is.
+
+    Returns: the batch, and metrics.
     """
-    s = evaluate(lm, head, params, rollout)
-    ref_logprobs = online.logprobs(lm, ref_params, rollout)
+    # Values of the policy that sampled, of the whole batch and once: all epochs use the same.
+    scored = policy.score(state.params, state.context, rollout)
+    ref_logprobs = policy.reference_logprobs(state.context, rollout)
     kl = losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask)
     rewards = losses.token_rewards(scores, kl_coef * kl, rollout.mask)
-    rewards = losses.advantages.whiten_rewards(rewards, rollout.mask) if whiten_rewards else rewards
-    values = jax.lax.stop_gradient(s.values["value"])
-    bootstrap = jnp.where(jnp.isnan(scores), s.last_value["value"], 0.0)
-    advantages, returns = losses.gae(rewards, values, rollout.mask, bootstrap=bootstrap, discount=discount, lam=lam)
-    seen = online.rollout_metrics(rollout, scores, ref_logprobs)
-    seen["explained_variance"] = losses.value.explained_variance(values, returns, rollout.mask)
-    arrays = dict(values=values, ref_logprobs=ref_logprobs, advantages=advantages, returns=returns)
-    return rollouts.batch_of(rollout, **arrays), seen
+    if whiten_rewards:
+        rewards = losses.advantages.whiten_rewards(rewards, rollout.mask)
+    values = jax.lax.stop_gradient(scored.values[HEAD])
+    # A row with a score ended: nothing follows, and the value after it is 0.
+    bootstrap = jnp.where(jnp.isnan(scores), scored.last_value[HEAD], 0.0)
+    advantages, returns = losses.gae(
+        rewards, values, rollout.mask, bootstrap=bootstrap, discount=discount, lam=lam
+    )
+    metrics = rollout_metrics(rollout, scores, ref_logprobs)
+    metrics["explained_variance"] = losses.value.explained_variance(values, returns, rollout.mask)
+    batch = rollouts.batch_of(
+        rollout, values=values, ref_logprobs=ref_logprobs, advantages=advantages, returns=returns
+    )
+    return batch, metrics
 
 
-def iteration(
-    lm: LM, head: Head, reward_fn: Callable, optimizer, *, kl_coef: float = 0.05, discount: float = 1.0, lam: float = 0.95,
-    clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1, epochs: int = 4, **how,
-) -> Callable:  # fmt: skip
-    """`online_steps.iteration`, with its arguments; `state.params` is `{"lm": …, "head": …}`, `state.context["reference"]` the
-    reference's params."""
-
-    def estimated(state, rollout, scores):
-        reference, knobs = state.context["reference"], dict(kl_coef=kl_coef, discount=discount, lam=lam)
-        return state, *experience(lm, head, state.params, reference, rollout, scores, **knobs)
-
-    loss_fn, of_lm = objective(lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef), lambda params: params["lm"]
-    of_shared = lambda shared: loss_fn
-    return online_steps.iteration(lm, reward_fn, optimizer, estimated, prepare, of_shared, epochs=epochs, of_lm=of_lm, **how)
+def initial_context(controller: Controller) -> dict[str, Any]:
+    """What `make_update` keeps in the state's context for a controller: its state, and the moments
+    of all scores.
+    """
+    return {"kl": controller.init(), "scores": RUNNING.init()}
 
 
-@checked
+def make_update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    kl_coef: float | Controller = 0.05,
+    discount: float = 1.0,
+    lam: float = 0.95,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_coef: float = 0.1,
+    whiten_rewards: bool = False,
+    scale_scores: bool = False,
+    score_clip: float | None = None,
+    epochs: int = 4,
+    num_minibatches: int = 1,
+    micro_batches: int = 1,
+    target_kl: float | None = None,
+    importance: Weigh | None = None,
+) -> UpdateFn:
+    """PPO with a value head on the policy's trunk, and the KL to the reference in the reward
+    (arXiv:1909.08593).
+
+    Args:
+      policy: with a value head; `state.params` is `{"lm": …, "head": …}`, its reference is in the
+        state's context.
+      optimizer: any optax transformation.
+      kl_coef: cost of the KL to the reference, per nat; or a controller of it, whose
+        `initial_context` is in the state's.
+      discount: of a reward, per token.
+      lam: λ of GAE; 1: Monte Carlo, 0: one-step TD.
+      clip: half-width of the trust region.
+      value_clip: half-width of the value's trust region, in units of reward.
+      value_coef: weight of the value loss.
+      whiten_rewards: rewards of deviation 1 over the batch's tokens.
+      scale_scores: less the mean of all scores so far, divided by their deviation; needs a
+        controller's context.
+      score_clip: scores beyond ± this are clipped, after scaling.
+      epochs: passes over the rollout.
+      num_minibatches: optimizer steps of a pass.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+      target_kl: nats a token by which the policy may move on one rollout; beyond it the remaining
+        steps are left out.
+      importance: of `ImportanceOptions.weigh`, where the sampler's filters make it another than the
+        policy; None: no weights.
+
+    Returns: `update(state, rollout, scores, key) -> (state, metrics)`, pure.  `scores` is `[B]`,
+    NaN where there is none.
+
+    Raises: ValueError for scaled scores without a controller.
+    """
+    controller = kl_coef if isinstance(kl_coef, Controller) else None
+    if scale_scores and controller is None:
+        raise ValueError(
+            "scale_scores keeps moments in the state's context; give kl_coef as "
+            "losses.controllers.fixed(…)"
+        )
+    loss_fn = make_loss(policy, clip=clip, value_clip=value_clip, value_coef=value_coef)
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+
+    def minibatch_step(state, minibatch):
+        return step(state, with_weights(minibatch))
+
+    def update(state, rollout, scores, key):
+        context = state.context
+        coef = kl_coef if controller is None else context["kl"].coef
+        # What is logged as the reward: before scaling and clipping.
+        shown_scores = scores
+        if controller is not None:
+            # The batch's scores count before they are scaled by the moments, so that the first
+            # batch is too.
+            context = context | {"scores": RUNNING.update(context["scores"], scores)}
+        if scale_scores:
+            scores = RUNNING.scale(context["scores"], scores)
+        if score_clip is not None:
+            scores = jnp.clip(scores, -score_clip, score_clip)
+        batch, metrics = estimate(
+            policy,
+            state,
+            rollout,
+            scores,
+            kl_coef=coef,
+            discount=discount,
+            lam=lam,
+            whiten_rewards=whiten_rewards,
+        )
+        metrics |= {"reward": jnp.nanmean(shown_scores), "kl_coef": coef}
+        if controller is not None:
+            # After the rewards: a coefficient is used for the batch whose KL moves it.
+            moved = controller.update(context["kl"], metrics["objective/kl"], len(scores))
+            context = context | {"kl": moved}
+        batch, mismatch = weighted(importance, batch, rollout)
+        batches = minibatches(key, batch, num_minibatches, epochs)
+        # Before the steps: the moments stay even where every step is skipped.
+        state = state._replace(context=context)
+        state, of_steps = run_minibatches(minibatch_step, state, batches, target_kl=target_kl)
+        return state, {**of_steps, **metrics, **mismatch}
+
+    return update
+
+
+@recipe
 def main(
-    model: setup.Model,
-    source: online.Asking,
-    training: Training,
-    scoring: Scoring,
-    drawing: Drawing,
-    importance: Importance,
+    model: ModelOptions,
+    dataset: PromptOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
+    sampling: SamplingOptions,
+    reward: RewardOptions,
+    importance: ImportanceOptions,
     output: str,
     *,
     num_samples: Count = 1,
@@ -118,54 +280,108 @@ def main(
     whiten_rewards: bool = False,
     scale_rewards: bool = False,
     resume: bool = False,
-) -> dict[str, float]:
-    """Proximal policy optimisation: samples answers, and a value head says how much better than expected they are.
+    callbacks: Callbacks = (),
+) -> Trained:
+    """Proximal policy optimisation: samples completions, and a value head says how much better than
+    expected they are.
 
-    Rows have `prompt`, and the columns that the reward functions read.  The value head is not in `model/`.
+    Rows have `prompt`, and the columns that the reward functions read.  The value head is not in
+    `model/`.
 
     Args:
       output: a new folder for the run.
-      num_samples: answers a prompt.
-      kl_coef: what the KL to the model as it was costs, per nat; with a kl_target at the start.
-      kl_target: nats an answer that the coefficient holds the KL at; null: the coefficient stays.
-      kl_horizon: answers in which the coefficient changes by at most a fifth.
+      num_samples: completions of a prompt.
+      kl_coef: coefficient of the KL to the reference, in the reward, per nat; with a kl_target at
+        the start.
+      kl_target: nats a completion that the coefficient holds the KL at; null: the coefficient
+        stays.
+      kl_horizon: completions in which the coefficient changes by at most a fifth.
       discount: of a reward, per token.
-      lam: of generalised advantages; 1: what came of it, 0: what the value head expects of the next token.
+      lam: GAE λ: 1 = Monte Carlo, 0 = one-step TD.
       clip: half-width of the trust region.
       value_clip: half-width of the value's trust region, in units of reward.
       value_coef: weight of the value loss.
-      updates_per_batch: passes over the sampled answers.
+      updates_per_batch: passes over the sampled completions.
       mini_batches: optimizer steps of a pass.
-      target_kl: nats a token by which the policy may move on one batch; once it is beyond, the other steps are left out.
+      target_kl: nats a token by which the policy may move on one batch; once it is beyond, the
+        other steps are left out.
       whiten_rewards: rewards of deviation 1 over the batch's tokens.
       scale_rewards: scores less the mean of all so far, divided by their deviation.
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
+    # Also a coefficient that stays is a controller here: one form of state for all runs.
     controller = losses.controllers.fixed(kl_coef)
     if kl_target is not None:
-        controller = losses.controllers.adaptive_kl(target=kl_target, horizon=kl_horizon, init_coef=kl_coef)
-    begin = online_steps.start(
-        run, model, source, training, scoring, drawing,
-        rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
-    )  # fmt: skip
-    policy, head = setup.with_head(model, training.seed, scalar_head)
-    actor, whole = policy._replace(params=policy.params["lm"], head=None), online.params_of(policy)
-    sample = online.player(policy.lm, lambda state: whole(state)["lm"], drawing, begin.eos_ids, num_samples)
-    loss_fn = policy.of_whole(objective(policy.lm, head, clip=clip, value_clip=value_clip, value_coef=value_coef))
+        controller = losses.controllers.adaptive_kl(
+            target=kl_target, horizon=kl_horizon, init_coef=kl_coef
+        )
+    inputs = online.load_inputs(
+        run,
+        model,
+        dataset,
+        training,
+        sampling,
+        reward,
+        mesh,
+        rows=training.batch_size * num_samples,
+        num_minibatches=mini_batches,
+    )
 
-    def estimated(state, rollout, scores):
-        learn_from = partial(
-            experience, policy.lm, head, whole(state), actor.reference(state.context), rollout,
-            discount=discount, lam=lam, whiten_rewards=whiten_rewards,
-        )  # fmt: skip
-        context, batch, seen = online_steps.adapted(learn_from, state.context, scores, controller, scale_scores=scale_rewards)
-        return state._replace(context=context), batch, seen
+    # 2. The policy with its value head, the reference and the optimizer state, born sharded.
+    loaded = load_with_head(model, training.seed, inputs.mesh, scalar_head, say=run.say)
+    updates = mini_batches * updates_per_batch
+    optimizer = make_optimizer(training, inputs.total * updates)
+    context = {**loaded.context(with_reference=True), **initial_context(controller)}
+    state = loaded.init_state(optimizer, training.seed, context)
 
-    _, figures = online_steps.learn(
-        begin, policy, sample, estimated, prepare, loss_fn, fixed=actor.context(with_reference=True),
-        weigh=importance.weigh(drawing.sampler()),
-        context=online_steps.moving(controller), target_kl=target_kl, shown=("reward", "kl_to_reference"),
-        export=lambda state, over: actor.export(run.path, begin.tokenizer, state._replace(params=state.params["lm"]), over),
-    )  # fmt: skip
-    return figures
+    # 3. The step: sample, score, update.
+    sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
+    update = make_update(
+        loaded.policy,
+        optimizer,
+        kl_coef=controller,
+        discount=discount,
+        lam=lam,
+        clip=clip,
+        value_clip=value_clip,
+        value_coef=value_coef,
+        whiten_rewards=whiten_rewards,
+        scale_scores=scale_rewards,
+        epochs=updates_per_batch,
+        num_minibatches=mini_batches,
+        micro_batches=training.micro_batches,
+        target_kl=target_kl,
+        importance=importance.weigh(sampling.sampler(inputs.stop.eos_ids)),
+    )
+    # The value head is no part of the model that is exported.
+    actor = loaded._replace(head=None)
+
+    def export(state, over):
+        actor.export(run.path, inputs.tokenizer, state._replace(params=state.params["lm"]), over)
+
+    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, updates)
+
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    evaluate = evaluation.of_completions(
+        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
+    )
+    state = fit(
+        run,
+        training,
+        state,
+        online.make_step(
+            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
+        ),
+        inputs.batch,
+        total=inputs.total,
+        updates=updates,
+        callbacks=callbacks,
+        shown=("reward", "objective/kl"),
+        evaluate=evaluate,
+        export=export,
+        mesh=inputs.mesh,
+    )
+    return result(run, model, actor, inputs.tokenizer, state._replace(params=state.params["lm"]))

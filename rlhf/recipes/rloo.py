@@ -1,103 +1,250 @@
-"""REINFORCE leave-one-out: each answer against the mean of its siblings, the KL to the reference in the reward."""
+"""REINFORCE leave-one-out: each completion against the mean of its siblings, the KL to the
+reference in the reward.
+"""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
+import optax
 
 from rlhf import losses, rollouts
-from rlhf.lm import LM, SharedPrefix
-from rlhf.loop import Training
 from rlhf.losses import presets
-from rlhf.ranges import Coefficient, Count, between, checked
-from rlhf.recipes import grpo, online, online_steps, setup
-from rlhf.recipes.importance import Importance
-from rlhf.recipes.online import Drawing, Scoring
+from rlhf.ranges import Coefficient, Count, between
 from rlhf.rollouts import Batch, Rollout
-from rlhf.runs import RunFolder
+from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
+from rlhf.training import evaluation, online, policy_gradient
+from rlhf.training.importance import ImportanceOptions, Weigh, weighted
+from rlhf.training.loading import load_policy
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    MeshOptions,
+    ModelOptions,
+    NumSamples,
+    PromptOptions,
+    RewardOptions,
+    SamplingOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import Policy
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.sampling import policy_sampler, rollout_metrics
+from rlhf.training.trained import Trained, result
+from rlhf.typing import UpdateFn
 
-prepare = partial(grpo.prepare, weights=presets.rloo().weights)  # the optimizer mini-batch: every answer weighs the same
 
-
-def objective(lm: LM, *, clip_low: float = 0.2, clip_high: float = 0.2, shared: SharedPrefix | None = None) -> Callable:
-    """The `loss_fn` of a prepared `Batch`, as `grpo.objective`: one ratio of whole answers, clipped."""
-    return grpo.objective(lm, loss=presets.rloo(clip_low=clip_low, clip_high=clip_high).loss, kl_coef=0.0, shared=shared)
-
-
-def experience(
-    lm: LM, ref_params, rollout: Rollout, rewards, *, num_samples: int, kl_coef: float = 0.05, normalize: bool = False,
-    shared: SharedPrefix | None = None,
-) -> tuple[Batch, dict]:  # fmt: skip
-    """A rollout as a `Batch`: advantages over the other answers of the prompt, of `reward - kl_coef · k1` of the whole answer.
+def make_update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_samples: int,
+    kl_coef: float = 0.05,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    normalize_advantages: bool = False,
+    epochs: int = 1,
+    num_minibatches: int = 1,
+    micro_batches: int = 1,
+    max_new_tokens: int | None = None,
+    importance: Weigh | None = None,
+) -> UpdateFn:
+    """RLOO: advantages `r_i - mean of the other r_j`, with `r = reward - kl_coef · k1` of a
+    completion  (arXiv:2402.14740).
 
     Args:
-      rewards: `[B]`, NaN where a completion could not be scored.
-      num_samples: completions a prompt.
-      normalize: advantages with mean 0 and deviation 1 over the batch, which couples its rows.
-      shared: what the rows of the rollout share.
+      policy: what is trained; its reference is in the state's context.
+      optimizer: any optax transformation.
+      num_samples: completions of a prompt, contiguous rows of the rollout.
+      kl_coef: cost of the KL to the reference, per nat of a completion.
+      clip_low: lower half-width of the trust region on the ratio of whole completions.
+      clip_high: upper half-width.
+      normalize_advantages: to mean 0 and deviation 1 over the batch, which couples its rows.
+      epochs: passes over the rollout.
+      num_minibatches: optimizer steps of a pass.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+      max_new_tokens: last columns of the rollout, in which a prompt's samples differ: what comes
+        before is read once; None: rows are read by themselves.
+      importance: of `ImportanceOptions.weigh`, where the sampler's filters make it another than the
+        policy; None: no weights.
+
+    Returns: `update(state, rollout, rewards, key) -> (state, metrics)`, pure.  `rewards` is `[B]`,
+    NaN where a completion could not be scored: it is left out of its group, with advantage 0.
     """
-    ref_logprobs = online.logprobs(lm, ref_params, rollout, shared)
+    # The ratio is that of whole completions: at the first step it is 1, and this is REINFORCE.
+    algorithm = presets.rloo(clip_low=clip_low, clip_high=clip_high)
+    prompt = NOT_SHARED if max_new_tokens is None else SharedPrefix(num_samples, max_new_tokens)
+    steps = policy_gradient.make_steps(
+        policy,
+        optimizer,
+        algorithm,
+        epochs=epochs,
+        num_minibatches=num_minibatches,
+        micro_batches=micro_batches,
+        prompt=prompt,
+    )
+
+    def update(state, rollout, rewards, key):
+        batch, metrics = estimate(
+            policy,
+            state,
+            rollout,
+            rewards,
+            num_samples=num_samples,
+            kl_coef=kl_coef,
+            normalize_advantages=normalize_advantages,
+            prompt=prompt,
+        )
+        batch, mismatch = weighted(importance, batch, rollout)
+        state, of_steps = steps(state, batch, key)
+        return state, {**of_steps, **metrics, **mismatch}
+
+    return update
+
+
+def estimate(
+    policy: Policy,
+    state: Any,
+    rollout: Rollout,
+    rewards,
+    *,
+    num_samples: int,
+    kl_coef: float = 0.05,
+    normalize_advantages: bool = False,
+    prompt: SharedPrefix = NOT_SHARED,
+) -> tuple[Batch, dict]:
+    """A rollout as a `Batch` with advantages, and metrics.
+
+    Args:
+      policy: what is trained; its reference is in the state's context.
+      state: of training.
+      rollout: `[B, T]`, a prompt's samples contiguous.
+      rewards: `[B]`, NaN where there is none.
+      num_samples: completions of a prompt.
+      kl_coef: cost of the KL to the reference, per nat of a completion.
+      normalize_advantages: to mean 0 and deviation 1 over the batch.
+      prompt: what a prompt's samples have in common, read once.
+    """
+    ref_logprobs = policy.reference_logprobs(state.context, rollout, shared=prompt)
+    # k1 = log π - log π_ref of the sampled tokens: summed, the exact log-ratio of a completion.
     penalties = kl_coef * losses.kl.k1(rollout.logprobs, ref_logprobs, rollout.mask)
-    advantages = presets.rloo().advantages(rewards.reshape(-1, num_samples), rollout.mask, penalties)
-    if normalize:
-        of_answers = losses.segment_sum(advantages, losses.segments.last_trained(rollout.mask))
-        scored = jnp.where(jnp.isnan(rewards), jnp.nan, of_answers)
-        advantages = losses.groups.to_tokens(losses.group_relative(scored[None, :]), rollout.mask)
-    return rollouts.batch_of(rollout, advantages=advantages), online.rollout_metrics(rollout, rewards, ref_logprobs)
+    grouped = rewards.reshape(-1, num_samples)
+    advantages = presets.rloo().advantages(grouped, rollout.mask, penalties)
+    if normalize_advantages:
+        advantages = normalized(advantages, rollout.mask, rewards)
+    # No `ref_logprobs`: the KL is in the reward already, and not in the loss.
+    batch = rollouts.batch_of(rollout, advantages=advantages)
+    return batch, rollout_metrics(rollout, rewards, ref_logprobs)
 
 
-@checked
+def normalized(advantages, mask, rewards):
+    """Advantages `[B, T]` of whole completions, with mean 0 and deviation 1 over those that have a
+    reward.
+    """
+    # Every token has its completion's advantage: one of them, the last, says it.
+    of_completions = losses.segment_sum(advantages, losses.segments.last_trained(mask))
+    # Completions without a reward have advantage 0, and must not pull the mean there.
+    scored = jnp.where(jnp.isnan(rewards), jnp.nan, of_completions)
+    return losses.groups.to_tokens(losses.group_relative(scored[None, :]), mask)
+
+
+@recipe
 def main(
-    model: setup.Model,
-    source: online.Asking,
-    training: Training,
-    scoring: Scoring,
-    drawing: Drawing,
-    importance: Importance,
+    model: ModelOptions,
+    dataset: PromptOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
+    sampling: SamplingOptions,
+    reward: RewardOptions,
+    importance: ImportanceOptions,
     output: str,
     *,
-    num_samples: Annotated[int, between(2, 65_536)] = 2,
-    beta: Coefficient = 0.05,
+    num_samples: NumSamples = 2,
+    kl_coef: Coefficient = 0.05,
     clip_low: Annotated[float, between(0, 1, above=True, below=True)] = 0.2,
     clip_high: Annotated[float, between(0, 1, above=True, below=True)] = 0.2,
     normalize_advantages: bool = False,
     updates_per_batch: Count = 1,
     mini_batches: Count = 1,
     resume: bool = False,
-) -> dict[str, float]:
-    """REINFORCE leave-one-out: samples several answers, and compares each with the mean of the others.
+    callbacks: Callbacks = (),
+) -> Trained:
+    """REINFORCE leave-one-out: samples several completions, and compares each with the mean of the
+    others.
 
     Rows have `prompt`, and the columns that the reward functions read.
 
     Args:
       output: a new folder for the run.
-      num_samples: answers a prompt, at least 2.
-      beta: what the KL to the model as it was costs, per nat of a whole answer.
-      clip_low: lower half-width of the trust region on the ratio of whole answers.
+      num_samples: completions of a prompt, at least 2.
+      kl_coef: coefficient of the KL to the reference, in the reward, per nat of a completion.
+      clip_low: lower half-width of the trust region on the ratio of whole completions.
       clip_high: upper half-width.
       normalize_advantages: to mean 0 and deviation 1 over the batch.
-      updates_per_batch: passes over the sampled answers.
+      updates_per_batch: passes over the sampled completions.
       mini_batches: optimizer steps of a pass.
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    begin = online_steps.start(
-        run, model, source, training, scoring, drawing,
-        rows=training.batch_size * num_samples, mini_batches=mini_batches, epochs=updates_per_batch,
-    )  # fmt: skip
-    policy = setup.policy(model, training.seed)
-    sample = online.player(policy.lm, online.params_of(policy), drawing, begin.eos_ids, num_samples)
-    prompt = SharedPrefix(num_samples, drawing.max_new_tokens)
-    shared = prompt.fitting(training.batch_size * num_samples, mini_batches * training.micro_batches)
-    loss_fn = policy.of_whole(objective(policy.lm, clip_low=clip_low, clip_high=clip_high, shared=shared))
-    knobs = dict(num_samples=num_samples, kl_coef=beta, normalize=normalize_advantages, shared=prompt)
+    inputs = online.load_inputs(
+        run,
+        model,
+        dataset,
+        training,
+        sampling,
+        reward,
+        mesh,
+        rows=training.batch_size * num_samples,
+        num_minibatches=mini_batches,
+    )
 
-    def compared(state, rollout, rewards):
-        return state, *experience(policy.lm, policy.reference(state.context), rollout, rewards, **knobs)
+    # 2. The policy, its reference and its optimizer state, born sharded.
+    loaded = load_policy(model, training.seed, inputs.mesh, say=run.say)
+    updates = mini_batches * updates_per_batch
+    optimizer = make_optimizer(training, inputs.total * updates)
+    state = loaded.init_state(optimizer, training.seed, loaded.context(with_reference=True))
 
-    _, figures = online_steps.learn(
-        begin, policy, sample, compared, prepare, loss_fn, together=shared.rows, weigh=importance.weigh(drawing.sampler()),
-        fixed=policy.context(with_reference=True), shown=("reward", "kl_to_reference"),
-    )  # fmt: skip
-    return figures
+    # 3. The step: sample, score, update.
+    sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
+    update = make_update(
+        loaded.policy,
+        optimizer,
+        num_samples=num_samples,
+        kl_coef=kl_coef,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        normalize_advantages=normalize_advantages,
+        epochs=updates_per_batch,
+        num_minibatches=mini_batches,
+        micro_batches=training.micro_batches,
+        max_new_tokens=sampling.max_new_tokens,
+        importance=importance.weigh(sampling.sampler(inputs.stop.eos_ids)),
+    )
+
+    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, updates)
+
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    evaluate = evaluation.of_completions(
+        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
+    )
+    state = fit(
+        run,
+        training,
+        state,
+        online.make_step(
+            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
+        ),
+        inputs.batch,
+        total=inputs.total,
+        updates=updates,
+        callbacks=callbacks,
+        shown=("reward", "objective/kl"),
+        evaluate=evaluate,
+        export=partial(loaded.export, run.path, inputs.tokenizer),
+        mesh=inputs.mesh,
+    )
+    return result(run, model, loaded, inputs.tokenizer, state)

@@ -4,42 +4,72 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-from rlhf import data, losses, rollouts, tasks
+import optax
+
+from rlhf import data, tasks
 from rlhf.data.types import Row
-from rlhf.lm import LM
-from rlhf.loop import Training, fit
-from rlhf.ranges import Length, checked
-from rlhf.recipes import setup
+from rlhf.ranges import Length
 from rlhf.rollouts import Batch
-from rlhf.runs import RunFolder
+from rlhf.train import train_step
+from rlhf.training import datasets, evaluation, loading, meshes, offline, supervised
+from rlhf.training.loading import load_policy, load_seq2seq, load_tokenizer
+from rlhf.training.loop import fit
+from rlhf.training.optimizers import make_optimizer
+from rlhf.training.options import (
+    Callbacks,
+    DatasetOptions,
+    MeshOptions,
+    ModelOptions,
+    TrainingOptions,
+)
+from rlhf.training.policy import Policy
+from rlhf.training.recipe import recipe
+from rlhf.training.runs import RunFolder
+from rlhf.training.trained import Trained, result
+from rlhf.typing import StepFn
 
 
-def prepare(batch: Batch) -> Batch:
-    """The optimizer mini-batch with its weights; a sequence's first token has nothing before it and is not trained."""
-    mask = batch.mask & ~losses.segments.starts(batch.segment_ids)
-    return batch._replace(mask=mask, weights=losses.weights.token_mean(mask, batch.segment_ids))
+def make_update(
+    policy: Policy, optimizer: optax.GradientTransformation, *, micro_batches: int = 1
+) -> StepFn:
+    """SFT: gradient descent on the mean cross-entropy of the trained tokens.
+
+    Args:
+      policy: what is trained.
+      optimizer: any optax transformation.
+      micro_batches: parts of a step, taken one after the other; the result is the same.
+
+    Returns: `update(state, batch) -> (state, metrics)`, pure: jit, scan, vmap or shard it.  The
+    batch needs no weights.
+    """
+    step = train_step(supervised.make_loss(policy), optimizer, micro_batches=micro_batches)
+
+    def update(state, batch):
+        # Weights are of the whole mini-batch: made before the step cuts it into micro-batches.
+        return step(state, supervised.with_weights(batch))
+
+    return update
 
 
-def objective(lm: LM) -> Callable:
-    """The `loss_fn` of a prepared `Batch`; `params` are the model's."""
-
-    def loss_fn(params, context, batch, key):
-        s = rollouts.score_batch(lm, params, batch)
-        per_token = losses.cross_entropy(s.logprobs, batch.mask)
-        return losses.weighted_sum(per_token, batch.weights), {"entropy": losses.weighted_sum(s.entropy, batch.weights)}
-
-    return loss_fn
-
-
-def tokenize(tokenizer, rows: list[Row], assistant_only: bool, completion_only: bool) -> list[data.Tokenized]:
+def tokenize(
+    tokenizer, rows: list[Row], assistant_only: bool, completion_only: bool
+) -> list[data.Tokenized]:
     """Rows of language modelling, or of prompt and completion."""
+    # One row tells: all of a data set have the same columns.
     if data.type_of(rows[0]).texts[0] == "prompt":
-        return data.tokenize_completions(tokenizer, rows, assistant_only=assistant_only, completion_only=completion_only)
+        return data.tokenize_completions(
+            tokenizer, rows, assistant_only=assistant_only, completion_only=completion_only
+        )
     return data.tokenize_texts(tokenizer, rows, assistant_only=assistant_only)
 
 
 def lay_out(
-    rows: list[data.Tokenized], packing: str, length: int, say: Callable, *, seq2seq: data.Seq2Seq | None = None
+    rows: list[data.Tokenized],
+    packing: str,
+    length: int,
+    say: Callable,
+    *,
+    seq2seq: data.Seq2Seq | None = None,
 ) -> Batch:
     """Sequences as rows of `length` columns; what is cut or left out is said.
 
@@ -47,22 +77,40 @@ def lay_out(
     """
     if seq2seq is not None:
         if packing != "none":
-            raise ValueError(f"packing {packing}: an encoder-decoder takes one prompt with its answer a row; leave it out")
-        return seq2seq.batch(setup.truncated(rows, length=length, say=say).sides[0])
+            # Every token of a decoder attends to all of its encoder's inputs: those of one text.
+            raise ValueError(
+                f"packing {packing}: an encoder-decoder takes one prompt with its completion a "
+                "row; leave it out"
+            )
+        return seq2seq.batch(datasets.truncated(rows, length=length, say=say).sides[0])
+    # Nothing is cut here: long texts go on in the next row, so that there is nothing to report.
     if packing == "wrapped":
         return data.wrapped(rows, length=length)
     if packing == "split":
         return data.best_fit(data.split(rows, length=length), length=length)
-    kept = setup.truncated(rows, length=length, say=say)
-    return data.best_fit(kept.sides[0], length=length) if packing == "bfd" else data.batch(kept.sides[0])
+    fitting = datasets.truncated(rows, length=length, say=say)
+    return (
+        data.best_fit(fitting.sides[0], length=length)
+        if packing == "bfd"
+        else data.batch(fitting.sides[0])
+    )
 
 
-@checked
+@recipe
 def main(
-    model: setup.Model, source: setup.Data, training: Training, output: str, *, max_length: Length = 1024,
-    packing: Literal["none", "bfd", "split", "wrapped"] = "none", assistant_only: bool = False, completion_only: bool = True,
+    model: ModelOptions,
+    dataset: DatasetOptions,
+    training: TrainingOptions,
+    mesh: MeshOptions,
+    output: str,
+    *,
+    max_length: Length = 1024,
+    packing: Literal["none", "bfd", "split", "wrapped"] = "none",
+    assistant_only: bool = False,
+    completion_only: bool = True,
     resume: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    callbacks: Callbacks = (),
+) -> Trained:
     """Supervised fine-tuning: teaches a model to write what the rows of a data set say.
 
     Rows have `text` or `messages`, or `prompt` and `completion`.
@@ -70,32 +118,55 @@ def main(
     Args:
       output: a new folder for the run.
       max_length: tokens of a row; longer texts are cut, unless the packing splits or wraps them.
-      packing: several texts in a row: bfd (best fit), split (best fit, long texts go on elsewhere), wrapped (end to end).
+      packing: several texts in a row: bfd (best fit), split (best fit, long texts go on elsewhere),
+        wrapped (end to end).
       assistant_only: train on what assistants say in messages; the chat template must mark it.
       completion_only: of rows with a prompt, train on the completion alone.
       resume: go on with the run in the folder.
+      callbacks: `(step, metrics)` functions, called with every line of the log.
     """
+    # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    tokenizer = model.tokenizer()
-    seq2seq = model.seq2seq(tokenizer)
+    devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
+    tokenizer = load_tokenizer(model)
+    seq2seq = load_seq2seq(model, tokenizer)
     if seq2seq is not None and not completion_only:
-        raise ValueError(f"completion_only false, but {model.model} is an encoder-decoder, which only reads prompts")
+        raise ValueError(
+            f"completion_only false, but {loading.name_of(model)} is an encoder-decoder, which "
+            "only reads prompts"
+        )
 
-    def laid_out(rows):
+    def to_arrays(rows):
         tokenized = tokenize(tokenizer, rows, assistant_only, completion_only)
         return lay_out(tokenized, packing, max_length, run.say, seq2seq=seq2seq)
 
-    train, test = source.laid_out(tasks.demonstrations, laid_out)
-    total = training.total_steps(len(train.tokens), judged=test is not None)
-    model.check(tokenizer, train, test)
-    policy = setup.policy(model, training.seed)
-    loss_fn = policy.of_whole(objective(policy.lm))
+    train, held_out = datasets.load_arrays(dataset, tasks.demonstrations, to_arrays)
+    total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
+    loading.check_tokens(model, tokenizer, train, held_out)
 
-    _, figures = fit(
-        run, training, setup.offline_step(loss_fn, prepare, training), policy.params,
-        lambda number, size: setup.take(train, training.seed, number, size),
-        total=total, fixed=policy.context(),
-        evaluate=setup.evaluation(loss_fn, test and prepare(test), training.batch_size),
-        export=partial(policy.export, run.path, tokenizer),
-    )  # fmt: skip
-    return figures
+    # 2. The model and its optimizer state, born sharded.
+    loaded = load_policy(model, training.seed, devices, say=run.say)
+    optimizer = make_optimizer(training, total)
+    state = loaded.init_state(optimizer, training.seed)
+
+    # 3. The step, and the evaluation of the same loss.
+    update = make_update(loaded.policy, optimizer, micro_batches=training.micro_batches)
+    weighted = held_out and supervised.with_weights(held_out)
+    evaluate = evaluation.of_loss(
+        supervised.make_loss(loaded.policy), weighted, training.batch_size, devices
+    )
+
+    # 4. The shared loop: metrics, evaluations, checkpoints, export.
+    state = fit(
+        run,
+        training,
+        state,
+        offline.make_step(update, devices, state),
+        datasets.batches(train, training, devices),
+        total=total,
+        callbacks=callbacks,
+        evaluate=evaluate,
+        export=partial(loaded.export, run.path, tokenizer),
+        mesh=devices,
+    )
+    return result(run, model, loaded, tokenizer, state)

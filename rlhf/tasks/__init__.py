@@ -1,4 +1,4 @@
-"""Generated tasks: data without a download, and judges that know the truth.
+"""Generated tasks: data without a download, and reward functions that know the truth.
 
 A task's module has `task(level) -> Task`; the functions of `offline` make rows of data sets of it.
 """
@@ -16,7 +16,7 @@ from rlhf.tasks.offline import trajectories as trajectories
 from rlhf.tasks.offline import unpaired as unpaired
 from rlhf.tasks.task import Task as Task
 from rlhf.tasks.task import answer_task as answer_task
-from rlhf.tasks.task import answered as answered
+from rlhf.tasks.task import as_rollout as as_rollout
 
 TASKS: dict[str, Callable[[int], Task]] = {
     "letters": letters.task,
@@ -26,6 +26,7 @@ TASKS: dict[str, Callable[[int], Task]] = {
     "sums": sums.task,
     "walks": walks.task,
 }
+# Before a task's name where a path or a name on the Hub could stand.
 PREFIX = "task:"
 
 
@@ -38,10 +39,16 @@ def find(name: str) -> Task:
     3
     """
     known = ", ".join(TASKS)
+    # Unpacked below: the level that was given, or "1" for the easiest.
     prefix, *rest = name.split(":")
-    if f"{prefix}:" != PREFIX or len(rest) not in (1, 2) or not (level := [*rest, "1"][1]).isdecimal():
+    if (
+        f"{prefix}:" != PREFIX
+        or len(rest) not in (1, 2)
+        or not (level := [*rest, "1"][1]).isdecimal()
+    ):
         raise ValueError(
-            f"{name!r} names no task; write task:NAME or task:NAME:LEVEL, such as task:reverse:3; there are {known}"
+            f"{name!r} names no task; write task:NAME or task:NAME:LEVEL, such as task:reverse:3; "
+            f"there are {known}"
         )
     if rest[0] not in TASKS:
         near = get_close_matches(rest[0], TASKS, n=1, cutoff=0.0)[0]
@@ -49,7 +56,9 @@ def find(name: str) -> Task:
     return TASKS[rest[0]](int(level))
 
 
-def load(name: str, kind: Callable[..., list[Row]], number: int, *, seed: int = 0, **knobs) -> list[Row]:
+def load(
+    name: str, kind: Callable[..., list[Row]], number: int, *, seed: int = 0, **options
+) -> list[Row]:
     """Rows of a data set from the text that names a task.
 
     Args:
@@ -57,11 +66,11 @@ def load(name: str, kind: Callable[..., list[Row]], number: int, *, seed: int = 
       kind: `prompts`, `demonstrations`, `preferences`, `unpaired`, `stepwise` or `trajectories`.
       number: of rows.
       seed: any integer.
-      knobs: of the kind: `accuracy`.
+      options: of the kind: `accuracy`.
 
-    Raises: ValueError as `find` and the kind do.
+    Raises: ValueError for an unknown task or level, less than one row, or an accuracy out of range.
 
     >>> load("task:sums", unpaired, 2)
     [{'prompt': '9-2=', 'completion': '8', 'label': False}, {'prompt': '5-0=', 'completion': '5', 'label': True}]
     """
-    return kind(find(name), number, seed=seed, **knobs)
+    return kind(find(name), number, seed=seed, **options)

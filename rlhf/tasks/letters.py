@@ -1,4 +1,4 @@
-"""Counting a letter in a word: `abacad:a=` is answered by `3`."""
+"""Counting a letter in a word: the completion of `abacad:a=` is `3`."""
 
 from functools import cache
 
@@ -30,16 +30,28 @@ def task(level: int = 1) -> Task:
     def prompts(key, number):
         word_key, letter_key = jax.random.split(key)
         tokens, keep = characters.after(*characters.words(word_key, number, ALPHABET, longest), ":")
-        letter = jax.random.randint(letter_key, (number, 1), ALPHABET.start, ALPHABET.stop, jnp.int32)
-        tokens, keep = jnp.concatenate([tokens, letter], axis=1), jnp.pad(keep, ((0, 0), (0, 1)), constant_values=True)
+        letter = jax.random.randint(
+            letter_key, (number, 1), ALPHABET.start, ALPHABET.stop, jnp.int32
+        )
+        tokens = jnp.concatenate([tokens, letter], axis=1)
+        keep = jnp.pad(keep, ((0, 0), (0, 1)), constant_values=True)
         return characters.as_prompts(*characters.after(tokens, keep, "="))
 
-    return answer_task("letters", level, prompts=prompts, answer=_counted, alphabet=DIGITS, longest=len(str(longest)))
+    return answer_task(
+        "letters",
+        level,
+        prompts=prompts,
+        answer=_counted,
+        alphabet=DIGITS,
+        longest=len(str(longest)),
+    )
 
 
-def _counted(questions: Array) -> Array:
-    before = jnp.cumsum(questions == IDS[":"], axis=1) == 0
+def _counted(problems: Array) -> Array:
+    # The word stands before the colon, the letter right after it.
+    before = jnp.cumsum(problems == IDS[":"], axis=1) == 0
     letter_at = before.sum(axis=1, keepdims=True) + 1
-    letter = jnp.take_along_axis(questions, jnp.minimum(letter_at, questions.shape[1] - 1), axis=1)
-    count = (before & (questions == letter)).sum(axis=1)
+    # Limited, for prompts without a colon, which others may give: no index may leave the row.
+    letter = jnp.take_along_axis(problems, jnp.minimum(letter_at, problems.shape[1] - 1), axis=1)
+    count = (before & (problems == letter)).sum(axis=1)
     return characters.aligned(*characters.decimals(count, 2))

@@ -1,4 +1,4 @@
-"""Sorting digits: `3141=` is answered by `1134`."""
+"""Sorting digits: the completion of `3141=` is `1134`."""
 
 from functools import cache
 
@@ -26,12 +26,17 @@ def task(level: int = 1) -> Task:
     longest = 4 * level
 
     def prompts(key, number):
-        return characters.as_prompts(*characters.after(*characters.words(key, number, DIGITS, longest), "="))
+        return characters.as_prompts(
+            *characters.after(*characters.words(key, number, DIGITS, longest), "=")
+        )
 
-    return answer_task("sort", level, prompts=prompts, answer=_sorted, alphabet=DIGITS, longest=longest)
+    return answer_task(
+        "sort", level, prompts=prompts, answer=_sorted, alphabet=DIGITS, longest=longest
+    )
 
 
-def _sorted(questions: Array) -> Array:
-    is_digit = (questions >= DIGITS.start) & (questions < DIGITS.stop)
-    digits = jnp.sort(jnp.where(is_digit, questions, DIGITS.stop), axis=1)
+def _sorted(problems: Array) -> Array:
+    is_digit = (problems >= DIGITS.start) & (problems < DIGITS.stop)
+    # What is no digit becomes larger than all of them, so that it sorts behind.
+    digits = jnp.sort(jnp.where(is_digit, problems, DIGITS.stop), axis=1)
     return jnp.where(digits < DIGITS.stop, digits, PAD)

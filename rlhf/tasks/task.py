@@ -1,4 +1,4 @@
-"""What a task is, and how one is made of a function that knows the answer to every question."""
+"""What a task is, and how one is made of a function that knows the answer to every problem."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,28 +7,33 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.fields import documented
-from rlhf.rollouts.types import Array, Prompts, Rollout, whole_rows
+from rlhf.rollouts.types import Array, Prompts, Rollout, unpacked_rows
 from rlhf.tasks import characters
 from rlhf.tasks.characters import BOS, EOS, PAD, aligned
 
 
 @documented
 class Task(NamedTuple):
-    """A generated task at one level of difficulty.  All but its tokenizer is pure JAX: whole runs jit, and vmap over seeds.
+    """A generated task at one level of difficulty.  All but its tokenizer is pure JAX: full runs
+    jit, and vmap over seeds.
 
-    The judges read the question from a rollout's own prompts, and of each row what was sampled before the first end token.
+    The reward functions read the problem from a rollout's prompts, and of each row what was sampled
+    before the first end token.
 
     Attributes:
       name: of the task.
       level: of difficulty.
-      max_new_tokens: the longest right answer and its end token.
+      max_new_tokens: of the longest right completion and its end token.
       tokenizer: () -> a `transformers` tokenizer: 0 pads, 1 starts, 2 ends.
       prompts: (key, number) -> Prompts [number, L], padded on the left; the key is consumed.
-      score: (rollout) -> [B] float32 in [0, 1], 1 for a right answer, with credit for a nearly right one.
-      exact: (rollout) -> [B] float32, 1 for a right answer, else 0.
-      right_so_far: (rollout) -> [B, T] bool, sampled tokens with which the answer can still become a right one.
-      attempts: (key, prompts, accuracy) -> [P, A] int32, PAD behind: answers, right with probability `accuracy`.
-      step_separator: stands between the steps of an answer.
+      score: (rollout) -> [B] float32 in [0, 1], 1 for a right completion, with credit for a
+        nearly right one.
+      exact: (rollout) -> [B] float32, 1 for a right completion, else 0.
+      right_so_far: (rollout) -> [B, T] bool, sampled tokens with which the completion can still
+        become a right one.
+      attempts: (key, prompts, accuracy) -> [P, A] int32, PAD behind: completions, right with
+        probability `accuracy`.
+      step_separator: stands between the steps of a completion.
     """
 
     name: str
@@ -43,13 +48,18 @@ class Task(NamedTuple):
     step_separator: str = ""
 
 
-def questions(prompts: Prompts | Rollout) -> Array:
-    """What each row's prompt asks, without its start token, from column 0 on: `[B, T]` int32, PAD behind.
+def problems(prompts: Prompts | Rollout) -> Array:
+    """What each row's prompt says, without its start token, from column 0 on: `[B, T]` int32, PAD
+    behind.
 
-    >>> questions(Prompts(jnp.array([[0, 1, 13]]), jnp.array([[False, True, True]]))).tolist()
+    >>> problems(Prompts(jnp.array([[0, 1, 13]]), jnp.array([[False, True, True]]))).tolist()
     [[13, 0, 0]]
     """
-    real = prompts.mask if isinstance(prompts, Prompts) else (prompts.segment_ids != 0) & ~prompts.mask
+    # `mask` marks real tokens in prompts, but sampled ones in a rollout.
+    if isinstance(prompts, Prompts):
+        real = prompts.mask
+    else:
+        real = (prompts.segment_ids != 0) & ~prompts.mask
     return aligned(prompts.tokens, real & (prompts.tokens != BOS))
 
 
@@ -59,16 +69,19 @@ def symbols(rollout: Rollout) -> Array:
     Raises: ValueError where the rollout is not one of rows.
 
     >>> prompts = Prompts(jnp.array([[1, 13]]), jnp.array([[True, True]]))
-    >>> symbols(answered(prompts, jnp.array([[14, EOS]]))).astype(int).tolist()
+    >>> symbols(as_rollout(prompts, jnp.array([[14, EOS]]))).astype(int).tolist()
     [[0, 0, 1, 0]]
     """
     if rollout.tokens.ndim != 2:
-        raise ValueError(f"a rollout's tokens are [B, T], but these are {list(rollout.tokens.shape)}; add the axis that lacks")
+        raise ValueError(
+            f"a rollout's tokens are [B, T], but these are {list(rollout.tokens.shape)}; add the "
+            "axis that lacks"
+        )
     return rollout.mask & (jnp.cumsum(rollout.mask & (rollout.tokens == EOS), axis=1) == 0)
 
 
-def answered(prompts: Prompts, completions: Array) -> Rollout:
-    """Prompts with answers that were not sampled, as a rollout that a task can judge.
+def as_rollout(prompts: Prompts, completions: Array) -> Rollout:
+    """Prompts with completions that were not sampled, as a rollout that a task can score.
 
     Args:
       prompts: `[P, L]`.
@@ -79,17 +92,28 @@ def answered(prompts: Prompts, completions: Array) -> Rollout:
     Raises: ValueError where there are not as many completions as prompts.
 
     >>> prompts = Prompts(jnp.array([[0, 1, 13]]), jnp.array([[False, True, True]]))
-    >>> answered(prompts, jnp.array([[14, 15, 0]])).mask.astype(int).tolist()
+    >>> as_rollout(prompts, jnp.array([[14, 15, 0]])).mask.astype(int).tolist()
     [[0, 0, 0, 1, 1, 0]]
     """
     if len(prompts.tokens) != len(completions):
-        raise ValueError(f"{len(prompts.tokens)} prompts but {len(completions)} completions; one each")
+        raise ValueError(
+            f"{len(prompts.tokens)} prompts but {len(completions)} completions; one each"
+        )
     tokens = jnp.concatenate([prompts.tokens, completions], axis=1)
     sampled = jnp.concatenate([jnp.zeros_like(prompts.mask), completions != PAD], axis=1)
     real = jnp.concatenate([prompts.mask, completions != PAD], axis=1)
-    rows = whole_rows(tokens, real, sampled)
+    rows = unpacked_rows(tokens, real, sampled)
     zeros = jnp.zeros(tokens.shape, jnp.float32)
-    return Rollout(*rows[:4], zeros, zeros, jnp.ones(len(tokens), bool), jnp.float32(1.0))
+    return Rollout(
+        tokens=rows.tokens,
+        mask=rows.mask,
+        positions=rows.positions,
+        segment_ids=rows.segment_ids,
+        logprobs=zeros,
+        sampling_logprobs=zeros,
+        finished=jnp.ones(len(tokens), bool),
+        temperature=jnp.float32(1.0),
+    )
 
 
 def answer_task(
@@ -102,31 +126,38 @@ def answer_task(
     longest: int,
     step_separator: str = "",
 ) -> Task:
-    """A task of characters whose questions have one right answer each.
+    """A task of characters whose problems have one right answer each.
 
-    The score is `right / max(sampled, length of the answer)`, where a symbol is right in its own place.
+    The score is `right / max(sampled, length of the answer)`, where a symbol is right in its own
+    place.
 
     Args:
       prompts: as in `Task`.
-      answer: (questions `[B, T]`, from column 0 on, PAD behind) -> the answers `[B, A]` in the same form.
+      answer: (problems `[B, T]`, from column 0 on, PAD behind) -> the answers `[B, A]` in the same
+        form.
       alphabet: ids that a slip of the weak policy writes.
       longest: symbols of the longest answer.
       step_separator: as in `Task`.
 
     >>> from rlhf.tasks import demonstrations
     >>> words = lambda key, number: characters.as_prompts(*characters.words(key, number, characters.LETTERS, 3))
-    >>> knobs = dict(prompts=words, alphabet=characters.LETTERS, longest=3)
-    >>> demonstrations(answer_task("copy", 1, answer=lambda questions: questions, **knobs), 1)
+    >>> options = dict(prompts=words, alphabet=characters.LETTERS, longest=3)
+    >>> demonstrations(answer_task("copy", 1, answer=lambda problems: problems, **options), 1)
     [{'prompt': 'tec', 'completion': 'tec'}]
     """
 
     def compared(rollout):
         place = symbols(rollout)
-        answers = answer(questions(rollout))
-        length = (answers != PAD).sum(axis=1)
+        solutions = answer(problems(rollout))
+        # A symbol's index among the sampled ones is its place in the answer: prompts differ in
+        # length, so that its column is not.
+        length = (solutions != PAD).sum(axis=1)
         index = jnp.cumsum(place, axis=1) - 1
-        expected = jnp.take_along_axis(answers, jnp.clip(index, 0, answers.shape[1] - 1), axis=1)
+        expected = jnp.take_along_axis(
+            solutions, jnp.clip(index, 0, solutions.shape[1] - 1), axis=1
+        )
         right = place & (index < length[:, None]) & (rollout.tokens == expected)
+        # The longer of the two: neither stopping early nor going on pays.
         return place, right, jnp.maximum(place.sum(axis=1), length)
 
     def score(rollout):
@@ -138,24 +169,35 @@ def answer_task(
 
     def right_so_far(rollout):
         place, right, _ = compared(rollout)
+        # Until the first wrong symbol.
         return place & (jnp.cumsum(place & ~right, axis=1) == 0)
 
     def attempts(key, prompts, accuracy):
         right_key, slip_key = jax.random.split(key)
-        answers = answer(questions(prompts))[:, :longest]
-        is_right = jax.random.bernoulli(right_key, accuracy, (len(answers), 1))
-        return jnp.where(is_right, answers, slip(slip_key, answers, alphabet))
+        solutions = answer(problems(prompts))[:, :longest]
+        is_right = jax.random.bernoulli(right_key, accuracy, (len(solutions), 1))
+        return jnp.where(is_right, solutions, slip(slip_key, solutions, alphabet))
 
     return Task(
-        name, level, longest + 1, characters.tokenizer, prompts, score, exact, right_so_far, attempts, step_separator
-    )  # fmt: skip
+        name=name,
+        level=level,
+        max_new_tokens=longest + 1,
+        tokenizer=characters.tokenizer,
+        prompts=prompts,
+        score=score,
+        exact=exact,
+        right_so_far=right_so_far,
+        attempts=attempts,
+        step_separator=step_separator,
+    )
 
 
-def swap(answers: Array, place: Array) -> Array:
-    """The same answers, each with one symbol and its right neighbour swapped; the last one's neighbour is the first.
+def swap(completions: Array, place: Array) -> Array:
+    """The same completions, each with one symbol and its right neighbour swapped; the last one's
+    neighbour is the first.
 
     Args:
-      answers: `[B, A]` int32, PAD behind.
+      completions: `[B, A]` int32, PAD behind.
       place: `[B]` int32, the symbol's column.
 
     Returns: `[B, A]`; as before where the two symbols are equal.
@@ -163,16 +205,24 @@ def swap(answers: Array, place: Array) -> Array:
     >>> swap(jnp.array([[7, 8, 9, 0]]), jnp.array([1])).tolist()
     [[7, 9, 8, 0]]
     """
-    rows, other = jnp.arange(len(answers)), (place + 1) % (answers != PAD).sum(axis=1)
-    return answers.at[rows, place].set(answers[rows, other]).at[rows, other].set(answers[rows, place])
+    rows = jnp.arange(len(completions))
+    other = (place + 1) % (completions != PAD).sum(axis=1)
+    return (
+        completions.at[rows, place]
+        .set(completions[rows, other])
+        .at[rows, other]
+        .set(completions[rows, place])
+    )
 
 
-def slip(key: Array, answers: Array, alphabet: range) -> Array:
-    """Answers with one mistake each: two neighbouring symbols of the alphabet swapped, or one replaced by another.
+def slip(key: Array, completions: Array, alphabet: range) -> Array:
+    """Completions with one mistake each: two neighbouring symbols of the alphabet swapped, or one
+    replaced by another.
 
     Args:
       key: consumed.
-      answers: `[B, A]` int32, PAD behind, with a symbol of the alphabet each; others stay as they are.
+      completions: `[B, A]` int32, PAD behind, with a symbol of the alphabet each; others stay as
+        they are.
       alphabet: two ids or more.
 
     Returns: `[B, A]`, of the same lengths; every row differs.
@@ -181,13 +231,20 @@ def slip(key: Array, answers: Array, alphabet: range) -> Array:
     [[8, 0]]
     """
     place_key, symbol_key, coin_key = jax.random.split(key, 3)
-    writable = (answers >= alphabet.start) & (answers < alphabet.stop)
+    writable = (completions >= alphabet.start) & (completions < alphabet.stop)
+    # Uniform over the columns that hold a symbol of the alphabet.
     place = jax.random.categorical(place_key, jnp.where(writable, 0.0, -jnp.inf))
-    rows = jnp.arange(len(answers))
+    rows = jnp.arange(len(completions))
     new = jax.random.randint(symbol_key, rows.shape, alphabet.start, alphabet.stop - 1, jnp.int32)
-    new = jnp.where(new == answers[rows, place], alphabet.stop - 1, new)
-    replaced, swapped = answers.at[rows, place].set(new), swap(answers, place)
-    can_swap = ((swapped != answers) <= writable).all(axis=1) & (swapped != answers).any(axis=1)
+    # Sampled from all ids but the last, which takes the place of the symbol itself: every other
+    # symbol is equally likely, without sampling again.
+    new = jnp.where(new == completions[rows, place], alphabet.stop - 1, new)
+    replaced = completions.at[rows, place].set(new)
+    swapped = swap(completions, place)
+    # `<=` on booleans is "implies": a swap must change something, and only symbols of the alphabet.
+    can_swap = ((swapped != completions) <= writable).all(axis=1) & (swapped != completions).any(
+        axis=1
+    )
     do_swap = can_swap & jax.random.bernoulli(coin_key, 0.5, rows.shape)
     return jnp.where(do_swap[:, None], swapped, replaced)
 

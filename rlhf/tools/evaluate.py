@@ -1,8 +1,9 @@
-"""A model's answers, scored."""
+"""A model's completions, scored."""
 
 import json
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,11 +11,16 @@ import numpy as np
 from rlhf import files, rollouts
 from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Count, Length, Seed, checked
-from rlhf.recipes import online, setup
-from rlhf.recipes.online import Sampling, Scoring
-from rlhf.recipes.online_scoring import preference
-from rlhf.runs import model_of
 from rlhf.tools import saved
+from rlhf.training import datasets, loading, meshes, prompts, rewards
+from rlhf.training.options import (
+    GroupSamplingOptions,
+    MeshOptions,
+    ModelOptions,
+    RewardOptions,
+    SourceOptions,
+)
+from rlhf.training.runs import model_of
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -26,94 +32,155 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(ours + theirs), np.nan, np.where(ours == theirs, 0.5, ours > theirs))
 
 
-def answers(
-    prompts: list[str], completions: list[list[str]], rewards: list[list[float]], reasons: list[list[str | None]]
+def sample_lines(
+    prompts: list[str],
+    completions: list[list[str]],
+    rewards: list[list[float]],
+    reasons: list[list[str | None]],
 ) -> list[dict]:
-    """Lines of `--output`: the samples of every prompt, the first of them the likeliest; why a reward is none, where it is.
+    """Lines of `--output`: the samples of every prompt, the first of them the likeliest; why a
+    reward is none, where it is.
 
-    >>> answers(["1+1="], [["2", "3"]], [[1.0, float("nan")]], [[None, "too slow"]])[1]
+    >>> sample_lines(["1+1="], [["2", "3"]], [[1.0, float("nan")]], [[None, "too slow"]])[1]
     {'prompt': '1+1=', 'completion': '3', 'reward': None, 'sample': 1, 'reason': 'too slow'}
     """
     lines = []
     for prompt, *samples in zip(prompts, completions, rewards, reasons, strict=True):
-        for sample, (text, reward, why) in enumerate(zip(*samples, strict=True)):
-            line = {"prompt": prompt, "completion": text, "reward": None if np.isnan(reward) else reward, "sample": sample}
-            lines.append(line if why is None else line | {"reason": why})
+        for sample, (text, reward, reason) in enumerate(zip(*samples, strict=True)):
+            value = None if np.isnan(reward) else reward
+            line = {"prompt": prompt, "completion": text, "reward": value, "sample": sample}
+            lines.append(line if reason is None else line | {"reason": reason})
     return lines
 
 
 @checked
 def main(
-    model: str, source: setup.Source, scoring: Scoring, sampling: Sampling, *, against: str | None = None,
-    judge: str | None = None, batch_size: Count = 32, output: str | None = None, seed: Seed = 0,
-    eos_token: str | None = None, max_prompt_length: Length | None = None,
+    model: str,
+    dataset: SourceOptions,
+    reward: RewardOptions,
+    sampling: GroupSamplingOptions,
+    mesh: MeshOptions,
+    *,
+    against: str | None = None,
+    preference: str | None = None,
+    batch_size: Count = 32,
+    output: str | None = None,
+    seed: Seed = 0,
+    eos_token: str | None = None,
+    max_prompt_length: Length | None = None,
     overwrite: bool = False,
-) -> dict[str, float]:  # fmt: skip
-    """Scores a model's answers to the questions of a data set: the likeliest ones, and `num_samples` drawn ones as pass@k.
+) -> dict[str, float]:
+    """Scores a model's completions of the prompts of a data set: the likeliest ones, and
+    `num_samples` sampled ones as pass@k.
 
-    An answer passes with a reward of at least 1.
+    A completion passes with a reward of at least 1.
 
     Args:
       model: a run's folder, or a model's folder or name.
-      against: another, with the same tokenizer: how often the model's likeliest answer wins, a tie counting half.
-      judge: who wins, as module:function of lists of prompts, answers and the other's answers, to numbers from 0 to 1, None
-        where it cannot say; null: the higher reward.
+      against: another, with the same tokenizer: how often the model's likeliest completion wins, a
+        tie counting half.
+      preference: who wins, as module:function of lists of prompts, completions and the other's
+        completions, to numbers from 0 to 1, None where it cannot say; null: the higher reward.
       batch_size: prompts at a time.
-      output: a .jsonl file for the answers, one a line: its prompt, completion, reward (null: none could be given), and its
-        sample, 0 for the likeliest and 1 … num_samples for those drawn.
-      seed: of what is drawn.
-      eos_token: the token that ends an answer, such as <|im_end|>; null: what the tokenizer's files name.
+      output: a .jsonl file for the completions, one a line: its prompt, completion, reward (null:
+        none could be given), and its sample, 0 for the likeliest and 1 … num_samples for the
+        sampled ones.
+      seed: of what is sampled.
+      eos_token: the token that ends a completion, such as <|im_end|>; null: what the tokenizer's
+        files name.
       max_prompt_length: leave out prompts of more tokens; null: none.
       overwrite: write over the file if it exists.
     """
+    # Everything that can be wrong is found before a model loads: the output first of all.
     if output is not None:
-        files.check_output(output, inputs=[model, against, source.dataset, *(scoring.reward or [])], overwrite=overwrite)
-    if judge and not against:
-        raise ValueError("judge says who wins against another model; give --against")
-    prefer = preference(judge, scoring.reward_timeout) if judge else None
-    tokenizer = load_tokenizer(model_of(model), eos_token=eos_token)
+        named = [
+            name for name in (dataset.dataset, *(reward.reward or [])) if isinstance(name, str)
+        ]
+        files.check_output(output, inputs=[model, against, *named], overwrite=overwrite)
+    if preference and not against:
+        raise ValueError("preference says who wins against another model; give --against")
+    prefer = rewards.preference(preference, reward.reward_timeout) if preference else None
+    options = ModelOptions(model, eos_token=eos_token)
+    tokenizer = loading.load_tokenizer(options)
     if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
-    seq2seq = setup.Model(model_of(model)).seq2seq(tokenizer)
+    seq2seq = loading.load_seq2seq(options, tokenizer)
     say = partial(print, file=sys.stderr)
-    questions = online.Questions.of(tokenizer, source.questions(), seq2seq, most=max_prompt_length, say=say)
+    rows = datasets.read_held_out(dataset)
+    prompt_set = prompts.tokenize(
+        tokenizer, rows, seq2seq, max_prompt_length=max_prompt_length, say=say
+    )
     for name in filter(None, (model, against)):
-        setup.Model(model_of(name)).check(tokenizer, questions.prompts, more=sampling.max_new_tokens)
-    score = scoring.judge(source, tokenizer, questions.rows).explained
-    own, rival = saved.load(model, eos_token), saved.load(against, eos_token) if against else None
+        loading.check_tokens(
+            ModelOptions(name),
+            tokenizer,
+            prompt_set.prompts,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+    # `explained`: lines of the output say why a completion has no reward.
+    score = rewards.load(reward, dataset, tokenizer, prompt_set.rows).explained
+    strings = rollouts.stop_strings(tokenizer, sampling.stop) if sampling.stop else None
+    devices = meshes.make(mesh)
+    policy = saved.load(model, devices, eos_token)
+    rival = saved.load(against, devices, eos_token) if against else None
 
-    likeliest, drawn, won, lines = [], [], [], []
-    for number, chosen in enumerate(np.array_split(np.arange(len(questions.rows)), -(-len(questions.rows) // batch_size))):
-        asked = questions.asked(chosen, jax.random.fold_in(jax.random.key(seed), number))
-        asking = dict(prompts=asked.prompts, key=asked.key, max_new_tokens=sampling.max_new_tokens)
-        best = own.answer(**asking, sampler=rollouts.greedy())
-        several = own.answer(**asking, sampler=sampling.sampler(), num_samples=sampling.num_samples)
-        judged = score(best, asked.columns, 1)
-        likeliest.append(np.asarray(judged.rewards, float))
-        judged_drawn = score(several, asked.columns, sampling.num_samples)
-        drawn.append(np.asarray(judged_drawn.rewards, float).reshape(len(chosen), -1))
+    likeliest: list[np.ndarray] = []
+    sampled: list[np.ndarray] = []
+    won: list[np.ndarray] = []
+    lines: list[dict] = []
+    num_samples = sampling.num_samples
+    # Parts of nearly one size rather than a short last one: two compiled shapes at most.
+    number_of_batches = -(-len(prompt_set.rows) // batch_size)
+    for number, chosen in enumerate(
+        np.array_split(np.arange(len(prompt_set.rows)), number_of_batches)
+    ):
+        batch = prompt_set.select(chosen, jax.random.fold_in(jax.random.key(seed), number))
+        settings: dict[str, Any] = dict(
+            prompts=batch.prompts,
+            key=batch.key,
+            max_new_tokens=sampling.max_new_tokens,
+            stop=strings,
+        )
+        # Its own pass beside the samples: pass@k wants samples, win rate and reward the likeliest.
+        best = policy.sample(**settings, sampler=rollouts.greedy())
+        several = policy.sample(
+            **settings, sampler=sampling.sampler(policy.eos_ids), num_samples=num_samples
+        )
+        of_best = score(best, batch.columns, 1)
+        likeliest.append(np.asarray(of_best.rewards, float))
+        of_several = score(several, batch.columns, num_samples)
+        sampled.append(np.asarray(of_several.rewards, float).reshape(len(chosen), -1))
         texts = rollouts.text.prompts(tokenizer, best), rollouts.text.completions(tokenizer, best)
-        sampled = np.reshape(rollouts.text.completions(tokenizer, several), (len(chosen), -1))
+        several_texts = np.reshape(rollouts.text.completions(tokenizer, several), (len(chosen), -1))
         if rival:
-            other = rival.answer(**asking, sampler=rollouts.greedy())
+            other = rival.sample(**settings, sampler=rollouts.greedy())
+            # A preference function compares the texts where one is given; else the higher reward
+            # wins.
             if prefer:
                 won.append(prefer(*texts, rollouts.text.completions(tokenizer, other)))
             else:
-                won.append(wins(likeliest[-1], np.asarray(score(other, asked.columns, 1)[0], float)))
-        completions = np.column_stack([texts[1], sampled]).tolist()
-        rewards = np.column_stack([likeliest[-1], drawn[-1]]).tolist()
-        each = sampling.num_samples
-        reasons = [[why, *judged_drawn.reasons[i * each : (i + 1) * each]] for i, why in enumerate(judged.reasons)]
-        lines += answers(texts[0], completions, rewards, reasons)
-    right = np.nan_to_num(np.concatenate(drawn)) >= 1
-    figures = {"rows": len(questions.rows), "reward": float(np.nanmean(np.concatenate(likeliest)))}
-    figures |= {"reward_drawn": float(np.nanmean(np.concatenate(drawn)))}
+                won.append(
+                    wins(likeliest[-1], np.asarray(score(other, batch.columns, 1).rewards, float))
+                )
+        completions = np.column_stack([texts[1], several_texts]).tolist()
+        values = np.column_stack([likeliest[-1], sampled[-1]]).tolist()
+        # Sample 0 is the likeliest, samples of a prompt are neighbours: one list a prompt.
+        reasons = [
+            [reason, *of_several.reasons[i * num_samples : (i + 1) * num_samples]]
+            for i, reason in enumerate(of_best.reasons)
+        ]
+        lines += sample_lines(texts[0], completions, values, reasons)
+    # A completion that could not be scored has not passed; in the means it has no part.
+    passed = np.nan_to_num(np.concatenate(sampled)) >= 1
+    metrics = {"rows": len(prompt_set.rows), "reward": float(np.nanmean(np.concatenate(likeliest)))}
+    metrics |= {"reward_sampled": float(np.nanmean(np.concatenate(sampled)))}
     if won:
-        figures["win_rate"] = float(np.nanmean(np.concatenate(won)))
-    for k in dict.fromkeys((1, 2, 4, 8, sampling.num_samples)):
-        if k <= sampling.num_samples:
-            figures[f"pass@{k}"] = float(np.mean(rollouts.pass_at_k(right, k)))
+        metrics["win_rate"] = float(np.nanmean(np.concatenate(won)))
+    # `fromkeys`: `num_samples` may be one of the others.
+    for k in dict.fromkeys((1, 2, 4, 8, num_samples)):
+        if k <= num_samples:
+            metrics[f"pass@{k}"] = float(np.mean(rollouts.pass_at_k(passed, k)))
     if output is not None:
         files.write(output, "".join(json.dumps(line) + "\n" for line in lines))
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return figures
+    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics

@@ -8,10 +8,13 @@ from rlhf.ranges import checked
 
 
 @checked
-def main(run: str, *, output: str | None = None, push: str | None = None, overwrite: bool = False) -> None:
+def main(
+    run: str, *, output: str | None = None, push: str | None = None, overwrite: bool = False
+) -> None:
     """Copies a run's model and its card to a folder, or pushes them to the Hugging Face Hub.
 
-    Of a run that is not over it is the model at the newest checkpoint; one with adapters has none yet.
+    Of a run that is not over it is the model at the newest checkpoint; one with adapters has none
+    yet.
 
     Args:
       run: the run's folder.
@@ -21,11 +24,15 @@ def main(run: str, *, output: str | None = None, push: str | None = None, overwr
     """
     source = Path(run) / "model"
     if not (source / "config.json").exists():
-        raise ValueError(f"{run}: no run with a model yet (of adapters it comes last); --resume it, or give a run's folder")
+        raise ValueError(
+            f"{run}: no run with a model yet (of adapters it comes last); --resume it, or give a "
+            "run's folder"
+        )
     if (output is None) == (push is None):
         raise ValueError("give --output for a folder, or --push for a name on the Hub, one of them")
     if output is not None:
         files.check_output_folder(output, inputs=[run], overwrite=overwrite)
+        # In place at once when it is complete: a copy that is cut off leaves the old model.
         with files.renewed(output) as folder:
             shutil.copytree(source, folder)
             if _card(run).exists():
@@ -42,6 +49,7 @@ def _card(run: str) -> Path:
 
 def _push(name: str, source: Path, card: Path) -> None:
     """Raises: ValueError, whatever the Hub's client raises: no network, no login, no such place."""
+    # Here: the command must work without the package where nothing is pushed.
     from huggingface_hub import HfApi
 
     try:
@@ -50,6 +58,12 @@ def _push(name: str, source: Path, card: Path) -> None:
         api.upload_folder(repo_id=name, folder_path=source)
         if card.exists():
             api.upload_file(repo_id=name, path_or_fileobj=card, path_in_repo="README.md")
-    except Exception as error:  # a foreign client: of sockets, of HTTP, of its own
-        cure = "see to the network and `hf auth login`, or take --output FOLDER and push that later with `hf upload`"
-        raise ValueError(f"{name}: not pushed ({type(error).__name__}: {error!s:.200}); {cure}") from error
+    # Any error: the client raises those of sockets, of HTTP and of its own.
+    except Exception as error:
+        cure = (
+            "see to the network and `hf auth login`, or take --output FOLDER and push that later with "
+            "`hf upload`"
+        )
+        raise ValueError(
+            f"{name}: not pushed ({type(error).__name__}: {error!s:.200}); {cure}"
+        ) from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rlhf import trl_names
-from rlhf.options import options_of
+from rlhf.command_line import options_of
 from rlhf.ranges import checked
 
 
@@ -17,15 +17,21 @@ def main(topic: Literal["trl"] = "trl") -> None:
     Args:
       topic: whose names.
     """
-    print(f"Names of {topic.upper()}'s options that work here, on the command line and in --config files:\n")
+    print(
+        f"Names of {topic.upper()}'s options that work here, on the command line and in --config "
+        "files:\n"
+    )
     for theirs, ours in sorted((trl_names.RENAMED | trl_names.TARGETS).items()):
+        # "translated": the value changes too, not the name alone.
         translated = theirs in trl_names.RULES and theirs not in trl_names.ALWAYS
         print(f"  --{theirs:<32}--{ours}{' (translated)' if translated else ''}")
     print(f"\nTranslated so that the same numbers mean the same: {NOTES}\n")
     print("Defaults that differ, ours and TRL 1.16's:")
     _table("every recipe", trl_names.differences(trl_names.TRAINER, defaults_of("sft")))
     for command, defaults in trl_names.DEFAULTS.items():
-        gone = " (gone from TRL 1.16; as in the last that had it)" if command in trl_names.GONE else ""
+        gone = (
+            " (gone from TRL 1.16; as in the last that had it)" if command in trl_names.GONE else ""
+        )
         _table(f"rlhf {command}{gone}", trl_names.differences(defaults, defaults_of(command)))
 
 
@@ -44,7 +50,10 @@ share, here --warmup_ratio.  epsilon is both --clip_low and --clip_high.  Traini
 
 
 def defaults_of(command: str) -> dict[str, Any]:
-    """Every option of a command with its default, from its signature; None where it must be given."""
+    """Every option of a command with its default, from its signature; None where it must be
+    given.
+    """
+    # Here: `rlhf.cli` names this module among its commands.
     from rlhf.cli import COMMANDS
 
     options = options_of(importlib.import_module(COMMANDS[command][0]).main)

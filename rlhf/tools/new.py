@@ -31,10 +31,26 @@ def main(
       seed: of the weights.
       overwrite: write over the folder if it holds a model.
     """
+    # Twice: rotary embeddings turn pairs of a head's numbers, so that its size is even.
     if hidden_size % (2 * num_heads):
-        raise ValueError(f"hidden_size {hidden_size} is not {num_heads} heads of one even size; change --num_heads")
+        raise ValueError(
+            f"hidden_size {hidden_size} is not {num_heads} heads of one even size; change "
+            "--num_heads"
+        )
     files.check_output_folder(output, overwrite=overwrite)
     tokenizer = tasks.find(task).tokenizer()
-    lm = transformer(TransformerConfig(len(tokenizer), hidden_size, num_layers, num_heads, 4 * hidden_size, tied=True))
+    # Input and output embeddings are one matrix: of so small a model they would be most of it.
+    lm = transformer(
+        TransformerConfig(
+            len(tokenizer), hidden_size, num_layers, num_heads, 4 * hidden_size, tied=True
+        )
+    )
     with files.renewed(output) as folder:
-        huggingface.save(folder, lm, lm.init(jax.random.key(seed)), tokenizer=tokenizer, family="llama")
+        huggingface.save(
+            # As Llama: the shape above is Llama's, which every other library reads.
+            folder,
+            lm,
+            lm.init(jax.random.key(seed)),
+            tokenizer=tokenizer,
+            family="llama",
+        )

@@ -1,62 +1,53 @@
-"""A saved model that answers: a run's, with what the run samples by, or a folder's."""
+"""A saved model that generates: a run's, with what the run samples by, or a folder's."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from rlhf import data, rollouts, yaml_files
-from rlhf.fields import documented
-from rlhf.lm import LM, Params
+from jax.sharding import Mesh
+
+from rlhf import yaml_files
 from rlhf.models import huggingface
 from rlhf.ranges import Coefficient, mistake
-from rlhf.recipes import online, q_heads
-from rlhf.recipes.setup import Model
-from rlhf.rollouts import Prompts, Rollout, Sampler
-from rlhf.runs import model_of
+from rlhf.training import loading, q_heads
+from rlhf.training.options import ModelOptions
+from rlhf.training.runs import model_of
+from rlhf.training.trained import TrainedModel
 
 
-@documented
-class Saved(NamedTuple):
-    """A model, and how it answers.
-
-    Attributes:
-      lm: the language model.
-      params: its parameters.
-      tokenizer: of the model.
-      eos_ids: tokens that end an answer.
-      seq2seq: how an encoder-decoder reads prompts.
-      leans: transforms of its logits, before those of a sampler: ILQL's.
-    """
-
-    lm: LM
-    params: Params
-    tokenizer: Any
-    eos_ids: tuple[int, ...]
-    seq2seq: data.Seq2Seq | None
-    leans: tuple
-
-    def answer(self, prompts: Prompts, key, sampler: Sampler, **how) -> Rollout:
-        """`rollouts.generate`."""
-        sampler = sampler._replace(transforms=(*self.leans, *sampler.transforms))
-        return rollouts.generate(self.lm, self.params, prompts, key, sampler=sampler, eos_ids=self.eos_ids, **how)
-
-
-def load(model: str, eos_token: str | None = None) -> Saved:
-    """A run's model, or that of a folder or name; one of `rlhf ilql` answers by its values, with the run's beta.
+def load(model: str, mesh: Mesh, eos_token: str | None = None) -> TrainedModel:
+    """A run's model, or that of a folder or name; one of `rlhf ilql` samples by its values, with
+    the run's beta.
 
     Args:
       model: a run's folder, or a model's folder or name.
-      eos_token: the token that ends an answer in place of the one that the tokenizer's files name.
+      mesh: where its parameters go.
+      eos_token: the token that ends a completion in place of the one that the tokenizer's files
+        name.
 
-    Raises: as `rlhf.load` and `rlhf.models.huggingface.load_tokenizer`.
+    Raises: FileNotFoundError where the folder or name has no model or tokenizer; ValueError for a
+    config, weights or an end token that cannot be used.
     """
-    name, heads = model_of(model), Path(model) / q_heads.FILE
-    tokenizer = huggingface.load_tokenizer(name, eos_token=eos_token)
-    lm, params, _ = huggingface.load(name)
-    leans: tuple = ()
-    if heads.exists():
+    name = model_of(model)
+    options = ModelOptions(name, eos_token=eos_token)
+    # Apart from the model's own: an end token that is given takes the place of the file's.
+    tokenizer = loading.load_tokenizer(options)
+    lm, params, _ = huggingface.load(name, mesh=mesh, say=loading.without_repeats(print))
+    transforms: tuple = ()
+    # Beside `model/` and not in it: other libraries read that folder.
+    heads_file = Path(model) / q_heads.FILE
+    if heads_file.exists():
         beta = yaml_files.load(Path(model) / "config.yaml").get("beta")
+        # config.yaml may be edited by hand: a beta of the wrong type would fail inside a program.
         if wrong := mistake(f"{model}/config.yaml: beta", Coefficient, beta):
             raise ValueError(wrong)
-        leans = (q_heads.shift(*q_heads.load(heads), beta),)
-    seq2seq = Model(name).seq2seq(tokenizer)
-    return Saved(lm, params, tokenizer, online.ends(name, tokenizer), seq2seq, leans)
+        heads, heads_params = q_heads.load(heads_file)
+        transforms = (q_heads.shift(heads, heads_params, beta),)
+    return TrainedModel(
+        lm,
+        params,
+        tokenizer,
+        eos_ids=loading.eos_ids(options, tokenizer),
+        seq2seq=loading.load_seq2seq(options, tokenizer),
+        transforms=transforms,
+        source=name,
+        mesh=mesh,
+    )

@@ -24,14 +24,14 @@ CASES: list[tuple[str, list[str], str]] = [
     ("begin below a file", [*SFT, "--output", f"{DATA}/run"], "cannot be made in"),
     ("begin at a dangling link", [*SFT, "--output", "TMP/dangling"], "already holds a run or other files"),
     ("metrics that are no JSON", ["plot", "TMP/broken", "--output", "OUT"], "metrics.jsonl, line 2"),
-    ("answers over the data", [*EVAL, DATA], "data.jsonl: exists; choose another --output"),
-    ("answers over the data, asked for", [*EVAL, DATA, "--overwrite"], "is read by this command too"),
-    ("answers over a link to the data", [*EVAL, "TMP/link.jsonl", "--overwrite"], "is read by this command too"),
-    ("answers over a hard link to the data", [*EVAL, "TMP/hard.jsonl", "--overwrite"], "is read by this command too"),
-    ("answers into the model", [*EVAL, "BASE/config.json", "--overwrite"], "is read by this command too"),
-    ("answers over a folder", [*EVAL, "TMP/things", "--overwrite"], "is a folder; give a file as --output"),
-    ("answers below a file", [*EVAL, f"{DATA}/answers.jsonl"], "it is no folder; choose another --output"),
-    ("answers over the options", ["eval", "--config", "TMP/eval.yaml", "--output", "TMP/eval.yaml", "--overwrite"],
+    ("completions over the data", [*EVAL, DATA], "data.jsonl: exists; choose another --output"),
+    ("completions over the data, asked for", [*EVAL, DATA, "--overwrite"], "is read by this command too"),
+    ("completions over a link to the data", [*EVAL, "TMP/link.jsonl", "--overwrite"], "is read by this command too"),
+    ("completions over a hard link to the data", [*EVAL, "TMP/hard.jsonl", "--overwrite"], "is read by this command too"),
+    ("completions into the model", [*EVAL, "BASE/config.json", "--overwrite"], "is read by this command too"),
+    ("completions over a folder", [*EVAL, "TMP/things", "--overwrite"], "is a folder; give a file as --output"),
+    ("completions below a file", [*EVAL, f"{DATA}/completions.jsonl"], "it is no folder; choose another --output"),
+    ("completions over the options", ["eval", "--config", "TMP/eval.yaml", "--output", "TMP/eval.yaml", "--overwrite"],
      "is read by this command too"),
     ("a new model over one", [*NEW, "BASE"], "exists; choose another --output, move it away, or --overwrite it"),
     ("a new model over files", [*NEW, "TMP/things", "--overwrite"], "holds files and no model"),
@@ -52,7 +52,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("two warm-ups", [*SFT, "--output", "OUT", "--warmup_steps", "2", "--warmup_ratio", "0.1"], "are one warm-up"),
     ("an option of another command", [*SFT, "--output", "OUT", "--num_generations", "2"], "is no option of rlhf sft"),
     ("another run's checkpoint", [*SFT, "--output", "OUT", "--resume_from_checkpoint", "TMP/run"], "goes on in its own folder"),
-    ("TRL in a file", [*SFT, "--output", "OUT", "--config", "TMP/trl.yaml"], "trl.yaml: optim sgd: all train with AdamW"),
+    ("TRL in a file", [*SFT, "--output", "OUT", "--config", "TMP/trl.yaml"], "trl.yaml: optim adamw_8bit: no moments of 8 bits here"),
 ]  # fmt: skip
 
 
@@ -69,11 +69,16 @@ def prepare(tmp: pathlib.Path, base: str) -> None:
         "config": {"config.yaml": "learning_rate: 0.1\n"},
         "broken": {"metrics.jsonl": '{"step": 1}\n{"step": \n{"step": 3}\n'},
         "bare": {"config.yaml": "model: base\n", "metrics.jsonl": '{"step": 1}\n'},
-        "run": {"config.yaml": "model: base\nresume: false\n", "metrics.jsonl": json.dumps({"step": 1, "loss": 0.5}) + "\n"},
+        "run": {
+            "config.yaml": "model: base\nresume: false\n",
+            "metrics.jsonl": json.dumps({"step": 1, "loss": 0.5}) + "\n",
+        },
     }.items():
         (tmp / name).mkdir()
         for file, text in files.items():
             (tmp / name / file).write_text(text)
     shutil.copytree(base, tmp / "run" / "model")
-    (tmp / "eval.yaml").write_text(f"model: {base}\ndataset: {tmp / 'data.jsonl'}\nreward: [exact]\n")
-    (tmp / "trl.yaml").write_text("optim: sgd\n")
+    (tmp / "eval.yaml").write_text(
+        f"model: {base}\ndataset: {tmp / 'data.jsonl'}\nreward: [exact]\n"
+    )
+    (tmp / "trl.yaml").write_text("optim: adamw_8bit\n")

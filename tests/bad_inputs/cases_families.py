@@ -11,26 +11,42 @@ MODELS = {
     "t5": "t5",
     "bart": "bart",
     "prm": "qwen2_prm",
-    "judge": "llama_reward",
+    "reward_model": "llama_reward",
 }
 ROW = {
     "prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "label": True, "reward": 1.0,
 }  # fmt: skip
 STEPS = {"prompt": "a", "completions": ["b"], "labels": [True]}
 ENCODER = "is an encoder"
-TWO_STACKS = "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"
+TWO_STACKS = (
+    "is an encoder-decoder, whose encoder reads prompts; this command trains decoders alone"
+)
 NO_CLASSIFIER = "is an encoder-decoder, which cannot be a reward model"
 
 
 def _asked(command: str, model: str, *more: str, rows: str = "rows") -> list[str]:
-    return [command, "--model", f"TMP/{model}", "--dataset", f"TMP/{rows}.jsonl", "--output", "OUT", "--steps", "1", *more]
+    return [
+        command,
+        "--model",
+        f"TMP/{model}",
+        "--dataset",
+        f"TMP/{rows}.jsonl",
+        "--output",
+        "OUT",
+        "--steps",
+        "1",
+        *more,
+    ]
 
 
 SAMPLING = ("grpo", "rloo", "ppo", "online_dpo", "xpo", "nash_md", "rft")
 WRITING = ("sft", "dpo", "cpo", "orpo", "kto", "bco")
 CASES: list[tuple[str, list[str], str]] = [
     *((f"{command} of an encoder", _asked(command, "bert"), ENCODER) for command in WRITING),
-    *((f"{command} of an encoder", _asked(command, "roberta", "--reward", "length"), ENCODER) for command in SAMPLING),
+    *(
+        (f"{command} of an encoder", _asked(command, "roberta", "--reward", "length"), ENCODER)
+        for command in SAMPLING
+    ),
     ("gkd of an encoder", _asked("gkd", "bert", "--teacher", "TMP/bert"), ENCODER),
     ("kto of an encoder-decoder", _asked("kto", "t5"), TWO_STACKS),
     ("bco of an encoder-decoder", _asked("bco", "bart"), TWO_STACKS),
@@ -46,10 +62,14 @@ CASES: list[tuple[str, list[str], str]] = [
     ),
     (
         "prm of a reward model",
-        _asked("prm", "judge", "--batch_size", "1", rows="steps"),
+        _asked("prm", "reward_model", "--batch_size", "1", rows="steps"),
         "is a classifier of whole texts (score.weight)",
     ),
-    ("max_length of one token", _asked("reward", "bert", "--max_length", "1"), "length must be at least 2 tokens"),
+    (
+        "max_length of one token",
+        _asked("reward", "bert", "--max_length", "1"),
+        "length must be at least 2 tokens",
+    ),
     *(
         (
             f"a reward that is {what}",
@@ -58,8 +78,16 @@ CASES: list[tuple[str, list[str], str]] = [
         )
         for what, reward, message in (
             ("an encoder-decoder", ["--reward", "TMP/t5"], NO_CLASSIFIER),
-            ("a process reward model", ["--reward", "TMP/prm"], "judges every token, but a reward is one number a text"),
-            ("a language model", ["--reward", "BASE"], "is it a reward model, as `rlhf reward` writes them?"),
+            (
+                "a process reward model",
+                ["--reward", "TMP/prm"],
+                "scores every token, but a reward is one number a text",
+            ),
+            (
+                "a language model",
+                ["--reward", "BASE"],
+                "is it a reward model, as `rlhf reward` writes them?",
+            ),
         )
     ),
 ]
@@ -68,7 +96,9 @@ CASES: list[tuple[str, list[str], str]] = [
 def prepare(tmp: Path, base: str) -> None:
     """Checkpoints with the tokenizer of `base`."""
     for name, checkpoint in MODELS.items():
-        shutil.copytree(CHECKPOINTS / checkpoint, tmp / name, ignore=shutil.ignore_patterns("*.npz"))
+        shutil.copytree(
+            CHECKPOINTS / checkpoint, tmp / name, ignore=shutil.ignore_patterns("*.npz")
+        )
         for file in Path(base).glob("*token*"):
             shutil.copy(file, tmp / name)
     for name, row in (("rows", ROW), ("steps", STEPS)):

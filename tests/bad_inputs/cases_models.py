@@ -23,9 +23,23 @@ SAMPLING = ("grpo", "rloo", "ppo", "online_dpo", "xpo", "nash_md", "rft", "eval"
 
 
 def _case(command: str, model: str, word: str, message: str) -> tuple[str, list[str], str]:
-    more = ["--reward", "exact"] if command in SAMPLING else ["--teacher", f"TMP/{model}"] if command == "gkd" else []
+    more = (
+        ["--reward", "exact"]
+        if command in SAMPLING
+        else ["--teacher", f"TMP/{model}"]
+        if command == "gkd"
+        else []
+    )
     where = [] if command == "eval" else ["--output", "OUT", "--batch_size", "2"]
-    argv = [command, "--model", f"TMP/{model}", "--dataset", f"TMP/{COMMANDS[command]}_{word}.jsonl", *where, *more]
+    argv = [
+        command,
+        "--model",
+        f"TMP/{model}",
+        "--dataset",
+        f"TMP/{COMMANDS[command]}_{word}.jsonl",
+        *where,
+        *more,
+    ]
     return f"{command}: {word} of {model}", argv, message
 
 
@@ -48,13 +62,20 @@ def prepare(tmp: pathlib.Path, base: str) -> None:
     from rlhf.models import LayerKind, TransformerConfig, huggingface, transformer
 
     tokenizer = huggingface.load_tokenizer(base)
-    fields: dict = dict(norm="layer", gated=False, activation="gelu", qkv_bias=True, out_bias=True, mlp_bias=True)
+    fields: dict = dict(
+        norm="layer", gated=False, activation="gelu", qkv_bias=True, out_bias=True, mlp_bias=True
+    )
     config = TransformerConfig(
         vocab_size=len(tokenizer), hidden_size=4, num_layers=1, num_heads=1, mlp_size=8, max_positions=12,
         kinds=(LayerKind(rope=None),), **fields,
     )  # fmt: skip
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(transformer(config).init, jax.random.key(0)))
-    huggingface.save(tmp / "learned", transformer(config), params, tokenizer=tokenizer, family="gpt2")
+    params = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype),
+        jax.eval_shape(transformer(config).init, jax.random.key(0)),
+    )
+    huggingface.save(
+        tmp / "learned", transformer(config), params, tokenizer=tokenizer, family="gpt2"
+    )
     shutil.copytree(base, tmp / "added")
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(tmp / "added")

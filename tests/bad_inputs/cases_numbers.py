@@ -13,19 +13,63 @@ EVAL = ["eval", "BASE", "--dataset", "task:reverse"]
 NUMBERS = [
     ("learning rate nan", [*SFT, "--learning_rate", "nan"], "above 0 and at most 100, but is nan"),
     ("learning rate inf", [*SFT, "--learning_rate", "inf"], "above 0 and at most 100, but is inf"),
-    ("learning rate huge", [*SFT, "--learning_rate=1e300"], "above 0 and at most 100, but is 1e+300"),
-    ("learning rate null", [*SFT, "--learning_rate", "null"], "must be a number above 0 and at most 100, but is null"),
-    ("learning rate list", [*SFT, "--learning_rate", "[1]"], "--learning_rate must be a number above 0"),
-    ("learning rate empty", [*SFT, "--learning_rate="], "--learning_rate must be a number above 0 and at most 100, but is ''"),
-    ("learning rate true", [*SFT, "--learning_rate", "true"], "--learning_rate must be a number above 0"),
-    ("learning rate digits", [*SFT, "--learning_rate", "9" * 5000], "--learning_rate must be a number above 0 and at most 100"),
-    ("steps digits", [*SFT, "--steps", "9" * 5000], "--steps must be a whole number at least 1 and at most 1,000,000"),
-    ("steps too many", [*SFT, "--steps", "10000000"], "at most 1,000,000, or null, but is 10000000"),
+    (
+        "learning rate huge",
+        [*SFT, "--learning_rate=1e300"],
+        "above 0 and at most 100, but is 1e+300",
+    ),
+    (
+        "learning rate null",
+        [*SFT, "--learning_rate", "null"],
+        "must be a number above 0 and at most 100, but is null",
+    ),
+    (
+        "learning rate list",
+        [*SFT, "--learning_rate", "[1]"],
+        "--learning_rate must be a number above 0",
+    ),
+    (
+        "learning rate empty",
+        [*SFT, "--learning_rate="],
+        "--learning_rate must be a number above 0 and at most 100, but is ''",
+    ),
+    (
+        "learning rate true",
+        [*SFT, "--learning_rate", "true"],
+        "--learning_rate must be a number above 0",
+    ),
+    (
+        "learning rate digits",
+        [*SFT, "--learning_rate", "9" * 5000],
+        "--learning_rate must be a number above 0 and at most 100",
+    ),
+    (
+        "steps digits",
+        [*SFT, "--steps", "9" * 5000],
+        "--steps must be a whole number at least 1 and at most 1,000,000",
+    ),
+    (
+        "steps too many",
+        [*SFT, "--steps", "10000000"],
+        "at most 1,000,000, or null, but is 10000000",
+    ),
     ("steps true", [*SFT, "--steps", "true"], "--steps must be a whole number"),
-    ("epochs minus inf", [*SFT, "--epochs=-inf"], "--epochs must be a number above 0 and at most 100,000, but is -inf"),
-    ("seed negative", [*SFT, "--seed", "-1"], "--seed must be a whole number at least 0 and at most 2,147,483,647"),
+    (
+        "epochs minus inf",
+        [*SFT, "--epochs=-inf"],
+        "--epochs must be a number above 0 and at most 100,000, but is -inf",
+    ),
+    (
+        "seed negative",
+        [*SFT, "--seed", "-1"],
+        "--seed must be a whole number at least 0 and at most 2,147,483,647",
+    ),
     ("seed beyond", [*SFT, "--seed", "4294967296"], "at most 2,147,483,647, but is 4294967296"),
-    ("weight decay nan", [*SFT, "--weight_decay", "nan"], "--weight_decay must be a number at least 0 and at most 1,000"),
+    (
+        "weight decay nan",
+        [*SFT, "--weight_decay", "nan"],
+        "--weight_decay must be a number at least 0 and at most 1,000",
+    ),
     ("grad norm nan", [*SFT, "--max_grad_norm", "nan"], "--max_grad_norm must be a number above 0"),
     (
         "average decay 1",
@@ -33,37 +77,101 @@ NUMBERS = [
         "must be a number at least 0 and below 1, but is 1.0",
     ),
     ("max length 0", [*SFT, "--max_length", "0"], "--max_length must be a whole number at least 1"),
-    ("max length negative", [*SFT, "--max_length", "-5"], "--max_length must be a whole number at least 1"),
+    (
+        "max length negative",
+        [*SFT, "--max_length", "-5"],
+        "--max_length must be a whole number at least 1",
+    ),
     (
         "rank nan",
         [*SFT, "--lora_rank", "nan"],
         "--lora_rank must be a whole number at least 0 and at most 65,536, but is 'nan'",
     ),
-    ("alpha nan", [*SFT, "--lora_rank", "2", "--lora_alpha", "nan"], "--lora_alpha must be a number above 0"),
-    ("rows of a task", [*SFT, "--dataset_size", "-3"], "--dataset_size must be a whole number at least 1"),
-    ("accuracy of a task", [*SFT, "--dataset_accuracy", "1.5"], "--dataset_accuracy must be a number at least 0 and at most 1"),
-    ("no fractions", [*SFT, "--fractions", "[]"], "--fractions must be a list with entries, or null, but is []"),
+    (
+        "alpha nan",
+        [*SFT, "--lora_rank", "2", "--lora_alpha", "nan"],
+        "--lora_alpha must be a number above 0",
+    ),
+    (
+        "rows of a task",
+        [*SFT, "--dataset_size", "-3"],
+        "--dataset_size must be a whole number at least 1",
+    ),
+    (
+        "accuracy of a task",
+        [*SFT, "--dataset_accuracy", "1.5"],
+        "--dataset_accuracy must be a number at least 0 and at most 1",
+    ),
+    (
+        "no fractions",
+        [*SFT, "--fractions", "[]"],
+        "--fractions must be a list with entries, or null, but is []",
+    ),
     (
         "fractions nan",
         [*SFT, "--fractions", "nan"],
         "--fractions must be a list of which each is a number above 0 and at most 1",
     ),
-    ("label smoothing", [*DPO, "--label_smoothing", "2"], "--label_smoothing must be a number at least 0 and at most 1"),
+    (
+        "label smoothing",
+        [*DPO, "--label_smoothing", "2"],
+        "--label_smoothing must be a number at least 0 and at most 1",
+    ),
     ("no loss", [*DPO, "--loss", "[]"], "--loss must be a list with entries, or null, but is []"),
-    ("loss weights nan", [*DPO, "--loss_weights", "nan"], "--loss_weights must be a list of which each is a number"),
-    ("loss weights words", [*DPO, "--loss_weights", "[much]"], "--loss_weights must be a list of which each is a number"),
-    ("beta inf", [*DPO, "--beta", "inf"], "--beta must be a number above 0 and at most 1,000, but is inf"),
-    ("sync share", [*DPO, "--sync_every", "1", "--sync_share", "7"], "--sync_share must be a number above 0 and at most 1"),
-    ("discount 7", [*PPO, "--discount", "7"], "--discount must be a number at least 0 and at most 1, but is 7.0"),
-    ("lam negative", [*PPO, "--lam", "-0.1"], "--lam must be a number at least 0 and at most 1, but is -0.1"),
-    ("kl coef negative", [*PPO, "--kl_coef", "-1"], "--kl_coef must be a number at least 0 and at most 1,000, but is -1.0"),
+    (
+        "loss weights nan",
+        [*DPO, "--loss_weights", "nan"],
+        "--loss_weights must be a list of which each is a number",
+    ),
+    (
+        "loss weights words",
+        [*DPO, "--loss_weights", "[much]"],
+        "--loss_weights must be a list of which each is a number",
+    ),
+    (
+        "beta inf",
+        [*DPO, "--beta", "inf"],
+        "--beta must be a number above 0 and at most 1,000, but is inf",
+    ),
+    (
+        "sync share",
+        [*DPO, "--sync_every", "1", "--sync_share", "7"],
+        "--sync_share must be a number above 0 and at most 1",
+    ),
+    (
+        "discount 7",
+        [*PPO, "--discount", "7"],
+        "--discount must be a number at least 0 and at most 1, but is 7.0",
+    ),
+    (
+        "lam negative",
+        [*PPO, "--lam", "-0.1"],
+        "--lam must be a number at least 0 and at most 1, but is -0.1",
+    ),
+    (
+        "kl coef negative",
+        [*PPO, "--kl_coef", "-1"],
+        "--kl_coef must be a number at least 0 and at most 1,000, but is -1.0",
+    ),
     ("kl target 0", [*PPO, "--kl_target", "0"], "--kl_target must be a number above 0"),
     ("kl horizon 0", [*PPO, "--kl_horizon", "0"], "--kl_horizon must be a whole number at least 1"),
     ("clip nan", [*PPO, "--clip", "nan"], "--clip must be a number above 0"),
-    ("mini batches 0", [*PPO, "--mini_batches", "0"], "--mini_batches must be a whole number at least 1"),
-    ("updates 0", [*PPO, "--updates_per_batch", "0"], "--updates_per_batch must be a whole number at least 1"),
+    (
+        "mini batches 0",
+        [*PPO, "--mini_batches", "0"],
+        "--mini_batches must be a whole number at least 1",
+    ),
+    (
+        "updates 0",
+        [*PPO, "--updates_per_batch", "0"],
+        "--updates_per_batch must be a whole number at least 1",
+    ),
     ("target kl nan", [*PPO, "--target_kl", "nan"], "--target_kl must be a number above 0"),
-    ("no reward", [*GRPO, "--reward", "[]"], "--reward must be a list with entries, or null, but is []"),
+    (
+        "no reward",
+        [*GRPO, "--reward", "[]"],
+        "--reward must be a list with entries, or null, but is []",
+    ),
     (
         "no reward weights",
         [*GRPO, "--reward_weights", "[]"],
@@ -80,38 +188,95 @@ NUMBERS = [
         [*GRPO, "--missing_eos_penalty", "nan"],
         "--missing_eos_penalty (here missing_end_penalty) must be a number",
     ),
-    ("new tokens", [*GRPO, "--max_new_tokens", "1e9"], "--max_new_tokens must be a whole number at least 1"),
-    ("temperature nan", [*GRPO, "--temperature", "nan"], "--temperature must be a number above 0 and at most 100, but is nan"),
+    (
+        "new tokens",
+        [*GRPO, "--max_new_tokens", "1e9"],
+        "--max_new_tokens must be a whole number at least 1",
+    ),
+    (
+        "temperature nan",
+        [*GRPO, "--temperature", "nan"],
+        "--temperature must be a number above 0 and at most 100, but is nan",
+    ),
     ("min p", [*GRPO, "--min_p", "1.5"], "--min_p must be a number at least 0 and at most 1"),
     ("top k", [*GRPO, "--top_k", "-1"], "--top_k must be a whole number at least 0"),
     ("tau 1", [*ILQL, "--tau", "1"], "--tau must be a number above 0 and below 1, but is 1.0"),
-    ("target every 0", [*ILQL, "--target_every", "0"], "--target_every must be a whole number at least 1"),
-    ("eval batch 0", [*EVAL, "--batch_size", "0"], "--batch_size must be a whole number at least 1"),
+    (
+        "target every 0",
+        [*ILQL, "--target_every", "0"],
+        "--target_every must be a whole number at least 1",
+    ),
+    (
+        "eval batch 0",
+        [*EVAL, "--batch_size", "0"],
+        "--batch_size must be a whole number at least 1",
+    ),
     ("eval seed", [*EVAL, "--seed", "-1"], "--seed must be a whole number at least 0"),
-    ("new of size 0", [*NEW, "--hidden_size", "0"], "--hidden_size must be a whole number at least 1"),
-    ("new of layers -1", [*NEW, "--num_layers", "-1"], "--num_layers must be a whole number at least 1"),
+    (
+        "new of size 0",
+        [*NEW, "--hidden_size", "0"],
+        "--hidden_size must be a whole number at least 1",
+    ),
+    (
+        "new of layers -1",
+        [*NEW, "--num_layers", "-1"],
+        "--num_layers must be a whole number at least 1",
+    ),
     ("new of heads 0", [*NEW, "--num_heads", "0"], "--num_heads must be a whole number at least 1"),
     (
         "new of uneven heads",
         [*NEW, "--hidden_size", "10", "--num_heads", "4"],
         "hidden_size 10 is not 4 heads of one even size",
     ),
-    ("new of odd heads", [*NEW, "--hidden_size", "12", "--num_heads", "4"], "hidden_size 12 is not 4 heads of one even size"),
+    (
+        "new of odd heads",
+        [*NEW, "--hidden_size", "12", "--num_heads", "4"],
+        "hidden_size 12 is not 4 heads of one even size",
+    ),
     ("new seed", [*NEW, "--seed", "nan"], "--seed must be a whole number"),
-    ("demo steps", ["demo", "--output", "OUT", "--steps", "0"], "--steps must be a whole number at least 1"),
-    ("chat tokens", ["chat", "BASE", "--max_new_tokens", "0"], "--max_new_tokens must be a whole number at least 1"),
+    (
+        "demo steps",
+        ["demo", "--output", "OUT", "--steps", "0"],
+        "--steps must be a whole number at least 1",
+    ),
+    (
+        "chat tokens",
+        ["chat", "BASE", "--max_new_tokens", "0"],
+        "--max_new_tokens must be a whole number at least 1",
+    ),
     ("plot nothing", ["plot", "[]"], "--folders must be a list with entries"),
-    ("columns a list", [*SFT, "--columns", "[a]"], "--columns must be a mapping of text to text, but is ['a']"),
-    ("columns a number", [*SFT, "--columns", "{a: 1}"], "--columns must be a mapping of text to text, but is {'a': 1}"),
+    (
+        "columns a list",
+        [*SFT, "--columns", "[a]"],
+        "--columns must be a mapping of text to text, but is ['a']",
+    ),
+    (
+        "columns a number",
+        [*SFT, "--columns", "{a: 1}"],
+        "--columns must be a mapping of text to text, but is {'a': 1}",
+    ),
     ("columns broken", [*SFT, "--columns", "{a: "], "--columns, line 1: not YAML: "),
-    ("columns twice", [*SFT, "--columns", "{a: b, a: c}"], "--columns, line 1: a is there twice; leave one out"),
+    (
+        "columns twice",
+        [*SFT, "--columns", "{a: b, a: c}"],
+        "--columns, line 1: a is there twice; leave one out",
+    ),
     ("columns deep", [*SFT, "--columns", "[" * 5000], "--columns, line 1: more than 32 levels"),
-    ("columns alias", [*SFT, "--columns", "{a: &x b, c: *x}"], "--columns, line 1: *x stands for what is elsewhere"),
-    ("columns tag", [*SFT, "--columns", "!!python/name:os.system ''"], "is a tag, which is not read"),
+    (
+        "columns alias",
+        [*SFT, "--columns", "{a: &x b, c: *x}"],
+        "--columns, line 1: *x stands for what is elsewhere",
+    ),
+    (
+        "columns tag",
+        [*SFT, "--columns", "!!python/name:os.system ''"],
+        "is a tag, which is not read",
+    ),
     ("config of nothing", [*SFT, "--config"], "--config takes a file, but is given none"),
 ]
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 FILES = {  # name -> (content, part of the message)
     "twice": ("steps: 5\nsteps: 6\n", ", line 2: steps is there twice; leave one out"),
@@ -148,12 +313,18 @@ FILES = {  # name -> (content, part of the message)
 BYTES = {
     "binary": (bytes(range(256)), "line 2: not UTF-8 text; give a YAML file of options"),
     "zip": (b"PK\x03\x04\xff\xfe" * 9, "not UTF-8 text; give a YAML file of options"),
-    "utf-16": ("steps: 5\n".encode("utf-16"), "line 1: not UTF-8 text; give a YAML file of options"),
+    "utf-16": (
+        "steps: 5\n".encode("utf-16"),
+        "line 1: not UTF-8 text; give a YAML file of options",
+    ),
     "latin": ("# größer\n".encode("latin-1"), "line 1: not UTF-8 text"),
 }
 CASES: list[tuple[str, list[str], str]] = [
     *NUMBERS,
-    *((f"config {name}", [*SFT, "--config", f"TMP/{name}.yaml"], said) for name, (_, said) in [*FILES.items(), *BYTES.items()]),
+    *(
+        (f"config {name}", [*SFT, "--config", f"TMP/{name}.yaml"], said)
+        for name, (_, said) in [*FILES.items(), *BYTES.items()]
+    ),
     ("config a folder", [*SFT, "--config", "TMP"], ": a folder; give a YAML file of options"),
     (
         "run with a broken config",
@@ -177,4 +348,6 @@ def prepare(tmp: pathlib.Path, base: str) -> None:
     for name, text in (("run", "steps: 5\nepochs: [\n"), ("empty_run", "")):
         (tmp / name).mkdir()
         (tmp / name / "config.yaml").write_text(text, encoding="utf-8")
-        (tmp / name / "metrics.jsonl").write_text('{"phase": "train", "step": 1, "seconds": 1.0}\n')  # it has begun
+        (tmp / name / "metrics.jsonl").write_text(
+            '{"phase": "train", "step": 1, "seconds": 1.0}\n'
+        )  # it has begun

@@ -44,7 +44,19 @@ MODULES = {
     "empty": "",
 }
 
-START = ["grpo", "--model", "BASE", "--output", "OUT", "--steps", "1", "--batch_size", "2", "--num_samples", "2"]
+START = [
+    "grpo",
+    "--model",
+    "BASE",
+    "--output",
+    "OUT",
+    "--steps",
+    "1",
+    "--batch_size",
+    "2",
+    "--num_samples",
+    "2",
+]
 ASK = [*START, "--max_new_tokens", "2", "--dataset", "TMP/rows.jsonl"]
 
 
@@ -78,9 +90,9 @@ CASES: list[tuple[str, list[str], str]] = [
     ("reward: one that no number is", reward("length", "--reward_timeout", "nan"), "reward_timeout must be a number"),
     ("reward: a share above 1", reward("length", "--max_reward_failures", "1.5"), "max_reward_failures must be a number"),
 ]  # fmt: skip
-FAILING: list[tuple[str, list[str], str]] = [  # when the first answers are there: below a line of the progress bar's
-    ("reward: raises", reward("TMP/mine.py:fails"), "failed on every answer: ZeroDivisionError: division by zero (mine.py:15)"),
-    ("reward: exits", reward("TMP/mine.py:exits"), "failed on every answer: SystemExit: 3 (mine.py:16)"),
+FAILING: list[tuple[str, list[str], str]] = [  # when the first completions are there: below a line of the progress bar's
+    ("reward: raises", reward("TMP/mine.py:fails"), "on every completion: ZeroDivisionError: division by zero (mine.py:15)"),
+    ("reward: exits", reward("TMP/mine.py:exits"), "failed on every completion: SystemExit: 3 (mine.py:16)"),
     ("reward: leaves", reward("TMP/mine.py:leaves"), "ended its process, with exit code 3"),
     ("reward: interrupts", reward("TMP/mine.py:interrupts"), "KeyboardInterrupt"),
     ("reward: an exception of its own", reward("TMP/mine.py:own"), "Own: mine (mine.py:19)"),

@@ -80,7 +80,9 @@ def prepare(tmp: pathlib.Path, base: str) -> None:
     for name, (template, _) in {**TEMPLATES, "plain": (PLAIN, "")}.items():
         shutil.copytree(base, tmp / name)
         (tmp / name / "chat_template.jinja").write_text(template, encoding="utf-8")
-    write = lambda name, *rows: (tmp / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write = lambda name, *rows: (tmp / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), "utf-8"
+    )
     write("chat", {"messages": CHAT})
     write("text", {"text": "so"}, {"text": "É"})
     write("prompts", {"prompt": "1+1="}, {"prompt": "1+1+1="})

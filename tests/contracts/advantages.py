@@ -14,7 +14,10 @@ baseline_inputs = lambda rng: {
     key: -abs(x) if key in log_of_probabilities else x
     for key, x in masked("rewards", "logprobs", "log_sum_sq_probs", "importance")(rng).items()
 }
-components = lambda rng: {**grouped("rewards", shape=(ROWS, SAMPLES, 3))(rng), "weights": rng.normal(size=3)}
+components = lambda rng: {
+    **grouped("rewards", shape=(ROWS, SAMPLES, 3))(rng),
+    "weights": rng.normal(size=3),
+}
 
 
 def moments(values, mask):
@@ -35,17 +38,29 @@ def controlled(make, *more):
 
 CASES = {
     "advantages.gae": Case(
-        also(masked("rewards", "values"), bootstrap=vector), knobs={"discount": 0.97, "lam": 0.9}, per_sequence=("bootstrap",)
+        also(masked("rewards", "values"), bootstrap=vector),
+        knobs={"discount": 0.97, "lam": 0.9},
+        per_sequence=("bootstrap",),
     ),
     "advantages.decoupled_gae": Case(
         also(masked("rewards", "values"), bootstrap=vector),
         knobs={"discount": 0.97, "policy_lam": 0.9, "value_lam": 0.95},
         per_sequence=("bootstrap",),
     ),
-    "advantages.length_adaptive_lam": Case(masked(), knobs={"alpha": 0.3}, refuses=(POSITIVE_ALPHA,)),
-    "advantages.returns": Case(also(masked("rewards"), bootstrap=vector), knobs={"discount": 0.9}, per_sequence=("bootstrap",)),
-    "advantages.remax": Case(also(masked("rewards"), greedy_scores=vector), per_sequence=("greedy_scores",)),
-    "advantages.token_rewards": Case(also(masked("penalties"), scores=vector), per_sequence=("scores",)),
+    "advantages.length_adaptive_lam": Case(
+        masked(), knobs={"alpha": 0.3}, refuses=(POSITIVE_ALPHA,)
+    ),
+    "advantages.returns": Case(
+        also(masked("rewards"), bootstrap=vector),
+        knobs={"discount": 0.9},
+        per_sequence=("bootstrap",),
+    ),
+    "advantages.remax": Case(
+        also(masked("rewards"), greedy_scores=vector), per_sequence=("greedy_scores",)
+    ),
+    "advantages.token_rewards": Case(
+        also(masked("penalties"), scores=vector), per_sequence=("scores",)
+    ),
     "advantages.whiten": Case(masked("values"), knobs={"eps": 1e-8}, couples=True),
     "advantages.whiten_rewards": Case(masked("rewards"), knobs={"eps": 1e-8}, couples=True),
     "groups.group_relative": Case(grouped("rewards"), knobs={"eps": 1e-4}),
@@ -59,20 +74,34 @@ CASES = {
     "groups.gpg": Case(some_zero, couples=True),
     "groups.pass_at_k": Case(grouped("rewards"), knobs={"eps": 1e-4}),
     "groups.weighted_rewards": Case(
-        also(grouped("rewards"), weights=lambda rng: rng.normal(size=SAMPLES)), apart=("weights",), per="row"
+        also(grouped("rewards"), weights=lambda rng: rng.normal(size=SAMPLES)),
+        apart=("weights",),
+        per="row",
     ),
     "groups.gdpo": Case(components, knobs={"eps": 1e-4}, couples=True, apart=("weights",)),
     "groups.optimal_token_baseline": Case(baseline_inputs, static={"num_samples": 2}, couples=True),
-    "groups.split": Case(normal("values"), flow=("values",), static={"size": 2}, couples=True, per="batch", moves=True),
+    "groups.split": Case(
+        normal("values"),
+        flow=("values",),
+        static={"size": 2},
+        couples=True,
+        per="batch",
+        moves=True,
+    ),
     "groups.to_tokens": Case(
         also(masked(), advantages=vector),
         flow=("advantages",),
         apart=("advantages",),
-        fn=lambda advantages, mask, segment_ids=None: losses.groups.to_tokens(advantages[:, None], mask, segment_ids),
+        fn=lambda advantages, mask, segment_ids=None: losses.groups.to_tokens(
+            advantages[:, None], mask, segment_ids
+        ),
     ),
     "moments.running": Case(masked("values"), couples=True, per="batch", fn=moments),
     "controllers.fixed": Case(
-        normal("observed", shape=(ROWS,)), knobs={"coef": 0.1}, per="row", fn=controlled(losses.controllers.fixed)
+        normal("observed", shape=(ROWS,)),
+        knobs={"coef": 0.1},
+        per="row",
+        fn=controlled(losses.controllers.fixed),
     ),
     "controllers.adaptive_kl": Case(
         normal("observed", shape=(ROWS,)),

@@ -36,7 +36,10 @@ def normal(*names, shape=(ROWS, COLUMNS)):
 
     def inputs(rng):
         first = rng.normal(size=shape)
-        return {name: first + 0.4 * rng.normal(size=shape) if i else first for i, name in enumerate(names)}
+        return {
+            name: first + 0.4 * rng.normal(size=shape) if i else first
+            for i, name in enumerate(names)
+        }
 
     return inputs
 
@@ -62,7 +65,11 @@ def some_weights(rng):
 
 def packed_ids(rng):
     lengths = rng.integers(1, COLUMNS - 2, size=(ROWS, 1))
-    return {"segment_ids": np.where(np.arange(COLUMNS) < COLUMNS - 1, 1 + (np.arange(COLUMNS) >= lengths), 0).astype(np.int32)}
+    return {
+        "segment_ids": np.where(
+            np.arange(COLUMNS) < COLUMNS - 1, 1 + (np.arange(COLUMNS) >= lengths), 0
+        ).astype(np.int32)
+    }
 
 
 def chunked_logprob(hidden, weight, tokens):

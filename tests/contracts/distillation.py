@@ -24,7 +24,9 @@ def supported(restrict):
     def finite(logits, teacher_logits, support):
         if support.shape == logits.shape:
             support = support | (jnp.arange(support.shape[-1]) == 0)[(None,) * (support.ndim - 1)]
-        return tuple(jnp.where(jnp.isinf(x), 0.0, x) for x in restrict(logits, teacher_logits, support))
+        return tuple(
+            jnp.where(jnp.isinf(x), 0.0, x) for x in restrict(logits, teacher_logits, support)
+        )
 
     return finite
 
@@ -38,12 +40,18 @@ CASES = {
     "distillation.reverse_kl": divergence_case(),
     "distillation.jsd": divergence_case(knobs={"beta": 0.3}, refuses=out_of("beta", -0.1, 1.1)),
     "distillation.skew_kl": divergence_case(knobs={"skew": 0.1}, refuses=out_of("skew", -0.1, 1.0)),
-    "distillation.skew_reverse_kl": divergence_case(knobs={"skew": 0.1}, refuses=out_of("skew", -0.1, 1.0)),
+    "distillation.skew_reverse_kl": divergence_case(
+        knobs={"skew": 0.1}, refuses=out_of("skew", -0.1, 1.0)
+    ),
     "distillation.top_k": Case(
-        lambda rng: {"logits": logit_array(rng)}, static={"k": 3}, refuses=(({"k": 0}, "k must be in"), ({"k": 8}, "V = 7"))
+        lambda rng: {"logits": logit_array(rng)},
+        static={"k": 3},
+        refuses=(({"k": 0}, "k must be in"), ({"k": 8}, "V = 7")),
     ),
     "distillation.on_support": Case(
-        with_support, flow=("logits", "teacher_logits"), fn=supported(losses.distillation.on_support)
+        with_support,
+        flow=("logits", "teacher_logits"),
+        fn=supported(losses.distillation.on_support),
     ),
     "distillation.with_tail": Case(
         with_support, flow=("logits", "teacher_logits"), fn=supported(losses.distillation.with_tail)
@@ -54,17 +62,33 @@ CASES = {
     "offline.td_targets": Case(masked("rewards", "values"), knobs={"discount": 0.9}),
     "offline.q_loss": Case(masked("q_values", "targets"), flow=("q_values",)),
     "offline.expectile_value_loss": Case(
-        masked("values", "targets"), flow=("values",), knobs={"tau": 0.7}, refuses=out_of("tau", 0.0, 1.0)
+        masked("values", "targets"),
+        flow=("values",),
+        knobs={"tau": 0.7},
+        refuses=out_of("tau", 0.0, 1.0),
     ),
-    "offline.cql": Case(lambda rng: {"logits": logit_array(rng), "tokens": token_ids(rng)}, flow=("logits",)),
-    "offline.awac": Case(masked("logprobs", "q_values", "values"), flow=("logprobs",), knobs={"beta": 0.5}),
+    "offline.cql": Case(
+        lambda rng: {"logits": logit_array(rng), "tokens": token_ids(rng)}, flow=("logits",)
+    ),
+    "offline.awac": Case(
+        masked("logprobs", "q_values", "values"), flow=("logprobs",), knobs={"beta": 0.5}
+    ),
     "offline.polyak": Case(
-        normal("target", "online"), knobs={"rate": 0.1}, moves=True, fn=followed, refuses=out_of("rate", -0.1, 1.1)
+        normal("target", "online"),
+        knobs={"rate": 0.1},
+        moves=True,
+        fn=followed,
+        refuses=out_of("rate", -0.1, 1.1),
     ),
-    "offline.rft": Case(grouped("rewards"), knobs={"percentile": 0.7}, refuses=out_of("percentile", -0.1, 1.1)),
+    "offline.rft": Case(
+        grouped("rewards"), knobs={"percentile": 0.7}, refuses=out_of("percentile", -0.1, 1.1)
+    ),
     "offline.best_of_n": Case(grouped("rewards"), per="row"),
     "offline.optimal_value": Case(
-        grouped("rewards"), knobs={"beta": 0.5}, per="row", refuses=(({"beta": 0.0}, "beta must be above 0"),)
+        grouped("rewards"),
+        knobs={"beta": 0.5},
+        per="row",
+        refuses=(({"beta": 0.0}, "beta must be above 0"),),
     ),
     "offline.a_star": Case(
         normal("logprobs", "ref_logprobs", "rewards", "values", shape=(ROWS,)),

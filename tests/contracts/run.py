@@ -41,13 +41,16 @@ IGNORES = [*HAS_MASK, "weights.weighted_sum"]  # what is not trained on is not l
 PACKS = [
     name
     for name in HAS_MASK
-    if "segment_ids" in inspect.signature(FUNCTIONS[name]).parameters and name != "segments.or_whole_rows"
+    if "segment_ids" in inspect.signature(FUNCTIONS[name]).parameters
+    and name != "segments.ids_or_ones"
 ]
 
 
 def split_floats(arrays):
     floats = {key for key, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    return {key: arrays[key] for key in floats}, {key: x for key, x in arrays.items() if key not in floats}
+    return {key: arrays[key] for key in floats}, {
+        key: x for key, x in arrays.items() if key not in floats
+    }
 
 
 TRACES: collections.Counter[str] = collections.Counter()
@@ -65,7 +68,9 @@ def differentiated(name, **static):
 
         def loss(floats):
             out = fn(**floats, **rest, **knobs)
-            return sum(map(losses.weighted_sum, jax.tree.leaves(out), jax.tree.leaves(weights))), out
+            return sum(
+                map(losses.weighted_sum, jax.tree.leaves(out), jax.tree.leaves(weights))
+            ), out
 
         (total, out), gradients = jax.value_and_grad(loss, has_aux=True)(floats)
         return out, gradients, total
@@ -82,9 +87,15 @@ def weights_for(name, arrays, dtype=np.float32, **static):
 @functools.cache
 def weights_of_shapes(name, shapes, dtype, **static):
     arrays = {key: jax.ShapeDtypeStruct(shape, kind) for key, shape, kind in shapes}
-    out = jax.eval_shape(lambda arrays: differentiated(name, **static)[1](**arrays, **CASES[name].knobs), arrays)
-    leaves, structure = jax.tree.flatten(out)  # every leaf has weights of its own, so that no two gradients cancel
-    of_leaf = lambda i, x: (2 + np.cos(i + np.arange(np.prod(x.shape)))).reshape(x.shape).astype(dtype)
+    out = jax.eval_shape(
+        lambda arrays: differentiated(name, **static)[1](**arrays, **CASES[name].knobs), arrays
+    )
+    leaves, structure = jax.tree.flatten(
+        out
+    )  # every leaf has weights of its own, so that no two gradients cancel
+    of_leaf = lambda i, x: (
+        (2 + np.cos(i + np.arange(np.prod(x.shape)))).reshape(x.shape).astype(dtype)
+    )
     return jax.tree.unflatten(structure, [of_leaf(i, x) for i, x in enumerate(leaves)])
 
 
@@ -99,12 +110,17 @@ def narrowing(jaxpr):
     small = lambda x: jnp.issubdtype(x.aval.dtype, jnp.floating) and x.aval.dtype != np.float64
     for eqn in jaxpr.eqns:
         inner = [
-            getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+            getattr(x, "jaxpr", x)
+            for x in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            )
         ]
         inner = [x for x in inner if hasattr(x, "eqns")]
         if inner:
             yield from (step for program in inner for step in narrowing(program))
-        elif any(x.aval.dtype == np.float64 and x.aval.shape for x in eqn.invars) and any(map(small, eqn.outvars)):
+        elif any(x.aval.dtype == np.float64 and x.aval.shape for x in eqn.invars) and any(
+            map(small, eqn.outvars)
+        ):
             yield eqn
 
 

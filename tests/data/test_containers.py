@@ -19,17 +19,26 @@ from hypothesis import strategies as st
 from rlhf import data
 
 datasets.disable_progress_bars()
-CHEAP = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CHEAP = settings(
+    deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 # Text as people write it and as it breaks readers; none that is JSON by itself, which `datasets` decodes where types are mixed.
-TEXT = st.text(st.sampled_from("aZ 7,;\"'\\/\n\r\t{}[]:é中\u2028\u0085\ufeff🎈"), max_size=8).map(lambda text: f"x{text}")
+TEXT = st.text(st.sampled_from("aZ 7,;\"'\\/\n\r\t{}[]:é中\u2028\u0085\ufeff🎈"), max_size=8).map(
+    lambda text: f"x{text}"
+)
 NUMBER = st.integers(-(2**53), 2**53) | st.integers(-999, 999).map(lambda n: n / 8)
 NAME = st.sampled_from("a b city days properties type".split())
 KIND = st.sampled_from("string integer".split())
 SCHEMA = st.recursive(
-    st.fixed_dictionaries({"type": KIND}, optional={"description": TEXT, "enum": st.lists(TEXT, max_size=2)}),
+    st.fixed_dictionaries(
+        {"type": KIND}, optional={"description": TEXT, "enum": st.lists(TEXT, max_size=2)}
+    ),
     lambda inner: st.fixed_dictionaries(
-        {"type": st.just("object"), "properties": st.dictionaries(NAME, inner, min_size=1, max_size=3)},
+        {
+            "type": st.just("object"),
+            "properties": st.dictionaries(NAME, inner, min_size=1, max_size=3),
+        },
         optional={"required": st.lists(NAME, max_size=2)},
     ),
     max_leaves=4,
@@ -42,8 +51,12 @@ TOOL = st.builds(
     TEXT,
     st.dictionaries(NAME, SCHEMA, min_size=1, max_size=3),
 )
-ARGUMENTS = st.fixed_dictionaries({}, optional={"city": TEXT, "days": NUMBER, "again": st.booleans()}).filter(bool)
-CALL = st.builds(lambda name, arguments: {"function": {"name": name, "arguments": arguments}}, TEXT, ARGUMENTS)
+ARGUMENTS = st.fixed_dictionaries(
+    {}, optional={"city": TEXT, "days": NUMBER, "again": st.booleans()}
+).filter(bool)
+CALL = st.builds(
+    lambda name, arguments: {"function": {"name": name, "arguments": arguments}}, TEXT, ARGUMENTS
+)
 MESSAGE = st.builds(lambda text: {"role": "user", "content": text}, TEXT) | st.builds(
     lambda calls: {"role": "assistant", "tool_calls": calls}, st.lists(CALL, max_size=2)
 )
@@ -62,14 +75,24 @@ def written(folder: Path, rows: list[dict], kind: str) -> Path:
         case "jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), newline="")
         case "jsonl unicode":
-            path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig", newline="")
+            path.write_text(
+                "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+                encoding="utf-8-sig",
+                newline="",
+            )
         case "json":
-            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8", newline="")
+            path.write_text(
+                json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8", newline=""
+            )
         case "csv":
             with path.open("w", encoding="utf-8", newline="") as file:
                 table = csv.writer(file, quoting=csv.QUOTE_ALL)
-                cell = lambda value: value if isinstance(value, str) else "" if value is None else json.dumps(value)
-                table.writerows([names, *([cell(value) for value in row.values()] for row in whole)])
+                cell = lambda value: (
+                    value if isinstance(value, str) else "" if value is None else json.dumps(value)
+                )
+                table.writerows(
+                    [names, *([cell(value) for value in row.values()] for row in whole)]
+                )
         case "parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), path, row_group_size=2)
         case "arrow":
@@ -92,7 +115,11 @@ def expected(rows: list[dict]) -> list[dict]:
 def plainly(value: Any, *, nulls: bool) -> Any:
     """Keys in order, and integers that Arrow has made 3.0 beside 0.5 as such; without `nulls`, without fields that are null."""
     if isinstance(value, dict):
-        return {key: plainly(item, nulls=nulls) for key, item in sorted(value.items()) if nulls or item is not None}
+        return {
+            key: plainly(item, nulls=nulls)
+            for key, item in sorted(value.items())
+            if nulls or item is not None
+        }
     if isinstance(value, list):
         return [plainly(item, nulls=nulls) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -110,7 +137,11 @@ EVERY = ["jsonl", "jsonl unicode", "json", "csv", "parquet", "arrow", "parquet o
 @given(rows=st.lists(ROW, min_size=1, max_size=4))
 def test_rows_are_the_same_from_every_container(rows, tmp_path_factory):
     for kind in EVERY:
-        if kind == "csv" and any("label" not in row for row in rows) and any("label" in row for row in rows):
+        if (
+            kind == "csv"
+            and any("label" not in row for row in rows)
+            and any("label" in row for row in rows)
+        ):
             continue  # an empty label is refused
         path = written(tmp_path_factory.mktemp("rows"), rows, kind)
         assert exactly(data.read_rows(path)) == exactly(expected(rows)), kind
@@ -127,11 +158,15 @@ def test_rows_are_the_same_from_folders_that_datasets_saves(rows, tmp_path_facto
     path = written(tmp_path_factory.mktemp("rows"), rows, "folder of datasets")
     assert exactly(data.read_rows(path)) == exactly(expected(rows))
     assert len(data.read_rows(path, split="test")) == len(data.read_rows(path / "test")) == 1
-    with pytest.raises(ValueError, match="no file of split 'validation'; its files are test/data-00000-of-00001.arrow, train/"):
+    with pytest.raises(
+        ValueError,
+        match="no file of split 'validation'; its files are test/data-00000-of-00001.arrow, train/",
+    ):
         data.read_rows(path, split="validation")
     in_memory = datasets.load_from_disk(path)["train"]
     given_in_memory = [
-        {name: row.get(name) for name in expected(rows)[0]} for row in data.checked(in_memory, data.LANGUAGE_MODELLING)
+        {name: row.get(name) for name in expected(rows)[0]}
+        for row in data.checked(in_memory, data.LANGUAGE_MODELLING)
     ]
     assert exactly(given_in_memory) == exactly(expected(rows))
 
@@ -144,16 +179,25 @@ WILD = st.recursive(
 
 
 @settings(CHEAP, max_examples=60)
-@given(rows=st.lists(st.dictionaries(st.text(max_size=3), WILD, min_size=1, max_size=3), min_size=1, max_size=3))
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text(max_size=3), WILD, min_size=1, max_size=3), min_size=1, max_size=3
+    )
+)
 def test_lines_and_lists_of_json_hold_anything(rows, tmp_path_factory):
-    right = [{name: plainly(value, nulls=False) for name, value in row.items()} for row in expected(rows)]
+    right = [
+        {name: plainly(value, nulls=False) for name, value in row.items()} for row in expected(rows)
+    ]
     folder = tmp_path_factory.mktemp("rows")
     for kind in ("jsonl", "jsonl unicode", "json"):
         assert exactly(data.read_rows(written(folder, rows, kind))) == exactly(right), kind
 
 
 def test_a_long_list_is_read_piece_by_piece(tmp_path):
-    rows = [{"text": chr(97 + i % 26) * (i * 37 % 5000) + '"\\]},{[' * (i % 7), "n": [i, {}]} for i in range(400)]
+    rows = [
+        {"text": chr(97 + i % 26) * (i * 37 % 5000) + '"\\]},{[' * (i % 7), "n": [i, {}]}
+        for i in range(400)
+    ]
     for kind in ("json", "jsonl"):
         assert data.read_rows(written(tmp_path, rows, kind)) == rows
     (tmp_path / "compact.json").write_text(json.dumps(rows, separators=(",", ":")))
@@ -202,12 +246,29 @@ def test_what_arrow_has_beyond_json_becomes_what_json_would_hold(tmp_path):
 
 def test_columns_that_the_first_rows_lack_are_there_in_all(tmp_path):
     path = written(tmp_path, [{"prompt": "a"}, {"prompt": "b", "solution": "2"}], "jsonl")
-    assert data.read_rows(path) == [{"prompt": "a", "solution": None}, {"prompt": "b", "solution": "2"}]
+    assert data.read_rows(path) == [
+        {"prompt": "a", "solution": None},
+        {"prompt": "b", "solution": "2"},
+    ]
     assert list(data.stream_rows(path)) == [{"prompt": "a"}, {"prompt": "b", "solution": "2"}]
-    rows = [{"text": "a", "messages": None}, {"text": None, "messages": [{"role": "user", "content": "b"}]}]
-    assert [list(row) for row in data.checked(rows, data.LANGUAGE_MODELLING)] == [["text"], ["messages"]]
-    with pytest.raises(ValueError, match="need the columns prompt, completion, but row 1 has prompt: completion missing"):
-        list(data.checked([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], data.PROMPT_COMPLETION))
+    rows = [
+        {"text": "a", "messages": None},
+        {"text": None, "messages": [{"role": "user", "content": "b"}]},
+    ]
+    assert [list(row) for row in data.checked(rows, data.LANGUAGE_MODELLING)] == [
+        ["text"],
+        ["messages"],
+    ]
+    with pytest.raises(
+        ValueError,
+        match="need the columns prompt, completion, but row 1 has prompt: completion missing",
+    ):
+        list(
+            data.checked(
+                [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+                data.PROMPT_COMPLETION,
+            )
+        )
 
 
 def test_folders_of_the_hub_and_of_datasets(tmp_path):
@@ -220,18 +281,25 @@ def test_folders_of_the_hub_and_of_datasets(tmp_path):
     for name in ("dataset_infos.json", "dataset_info.json", "state.json", "metadata.json"):
         (hub / name).write_text('{"about": {"splits": ["train"]}}')
     assert data.read_rows(hub, split="train_sft") == [{"a": "1"}]
-    with pytest.raises(ValueError, match="no file of split 'train'; its files are data/train_prefs-00000"):
+    with pytest.raises(
+        ValueError, match="no file of split 'train'; its files are data/train_prefs-00000"
+    ):
         data.read_rows(hub)  # not both together
     other = tmp_path / "other"
     other.mkdir()
     written(other, [{"a": "1"}], "jsonl")
     (other / "tags.json").write_text('{"license": "mit"}')
-    with pytest.raises(ValueError, match="tags.json: its columns license are none of those of the files before, a; if"):
+    with pytest.raises(
+        ValueError,
+        match="tags.json: its columns license are none of those of the files before, a; if",
+    ):
         data.read_rows(other)
     saved = tmp_path / "saved"
     datasets.Dataset.from_list([{"a": "1"}]).save_to_disk(saved)
     (saved / "cache-1.arrow").write_bytes((saved / "data-00000-of-00001.arrow").read_bytes())
-    assert data.read_rows(saved) == data.read_rows(saved / "data-00000-of-00001.arrow") == [{"a": "1"}]
+    assert (
+        data.read_rows(saved) == data.read_rows(saved / "data-00000-of-00001.arrow") == [{"a": "1"}]
+    )
     (saved / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(ValueError, match="data-00000-of-00001.arrow: cannot be read"):
         data.read_rows(saved)
@@ -282,7 +350,9 @@ MALFORMED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "message"), MALFORMED, ids=[f"{m[0]} {m[2][:50]}" for m in MALFORMED])
+@pytest.mark.parametrize(
+    ("name", "content", "message"), MALFORMED, ids=[f"{m[0]} {m[2][:50]}" for m in MALFORMED]
+)
 def test_what_cannot_be_rows_is_named_in_one_line(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     began = time.monotonic()
@@ -296,28 +366,49 @@ def test_what_cannot_be_rows_is_named_in_one_line(name, content, message, tmp_pa
 
 def test_what_cannot_be_rows_of_arrow(tmp_path):
     path = tmp_path / "x.parquet"
-    twice = pyarrow.Table.from_arrays([pyarrow.array(["1"]), pyarrow.array(["2"])], names=["a", "a"])
+    twice = pyarrow.Table.from_arrays(
+        [pyarrow.array(["1"]), pyarrow.array(["2"])], names=["a", "a"]
+    )
     pyarrow.parquet.write_table(twice, path)
-    with pytest.raises(ValueError, match="x.parquet: two columns have one name among a, a; rename one"):
+    with pytest.raises(
+        ValueError, match="x.parquet: two columns have one name among a, a; rename one"
+    ):
         data.read_rows(path)
     for text in ("{", '{"a": NaN}'):
-        pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array(["1", text], pyarrow.json_())}), path)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"a": pyarrow.array(["1", text], pyarrow.json_())}), path
+        )
         with pytest.raises(ValueError, match="x.parquet, row 1: a is marked as JSON, but is not"):
             data.read_rows(path)
     pyarrow.parquet.write_table(pyarrow.table({"a": ["b", "b" * MANY]}), path)
     with pytest.raises(ValueError, match="x.parquet, row 1: a row of more than 16 MB"):
         data.read_rows(path)
-    pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.nulls(30_000_000, pyarrow.int8())}), path)
-    with pytest.raises(ValueError, match="x.parquet: its .* bytes unpack to 3,000,000,000 or more; split it"):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"a": pyarrow.nulls(30_000_000, pyarrow.int8())}), path
+    )
+    with pytest.raises(
+        ValueError, match="x.parquet: its .* bytes unpack to 3,000,000,000 or more; split it"
+    ):
         data.read_rows(path)
 
 
 def test_a_damaged_file_gives_rows_or_one_line(tmp_path):
-    rows = [{"prompt": f"{i} + {i} =", "messages": [{"role": "user", "content": "é" * i}]} for i in range(3)]
+    rows = [
+        {"prompt": f"{i} + {i} =", "messages": [{"role": "user", "content": "é" * i}]}
+        for i in range(3)
+    ]
     dice = random.Random(0)
     folder = tmp_path / "damaged"
     folder.mkdir()
-    for kind in ("jsonl", "jsonl unicode", "json", "csv", "parquet", "arrow", "parquet of datasets"):
+    for kind in (
+        "jsonl",
+        "jsonl unicode",
+        "json",
+        "csv",
+        "parquet",
+        "arrow",
+        "parquet of datasets",
+    ):
         path = written(tmp_path, rows, kind)
         whole = path.read_bytes()
         damaged = folder / path.name
@@ -326,7 +417,9 @@ def test_a_damaged_file_gives_rows_or_one_line(tmp_path):
             if i % 2:
                 del content[dice.randrange(len(whole)) :]
             for _ in range(1 + i % 3):
-                content[dice.randrange(len(content)) if content else slice(0)] = dice.randrange(256) if content else b""
+                content[dice.randrange(len(content)) if content else slice(0)] = (
+                    dice.randrange(256) if content else b""
+                )
             damaged.write_bytes(content)
             try:
                 assert all(isinstance(row, dict) for row in data.read_rows(damaged))

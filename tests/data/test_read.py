@@ -27,9 +27,13 @@ def write(path: Path, rows) -> Path:
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+        path.write_text(
+            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+        )
     else:
-        cells = lambda row: ",".join('"' + str(value).replace('"', '""') + '"' for value in row.values())
+        cells = lambda row: ",".join(
+            '"' + str(value).replace('"', '""') + '"' for value in row.values()
+        )
         path.write_text("\n".join([",".join(rows[0]), *map(cells, rows)]), encoding="utf-8")
     return path
 
@@ -64,8 +68,16 @@ def test_labels_of_csv_are_bools(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"a": 1}\n{"a": \n', "x.jsonl, line 2, column .*: not JSON .*; a file holds one object a line"),
-        ("x.jsonl", '{"a": 1}\n\n[1]', r"x.jsonl, line 3: a row must be an object of columns, but is \[1\]"),
+        (
+            "x.jsonl",
+            '{"a": 1}\n{"a": \n',
+            "x.jsonl, line 2, column .*: not JSON .*; a file holds one object a line",
+        ),
+        (
+            "x.jsonl",
+            '{"a": 1}\n\n[1]',
+            r"x.jsonl, line 3: a row must be an object of columns, but is \[1\]",
+        ),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}', "x.jsonl, line 2: not UTF-8"),
         ("x.jsonl", "\n \n", "x.jsonl: the file has no rows; remove it, or fill it"),
         ("x.json", '[{"a": 1},\n {"a": 2]', "x.json, line 2, column 9: not JSON"),
@@ -77,12 +89,20 @@ def test_labels_of_csv_are_bools(tmp_path):
         ("x.csv", 'a,b\n1,"2"x\n', "x.csv, line 2: not CSV"),
         ("x.csv", 'a,b\n1,"2', "x.csv, line 2: not CSV"),
         ("x.csv", "a,a\n1,2\n", "x.csv, line 1: two columns have one name among a, a"),
-        ("x.csv", "a,label\n1,maybe\n", "x.csv, line 2: label must be true, false, 1 or 0, but is 'maybe'"),
+        (
+            "x.csv",
+            "a,label\n1,maybe\n",
+            "x.csv, line 2: label must be true, false, 1 or 0, but is 'maybe'",
+        ),
         ("x.csv", b"a\n\xff\n", "x.csv, line . or after: not UTF-8"),
         ("x.csv", "a,b\n", "x.csv: the file has no rows"),
         ("x.csv", "", "x.csv: the file has no rows"),
         ("x.parquet", "PAR1 and no more", "x.parquet: not a whole Parquet file"),
-        ("x.xml", "<a/>", "x.xml: a format that is not read; convert it to one of .jsonl, .json, .csv, .parquet"),
+        (
+            "x.xml",
+            "<a/>",
+            "x.xml: a format that is not read; convert it to one of .jsonl, .json, .csv, .parquet",
+        ),
     ],
 )
 def test_what_is_malformed_or_empty_is_named_with_its_line(name, content, message, tmp_path):
@@ -111,13 +131,16 @@ def test_folders_have_splits(tmp_path):
     assert data.read_rows(tmp_path) == [{"a": 1}, {"a": 2}]
     assert data.read_rows(tmp_path, split="test") == [{"a": "3"}]
     with pytest.raises(
-        ValueError, match="no file of split 'validation'; its files are data/train-00000-of-00002.parquet, data"
+        ValueError,
+        match="no file of split 'validation'; its files are data/train-00000-of-00002.parquet, data",
     ):
         data.read_rows(tmp_path, split="validation")
     with pytest.raises(ValueError, match="no file of split 'train'; its files are test/1.csv"):
         data.read_rows(write(tmp_path / "part" / "test" / "1.csv", [{"a": 3}]).parent.parent)
     write(tmp_path / "other" / "1.csv", [{"a": 3}])
-    assert data.read_rows(tmp_path / "other") == [{"a": "3"}], "no name has a split's word: all are train"
+    assert data.read_rows(tmp_path / "other") == [{"a": "3"}], (
+        "no name has a split's word: all are train"
+    )
     with pytest.raises(ValueError, match="a file has no split 'test', only 'train'"):
         data.read_rows(tmp_path / "other" / "1.csv", split="test")
     (tmp_path / "empty").mkdir()
@@ -133,7 +156,9 @@ def test_the_hubs_loader_reads_splits(streaming, tmp_path, monkeypatch):
     name = str(tmp_path / "set")
     assert list(read._hub_rows(name, "train", None, streaming)) == ROWS
     assert list(read._hub_rows(name, "test", None, streaming)) == ROWS[1:]
-    with pytest.raises(ValueError, match="split 'other': neither a file here, nor read from the Hub: .*other"):
+    with pytest.raises(
+        ValueError, match="split 'other': neither a file here, nor read from the Hub: .*other"
+    ):
         list(read._hub_rows(name, "other", None, streaming))
 
 
@@ -156,7 +181,9 @@ def test_names_go_to_the_hub_with_their_config_and_its_errors_come_back(monkeypa
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/x' doesn't exist")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ValueError, match="owner/x, split 'train': neither a file here, nor read .*doesn't exist"):
+    with pytest.raises(
+        ValueError, match="owner/x, split 'train': neither a file here, nor read .*doesn't exist"
+    ):
         data.read_rows("owner/x")
     for path in ("owner/x.jsonl", "./owner/x", "a/b/c"):  # no names of the Hub
         with pytest.raises(ValueError, match=f"{path}: no such file or folder; check the path"):
@@ -164,7 +191,9 @@ def test_names_go_to_the_hub_with_their_config_and_its_errors_come_back(monkeypa
 
 
 def test_questions_with_worked_answers():
-    rows = [data.renamed(row, question="prompt", answer="completion") for row in data.read_rows(SUMS)]
+    rows = [
+        data.renamed(row, question="prompt", answer="completion") for row in data.read_rows(SUMS)
+    ]
     assert len(list(data.checked(rows, data.PROMPT_COMPLETION))) == 2
     assert [row["completion"].split("#### ")[1] for row in rows] == ["31", "22"]
 
@@ -176,9 +205,15 @@ def numbered(*sizes):
 
 @pytest.mark.parametrize(
     ("sizes", "fractions", "taken"),
-    [((100, 10), (0.5, 0.5), [10, 10]), ((100, 10), (0.9, 0.1), [90, 10]), ((7, 7, 7), (0.5, 0.25, 0.25), [7, 4, 4])],
+    [
+        ((100, 10), (0.5, 0.5), [10, 10]),
+        ((100, 10), (0.9, 0.1), [90, 10]),
+        ((7, 7, 7), (0.5, 0.25, 0.25), [7, 4, 4]),
+    ],
 )
-def test_mixtures_take_the_largest_number_at_their_fractions_and_no_row_twice(sizes, fractions, taken):
+def test_mixtures_take_the_largest_number_at_their_fractions_and_no_row_twice(
+    sizes, fractions, taken
+):
     sources = numbered(*sizes)
     mixture = data.mix(sources, fractions, seed=1)
     assert mixture.taken == taken
@@ -189,7 +224,9 @@ def test_mixtures_take_the_largest_number_at_their_fractions_and_no_row_twice(si
     assert mixture == data.mix(sources, fractions, seed=1)
     assert data.mix(sources, fractions) == data.mix(sources, fractions, seed=0)
     assert mixture.rows != data.mix(sources, fractions, seed=2).rows
-    assert max(row["id"] for row in mixture.rows[: taken[0]]) >= taken[0] or taken[0] == sizes[0], "drawn, not the first ones"
+    assert max(row["id"] for row in mixture.rows[: taken[0]]) >= taken[0] or taken[0] == sizes[0], (
+        "drawn, not the first ones"
+    )
 
 
 def test_mixtures_refuse_what_cannot_be_mixed():

@@ -18,12 +18,17 @@ COTANGENTS = RNG.normal(size=(2, B, T))
 
 
 def statistics(logits, tokens):
-    return {"logprob": losses.logits.token_logprob(logits, tokens), "entropy": losses.logits.entropy(logits)}
+    return {
+        "logprob": losses.logits.token_logprob(logits, tokens),
+        "entropy": losses.logits.entropy(logits),
+    }
 
 
 def unembed(params, hidden):
     """Soft cap, bias and temperature, in the order that models have them."""
-    logits = 4.0 * jnp.tanh((hidden @ params["weight"] + params["bias"][(None,) * (hidden.ndim - 1)]) / 4.0)
+    logits = 4.0 * jnp.tanh(
+        (hidden @ params["weight"] + params["bias"][(None,) * (hidden.ndim - 1)]) / 4.0
+    )
     return logits / params["temperature"]
 
 
@@ -61,7 +66,9 @@ def largest_array(chunk_size):
     params = {"weight": shape((D, V)), "bias": shape((V,)), "temperature": shape(())}
     arrays = params, shape((B, T, D)), jax.ShapeDtypeStruct((B, T), jnp.int32)
     text = differentiated(chunk_size).lower(*arrays).compile().as_text()
-    return max(np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w+\[([\d,]+)\]", text))
+    return max(
+        np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w+\[([\d,]+)\]", text)
+    )
 
 
 def test_the_logits_of_all_positions_are_never_an_array():
@@ -74,7 +81,9 @@ def test_no_logits_are_kept_for_the_way_back(chunk_size):
     hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
 
     def backward(hidden, weight):
-        fn = lambda h, w: losses.chunked(statistics, h, lambda h: h @ w, TOKENS, chunk_size=chunk_size)
+        fn = lambda h, w: losses.chunked(
+            statistics, h, lambda h: h @ w, TOKENS, chunk_size=chunk_size
+        )
         return jax.vjp(fn, hidden, weight)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(backward, hidden, weight))
@@ -86,12 +95,16 @@ def test_per_token_arrays_and_results_of_any_rank():
     fn = lambda logits, extra, tokens: (extra[..., None] * logits[..., None, :3], tokens)
     head = lambda hidden: hidden @ WEIGHT.astype(np.float32)
     hidden = HIDDEN.astype(np.float32)
-    got, tokens = jax.jit(lambda *x: losses.chunked(fn, x[0], head, *x[1:], chunk_size=4))(hidden, extra, TOKENS)
+    got, tokens = jax.jit(lambda *x: losses.chunked(fn, x[0], head, *x[1:], chunk_size=4))(
+        hidden, extra, TOKENS
+    )
     np.testing.assert_allclose(got, extra[..., None] * head(hidden)[..., None, :3], rtol=1e-5)
     np.testing.assert_array_equal(tokens, TOKENS)
 
 
-@pytest.mark.parametrize(("chunk_size", "computed", "asked"), [(4, slice(4, 8), 2), (10, slice(0, 0), 0)])
+@pytest.mark.parametrize(
+    ("chunk_size", "computed", "asked"), [(4, slice(4, 8), 2), (10, slice(0, 0), 0)]
+)
 def test_chunks_without_a_needed_position_are_left_out(chunk_size, computed, asked):
     """They are 0 and without gradient; had they been computed, their NaN would be everywhere."""
     needed, left_out = np.zeros((B, T), bool), np.ones(T, bool)
@@ -99,15 +112,23 @@ def test_chunks_without_a_needed_position_are_left_out(chunk_size, computed, ask
     hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
 
     def loss(hidden, weight, needed):
-        out = losses.chunked(statistics, hidden, lambda h: h @ weight, TOKENS, chunk_size=chunk_size, needed=needed)
-        return sum(jnp.sum((x * c)[:, computed]) for x, c in zip(out.values(), COTANGENTS, strict=True)), out
+        out = losses.chunked(
+            statistics, hidden, lambda h: h @ weight, TOKENS, chunk_size=chunk_size, needed=needed
+        )
+        return sum(
+            jnp.sum((x * c)[:, computed]) for x, c in zip(out.values(), COTANGENTS, strict=True)
+        ), out
 
     differentiated = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     gradients, out = differentiated(np.where(left_out[:, None], np.nan, hidden), weight, needed)
     expected_gradients, expected = differentiated(hidden, weight, None)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected_gradients)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected_gradients
+    )
     for name, x in out.items():
-        np.testing.assert_allclose(x, np.where(left_out, 0.0, expected[name]), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            x, np.where(left_out, 0.0, expected[name]), atol=1e-5, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("chunk_size", [4, 128])
@@ -116,8 +137,13 @@ def test_refuses(chunk_size):
     with pytest.raises(ValueError, match=r"per-token array \[3, 9\] but hidden \[3, 10, 5\]"):
         losses.chunked(statistics, HIDDEN, head, TOKENS[:, 1:], chunk_size=chunk_size)
     with pytest.raises(ValueError, match=r"per-token array \[3, 1\] but hidden \[3, 10, 5\]"):
-        losses.chunked(statistics, HIDDEN, head, TOKENS, chunk_size=chunk_size, needed=TOKENS[:, :1] > 0)
-    with pytest.raises(ValueError, match=rf"must return \[B, C, ...\] = \[3, {min(chunk_size, T)}\], but returned \[3\]"):
+        losses.chunked(
+            statistics, HIDDEN, head, TOKENS, chunk_size=chunk_size, needed=TOKENS[:, :1] > 0
+        )
+    with pytest.raises(
+        ValueError,
+        match=rf"must return \[B, C, ...\] = \[3, {min(chunk_size, T)}\], but returned \[3\]",
+    ):
         losses.chunked(lambda logits: logits.sum((1, 2)), HIDDEN, head, chunk_size=chunk_size)
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
         losses.chunked(statistics, HIDDEN, head, TOKENS, chunk_size=0)

@@ -57,21 +57,37 @@ def test_jit_equals_eager(name):
 def test_other_values_and_knobs_do_not_compile(name):
     call(name, inputs_of(name))
     before = TRACES[name]
-    call(name, inputs_of(name, seed=1), knobs={key: 1.1 * value for key, value in CASES[name].knobs.items()})
+    call(
+        name,
+        inputs_of(name, seed=1),
+        knobs={key: 1.1 * value for key, value in CASES[name].knobs.items()},
+    )
     assert TRACES[name] == before
 
 
 @every_function
 def test_half_precision_is_widened_first(name):
     for half in (jnp.bfloat16, jnp.float16):
-        arrays = {key: x.astype(half) if x.dtype == np.float32 else x for key, x in inputs_of(name).items()}
-        out = jax.eval_shape(lambda arrays: differentiated(name)[1](**arrays, **CASES[name].knobs), arrays)
+        arrays = {
+            key: x.astype(half) if x.dtype == np.float32 else x
+            for key, x in inputs_of(name).items()
+        }
+        out = jax.eval_shape(
+            lambda arrays: differentiated(name)[1](**arrays, **CASES[name].knobs), arrays
+        )
         narrow = (half,) if CASES[name].moves else ()
-        assert all(x.dtype in (jnp.float32, jnp.int32, jnp.bool_, *narrow) for x in jax.tree.leaves(out))
+        assert all(
+            x.dtype in (jnp.float32, jnp.int32, jnp.bool_, *narrow) for x in jax.tree.leaves(out)
+        )
     if not split_floats(inputs_of(name))[0]:
         return
-    arrays = {key: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x for key, x in inputs_of(name).items()}
-    wide = {key: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for key, x in arrays.items()}
+    arrays = {
+        key: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x
+        for key, x in inputs_of(name).items()
+    }
+    wide = {
+        key: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for key, x in arrays.items()
+    }
     got, gradients, _ = call(name, arrays)
     assert_close(got, call(name, wide)[0], 1e-2 if CASES[name].moves else 1e-5)
     assert all(x.dtype == jnp.bfloat16 for x in gradients.values())
@@ -96,9 +112,14 @@ def test_what_is_under_the_mask_changes_nothing(name):
     want = call(name, arrays)
     where = ignored(name, arrays)
     for junk in (np.nan, np.inf, -np.inf):
-        dirty = {key: np.where(where[key], np.float32(junk), x) if key in where else x for key, x in arrays.items()}
+        dirty = {
+            key: np.where(where[key], np.float32(junk), x) if key in where else x
+            for key, x in arrays.items()
+        }
         assert_equal(call(name, dirty), want)
-        assert_close(eager(name, dirty), want[0])  # the compiler makes a choice of a product with a mask: it would hide one
+        assert_close(
+            eager(name, dirty), want[0]
+        )  # the compiler makes a choice of a product with a mask: it would hide one
     out, gradients, _ = want
     for key, here in where.items():
         assert not gradients[key][here].any()
@@ -122,7 +143,9 @@ def test_masked_equals_cropped(name):
     arrays = inputs_of(name)
     arrays["mask"][HALF.stop :] = False
     arrays["mask"][:, LEFT.stop :] = False
-    crop = lambda x: x[HALF, LEFT] if x.ndim > 1 and x.shape[1] == COLUMNS else x[HALF] if x.ndim else x
+    crop = lambda x: (
+        x[HALF, LEFT] if x.ndim > 1 and x.shape[1] == COLUMNS else x[HALF] if x.ndim else x
+    )
     weights = weights_for(name, arrays)
     got = call(name, arrays, weights=weights)[:2]
     want = call(name, jax.tree.map(crop, arrays), weights=jax.tree.map(crop, weights))[:2]
@@ -134,22 +157,32 @@ def test_unequal_shapes_are_refused(name):
     arrays = inputs_of(name)
     if name in PACKS:
         arrays |= {"segment_ids": np.ones((ROWS, COLUMNS), np.int32)}
-    together = {key: x for key, x in arrays.items() if key not in (*CASES[name].apart, *CASES[name].per_sequence)}
+    together = {
+        key: x
+        for key, x in arrays.items()
+        if key not in (*CASES[name].apart, *CASES[name].per_sequence)
+    }
     for key, x in together.items() if len(together) > 1 else ():
         for wrong in (x[:-1], x[:1]) + ((x[:, :-1], x[:, :1]) if x.ndim > 1 else ()):
             with pytest.raises(ValueError, match=r"\w+ \[.*\] but \w+ \[") as error:
                 differentiated(name)[1](**(arrays | {key: wrong}), **CASES[name].knobs)
-            one, shape, other, expected = re.search(r"(\w+) (\[.*?\]) but (\w+) (\[.*?\])", str(error.value)).groups()
+            one, shape, other, expected = re.search(
+                r"(\w+) (\[.*?\]) but (\w+) (\[.*?\])", str(error.value)
+            ).groups()
             assert str(list(wrong.shape)) in (shape, expected)
             assert shape != expected
             assert {one, other} <= {*arrays, "array"}
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name in HAS_MASK for key in CASES[name].per_sequence])
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name in HAS_MASK for key in CASES[name].per_sequence]
+)
 def test_one_number_per_sequence(name, key):
     for wrong in (np.ones(ROWS - 1), np.ones(1), np.ones((ROWS, 1)), np.ones(())):
         with pytest.raises(ValueError, match=re.escape(f"B = {ROWS}, but is {list(wrong.shape)}")):
-            differentiated(name)[1](**(inputs_of(name) | {key: jnp.asarray(wrong, inputs_of(name)[key].dtype)}))
+            differentiated(name)[1](
+                **(inputs_of(name) | {key: jnp.asarray(wrong, inputs_of(name)[key].dtype)})
+            )
 
 
 @pytest.mark.parametrize("name", HAS_MASK)
@@ -157,7 +190,9 @@ def test_one_number_per_sequence(name, key):
 def test_a_mask_is_boolean(name, dtype):
     arrays = inputs_of(name)
     with pytest.raises(TypeError, match=f"mask must be bool.*{np.dtype(dtype).name}"):
-        differentiated(name)[1](**(arrays | {"mask": arrays["mask"].astype(dtype)}), **CASES[name].knobs)
+        differentiated(name)[1](
+            **(arrays | {"mask": arrays["mask"].astype(dtype)}), **CASES[name].knobs
+        )
 
 
 @every_function
@@ -172,7 +207,9 @@ def test_sharded_equals_unsharded(name):
     weights = weights_for(name, arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = lambda x: PartitionSpec("data") if x.ndim and x.shape[0] == ROWS else PartitionSpec()
-    sharded, weights_sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows(x))), (arrays, weights))
+    sharded, weights_sharded = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, rows(x))), (arrays, weights)
+    )
     compiled = differentiated(name)[0].lower(sharded, CASES[name].knobs, weights_sharded).compile()
     got = compiled(sharded, CASES[name].knobs, weights_sharded)
     assert_close(jax.tree.map(np.asarray, got), call(name, arrays, weights=weights))
@@ -202,22 +239,30 @@ def test_rows_are_coupled_only_where_it_says(name):
     if CASES[name].per == "batch":
         return
     arrays, others = inputs_of(name), inputs_of(name, seed=1)
-    swap = lambda x, y: np.concatenate([x[:EMPTY], y[:1], x[EMPTY + 1 :]]) if x.shape[0] == ROWS else x
+    swap = lambda x, y: (
+        np.concatenate([x[:EMPTY], y[:1], x[EMPTY + 1 :]]) if x.shape[0] == ROWS else x
+    )
     changed = call(name, {key: swap(x, others[key]) for key, x in arrays.items()})[0]
-    differs = jax.tree.map(lambda x, y: np.delete(x != y, EMPTY, axis=0).any(), changed, call(name, arrays)[0])
+    differs = jax.tree.map(
+        lambda x, y: np.delete(x != y, EMPTY, axis=0).any(), changed, call(name, arrays)[0]
+    )
     assert CASES[name].couples == any(jax.tree.leaves(differs))
 
 
 # ---- packing ----------------------------------------------------------------------------------------------------------
 
-LENGTHS = np.array([6, 3, 4, 5, 1, 2, 6, 3])  # rows 2i and 2i + 1 share the packed row i; columns beyond the second are padding
+LENGTHS = np.array(
+    [6, 3, 4, 5, 1, 2, 6, 3]
+)  # rows 2i and 2i + 1 share the packed row i; columns beyond the second are padding
 WIDTH, SEGMENTS = 13, 3  # and no row has a third sequence
 
 
 def pack(x, padding=0):
     """`[ROWS, COLUMNS]` -> `[ROWS / 2, WIDTH]`, and `[ROWS]` -> `[ROWS / 2 * SEGMENTS]`."""
     if x.ndim == 1:
-        return np.pad(x.reshape(-1, 2), ((0, 0), (0, SEGMENTS - 2)), constant_values=padding).reshape(-1)
+        return np.pad(
+            x.reshape(-1, 2), ((0, 0), (0, SEGMENTS - 2)), constant_values=padding
+        ).reshape(-1)
     packed = np.full_like(x, padding, shape=(ROWS // 2, WIDTH))
     for row, length in enumerate(LENGTHS):
         start = LENGTHS[row - 1] if row % 2 else 0
@@ -240,9 +285,16 @@ def test_packed_equals_unpacked(name):
     assert_close(jax.tree.map(in_segment, one_segment), want_in_segment, 1e-6)
 
     # What belongs to no sequence, or to one that nothing is trained of, holds junk.
-    dirty = {key: np.where(here, np.nan, arrays[key]).astype(np.float32) for key, here in ignored(name, arrays).items()}
-    packed = {key: pack(x, np.nan if x.dtype == np.float32 else 0) for key, x in (arrays | dirty).items()}
-    packed["segment_ids"] = pack(np.where(inside, 1 + np.arange(ROWS)[:, None] % 2, 0)).astype(np.int32)
+    dirty = {
+        key: np.where(here, np.nan, arrays[key]).astype(np.float32)
+        for key, here in ignored(name, arrays).items()
+    }
+    packed = {
+        key: pack(x, np.nan if x.dtype == np.float32 else 0) for key, x in (arrays | dirty).items()
+    }
+    packed["segment_ids"] = pack(np.where(inside, 1 + np.arange(ROWS)[:, None] % 2, 0)).astype(
+        np.int32
+    )
     static = {"max_segments": SEGMENTS} if "max_segments" in CASES[name].static else {}
     packed_weights = jax.tree.map(lambda x: pack(x, 1) if x.ndim else x, weights)
     got = call(name, packed, weights=packed_weights, **static)[:2]
@@ -252,7 +304,9 @@ def test_packed_equals_unpacked(name):
 # ---- knobs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "knobs", "message"), [(name, *case) for name in CASES for case in CASES[name].refuses])
+@pytest.mark.parametrize(
+    ("name", "knobs", "message"), [(name, *case) for name in CASES for case in CASES[name].refuses]
+)
 def test_knobs_out_of_range(name, knobs, message):
     with pytest.raises(ValueError, match=message):
         FUNCTIONS[name](**inputs_of(name), **(CASES[name].knobs | knobs))

@@ -18,7 +18,9 @@ SEGMENTS = 3  # most sequences in a row
 def packed(rng):
     """Rows of up to three sequences, gaps in the mask, padding at the end; one sequence has no trained token."""
     lengths = np.array([[4, 3, 5], [1, 7, 0], [12, 0, 0], [2, 2, 2]])
-    ids = np.array([np.repeat([1, 2, 3, 0], [*row, 13 - row.sum()]) for row in lengths]).astype(np.int32)
+    ids = np.array([np.repeat([1, 2, 3, 0], [*row, 13 - row.sum()]) for row in lengths]).astype(
+        np.int32
+    )
     mask = (rng.random(ids.shape) < 0.6) & (ids > 0)
     mask[0, :4] = False, True, False, True
     mask[1, 1:8] = True
@@ -30,7 +32,11 @@ def sequences(ids, mask):
     """`(row, slot, the columns of its trained tokens)` of every sequence that a row could have."""
     for row in range(len(ids)):
         for slot in range(SEGMENTS):
-            yield row, slot, [t for t in range(ids.shape[1]) if ids[row, t] == slot + 1 and mask[row, t]]
+            yield (
+                row,
+                slot,
+                [t for t in range(ids.shape[1]) if ids[row, t] == slot + 1 and mask[row, t]],
+            )
 
 
 RNG = np.random.default_rng(0)
@@ -47,9 +53,14 @@ def gae_by_definition(rewards, values, mask, bootstrap, ids, discount, lam):
     advantages = np.zeros_like(rewards)
     for row, slot, columns in sequences(ids, mask):
         following = [*values[row, columns[1:]], bootstrap[row * SEGMENTS + slot]]
-        deltas = [rewards[row, t] + discount * v - values[row, t] for t, v in zip(columns, following, strict=bool(columns))]
+        deltas = [
+            rewards[row, t] + discount * v - values[row, t]
+            for t, v in zip(columns, following, strict=bool(columns))
+        ]
         for i, t in enumerate(columns):
-            advantages[row, t] = sum((discount * lam) ** (k - i) * deltas[k] for k in range(i, len(deltas)))
+            advantages[row, t] = sum(
+                (discount * lam) ** (k - i) * deltas[k] for k in range(i, len(deltas))
+            )
     return advantages, np.where(mask, advantages + values, 0)
 
 
@@ -57,7 +68,9 @@ def gae(**knobs):
     return run(losses.gae, REWARDS, VALUES, MASK, bootstrap=PER_SEQUENCE, segment_ids=IDS, **knobs)
 
 
-@pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.97, 0.0), (1.0, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("discount", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.97, 0.0), (1.0, 1.0), (0.0, 0.5)]
+)
 def test_gae(discount, lam):
     want = gae_by_definition(REWARDS, VALUES, MASK, PER_SEQUENCE, IDS, discount, lam)
     for got, expected in zip(gae(discount=discount, lam=lam), want, strict=True):
@@ -99,7 +112,9 @@ def test_group_relative():
         scored = [r for r in group if not math.isnan(r)]
         for sample, r in enumerate(group):
             if len(scored) > 1 and not math.isnan(r):
-                want[row, sample] = (r - statistics.fmean(scored)) / (statistics.stdev(scored) + 1e-4)
+                want[row, sample] = (r - statistics.fmean(scored)) / (
+                    statistics.stdev(scored) + 1e-4
+                )
     got = run(losses.group_relative, rewards)
     assert_close(got, want)
     assert not got[2:5].any()  # a group of one, of none, without spread
@@ -107,11 +122,18 @@ def test_group_relative():
 
 
 def test_full_kl_leaves_out_what_policy_and_reference_ban():
-    logits, ref_logits = np.array([[0.3, -np.inf, 1.2], [0.1, 0.5, -np.inf]]), np.array([[0.9, -np.inf, 0.2], [0.4, 0.3, 0.1]])
+    logits, ref_logits = (
+        np.array([[0.3, -np.inf, 1.2], [0.1, 0.5, -np.inf]]),
+        np.array([[0.9, -np.inf, 0.2], [0.4, 0.3, 0.1]]),
+    )
     probs, ref_probs = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, ref_logits))
-    expected = np.where(probs > 0, probs * np.log(np.where(probs > 0, probs / np.maximum(ref_probs, 1e-9), 1)), 0).sum(-1)
+    expected = np.where(
+        probs > 0, probs * np.log(np.where(probs > 0, probs / np.maximum(ref_probs, 1e-9), 1)), 0
+    ).sum(-1)
     assert_close(run(losses.kl.full, logits, ref_logits), expected)
-    for gradient in jax.grad(lambda *x: losses.kl.full(*x).sum(), argnums=(0, 1))(jnp.array(logits), jnp.array(ref_logits)):
+    for gradient in jax.grad(lambda *x: losses.kl.full(*x).sum(), argnums=(0, 1))(
+        jnp.array(logits), jnp.array(ref_logits)
+    ):
         assert np.isfinite(gradient).all()
 
 
@@ -126,14 +148,19 @@ def test_siblings_that_are_alike_have_no_spread_at_all():
 def test_group_relative_of_two_is_leave_one_out_in_standard_deviations():
     rewards = RNG.normal(size=(5, 2))
     leave_one_out = rewards - rewards[:, ::-1]
-    assert_close(run(losses.group_relative, rewards, eps=0.0), leave_one_out / 2 / rewards.std(-1, ddof=1, keepdims=True))
+    assert_close(
+        run(losses.group_relative, rewards, eps=0.0),
+        leave_one_out / 2 / rewards.std(-1, ddof=1, keepdims=True),
+    )
 
 
 def test_whiten():
     trained = VALUES[MASK]
     want = (VALUES - trained.mean()) / np.sqrt(trained.var(ddof=1) + 1e-3)
     assert_close(run(losses.whiten, VALUES, MASK, eps=1e-3), np.where(MASK, want, 0))
-    assert not run(losses.whiten, VALUES, np.arange(MASK.size).reshape(MASK.shape) == 5, eps=1e-8).any()
+    assert not run(
+        losses.whiten, VALUES, np.arange(MASK.size).reshape(MASK.shape) == 5, eps=1e-8
+    ).any()
 
 
 # ---- sequences and weights --------------------------------------------------------------------------------------------
@@ -143,11 +170,20 @@ def test_segment_sum():
     want = np.zeros(len(IDS) * SEGMENTS)
     for row, slot, columns in sequences(IDS, MASK):
         want[row * SEGMENTS + slot] = sum(VALUES[row, t] for t in columns)
-    assert_close(run(losses.segment_sum, VALUES, MASK, IDS, static={"max_segments": SEGMENTS}.items()), want)
-    rows = [sum(VALUES[row, t] for t in range(MASK.shape[1]) if MASK[row, t]) for row in range(len(MASK))]
+    assert_close(
+        run(losses.segment_sum, VALUES, MASK, IDS, static={"max_segments": SEGMENTS}.items()), want
+    )
+    rows = [
+        sum(VALUES[row, t] for t in range(MASK.shape[1]) if MASK[row, t])
+        for row in range(len(MASK))
+    ]
     assert_close(run(losses.segment_sum, VALUES, MASK), rows)
-    first_two = want.reshape(-1, SEGMENTS)[:, :2].reshape(-1)  # sequences with higher ids are left out
-    assert_close(run(losses.segment_sum, VALUES, MASK, IDS, static={"max_segments": 2}.items()), first_two)
+    first_two = want.reshape(-1, SEGMENTS)[:, :2].reshape(
+        -1
+    )  # sequences with higher ids are left out
+    assert_close(
+        run(losses.segment_sum, VALUES, MASK, IDS, static={"max_segments": 2}.items()), first_two
+    )
 
 
 def test_places():
@@ -163,12 +199,16 @@ def test_places():
     np.testing.assert_array_equal(run(segments.last_trained, MASK, IDS), last)
     np.testing.assert_array_equal(run(segments.starts, IDS), first)
     np.testing.assert_array_equal(run(segments.count, MASK, IDS), count)
-    np.testing.assert_array_equal(run(segments.last_columns, IDS, static={"max_segments": SEGMENTS}.items()), ends)
+    np.testing.assert_array_equal(
+        run(segments.last_columns, IDS, static={"max_segments": SEGMENTS}.items()), ends
+    )
     np.testing.assert_array_equal(run(segments.count, MASK), MASK * 0 + MASK.sum(-1, keepdims=True))
-    own = np.broadcast_to(np.arange(1, MASK.shape[1] + 1), MASK.shape)  # every token a sequence of its own
+    own = np.broadcast_to(
+        np.arange(1, MASK.shape[1] + 1), MASK.shape
+    )  # every token a sequence of its own
     np.testing.assert_array_equal(run(segments.count, MASK, own.astype(np.int32)), MASK.astype(int))
-    np.testing.assert_array_equal(run(segments.or_whole_rows, MASK, None), np.ones(MASK.shape))
-    np.testing.assert_array_equal(run(segments.or_whole_rows, MASK, IDS), IDS)
+    np.testing.assert_array_equal(run(segments.ids_or_ones, MASK, None), np.ones(MASK.shape))
+    np.testing.assert_array_equal(run(segments.ids_or_ones, MASK, IDS), IDS)
 
 
 @pytest.mark.parametrize("whole_rows", [True, False])
@@ -204,7 +244,9 @@ def test_weighted_sum():
 # ---- distributions ----------------------------------------------------------------------------------------------------
 
 LOGITS = RNG.normal(size=(3, 5)) * 2
-PROBABILITIES = np.array([[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in LOGITS])
+PROBABILITIES = np.array(
+    [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in LOGITS]
+)
 
 
 def test_entropy_and_token_logprob():
@@ -212,12 +254,15 @@ def test_entropy_and_token_logprob():
     assert_close(run(losses.logits.entropy, LOGITS), want)
     tokens = np.array([4, 0, 2])
     assert_close(
-        run(losses.logits.token_logprob, LOGITS, tokens), [math.log(PROBABILITIES[i, t]) for i, t in enumerate(tokens)]
+        run(losses.logits.token_logprob, LOGITS, tokens),
+        [math.log(PROBABILITIES[i, t]) for i, t in enumerate(tokens)],
     )
     shifted = LOGITS + 1e4  # a shift of the logits changes nothing, and nothing overflows
     np.testing.assert_allclose(run(losses.logits.entropy, shifted), want, rtol=1e-9)
     logprobs = run(losses.logits.token_logprob, LOGITS, tokens)
-    np.testing.assert_allclose(run(losses.logits.token_logprob, shifted, tokens), logprobs, rtol=1e-9)
+    np.testing.assert_allclose(
+        run(losses.logits.token_logprob, shifted, tokens), logprobs, rtol=1e-9
+    )
 
 
 def test_entropy_of_impossible_tokens():
@@ -248,7 +293,9 @@ def kl_by_enumeration(fn):
 
     def expected(logits):
         logprobs = jax.nn.log_softmax(logits)
-        return jnp.sum(jax.lax.stop_gradient(jnp.exp(logprobs)) * fn(logprobs, reference, jnp.ones(5, bool)))
+        return jnp.sum(
+            jax.lax.stop_gradient(jnp.exp(logprobs)) * fn(logprobs, reference, jnp.ones(5, bool))
+        )
 
     return jax.value_and_grad(expected)(jnp.asarray(LOGITS[0]))
 
@@ -260,11 +307,15 @@ def exact_kl(p, q):
 def test_kl_estimators_by_enumeration():
     with jax.enable_x64(True):
         logits, reference = jnp.asarray(LOGITS[0]), jax.nn.log_softmax(jnp.asarray(LOGITS[1]))
-        reverse, reverse_gradient = jax.value_and_grad(lambda x: exact_kl(jax.nn.log_softmax(x), reference))(logits)
+        reverse, reverse_gradient = jax.value_and_grad(
+            lambda x: exact_kl(jax.nn.log_softmax(x), reference)
+        )(logits)
         forward_gradient = jax.grad(lambda x: exact_kl(reference, jax.nn.log_softmax(x)))(logits)
         exact = reverse, reverse_gradient, forward_gradient
         estimates = [kl_by_enumeration(fn) for fn in (kl.k1, kl.k2, kl.k3)]
-        (reverse, reverse_gradient, forward_gradient), estimates = jax.tree.map(np.asarray, (exact, estimates))
+        (reverse, reverse_gradient, forward_gradient), estimates = jax.tree.map(
+            np.asarray, (exact, estimates)
+        )
     (k1, k1_gradient), (k2, k2_gradient), (k3, k3_gradient) = estimates
     assert_close(k1, reverse)
     assert_close(k3, reverse)
@@ -317,7 +368,9 @@ def test_ratio_1_has_the_gradient_of_reinforce():
     def surrogate(logits):
         logprobs = losses.logits.token_logprob(logits, tokens)
         old = jax.lax.stop_gradient(logprobs)
-        return losses.weighted_sum(losses.clipped_surrogate(logprobs, old, VALUES, MASK), weights.token_mean(MASK))
+        return losses.weighted_sum(
+            losses.clipped_surrogate(logprobs, old, VALUES, MASK), weights.token_mean(MASK)
+        )
 
     def reinforce(logits):
         return -jnp.sum(losses.logits.token_logprob(logits, tokens) * VALUES * MASK) / MASK.sum()
@@ -333,7 +386,10 @@ def test_preferences():
     got = run(preference.log_ratios, *x)
     assert_close(got, (chosen - ref_chosen, rejected - ref_rejected))
     differences = zip(sorted(chosen - rejected), sorted(ref_chosen - ref_rejected), strict=True)
-    assert_close(run(preference.aot, *x, beta=0.3), [math.log1p(math.exp(-0.3 * (d - ref))) for d, ref in differences])
+    assert_close(
+        run(preference.aot, *x, beta=0.3),
+        [math.log1p(math.exp(-0.3 * (d - ref))) for d, ref in differences],
+    )
 
 
 def test_preferences_at_the_start_are_ln_2():
@@ -348,7 +404,10 @@ def test_bradley_terry():
     want = [math.log1p(math.exp(-(c - r - m))) + 0.01 * (c + r) ** 2 for c, r, m in differences]
     assert_close(run(losses.bradley_terry, chosen, rejected, margin, center_coef=0.01), want)
     zero = np.zeros(6)  # DPO is Bradley-Terry on log-ratios
-    assert_close(run(losses.bradley_terry, chosen, rejected), run(preference.sigmoid, chosen, rejected, zero, zero, beta=1.0))
+    assert_close(
+        run(losses.bradley_terry, chosen, rejected),
+        run(preference.sigmoid, chosen, rejected, zero, zero, beta=1.0),
+    )
 
 
 def test_cross_entropy():

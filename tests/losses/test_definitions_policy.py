@@ -30,9 +30,15 @@ from rlhf.losses import (
 )
 
 RNG = np.random.default_rng(0)
-IDS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 2, 2, 3, 3], [0, 0, 0, 0, 0, 0]], np.int32)
+IDS = np.array(
+    [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 2, 2, 3, 3], [0, 0, 0, 0, 0, 0]], np.int32
+)
 MASK = (RNG.random(IDS.shape) < 0.7) & (IDS > 0)
-MASK[0, 3:5], MASK[1, 2:4], MASK[2, 4:] = True, (True, False), False  # the third sequence of row 2 has no trained token
+MASK[0, 3:5], MASK[1, 2:4], MASK[2, 4:] = (
+    True,
+    (True, False),
+    False,
+)  # the third sequence of row 2 has no trained token
 OLD = -RNG.uniform(0.5, 3, IDS.shape)
 NEW = OLD + 0.4 * RNG.normal(size=IDS.shape)
 ADVANTAGES = RNG.normal(size=IDS.shape)
@@ -101,11 +107,18 @@ def test_group_advantages(name):
 def test_group_statistics_of_other_kinds():
     population = functools.partial(groups.group_std, correction=0)
     want = by_group(lambda r, group, others: over(r - mean(group), statistics.pstdev(group), 1e-8))
-    assert_close(run(functools.partial(groups.group_relative, std=population), REWARDS, eps=1e-8), want)
+    assert_close(
+        run(functools.partial(groups.group_relative, std=population), REWARDS, eps=1e-8), want
+    )
     scale_only = functools.partial(groups.group_relative, mean=None, std=groups.group_std)
-    assert_close(run(scale_only, REWARDS), by_group(lambda r, group, others: over(r, statistics.stdev(group), 1e-4)))
+    assert_close(
+        run(scale_only, REWARDS),
+        by_group(lambda r, group, others: over(r, statistics.stdev(group), 1e-4)),
+    )
     best = functools.partial(groups.pass_at_k, std=groups.group_std)
-    want = by_group(lambda r, group, others: over(max(r - max(others), 0.0), statistics.stdev(group), 1e-4))
+    want = by_group(
+        lambda r, group, others: over(max(r - max(others), 0.0), statistics.stdev(group), 1e-4)
+    )
     assert_close(run(best, REWARDS), want)
 
 
@@ -119,7 +132,9 @@ def test_opo_weighs_the_baseline_by_length():
     for p, row in enumerate(REWARDS):
         scored = [g for g in range(4) if not math.isnan(row[g])]
         for g in scored if len(scored) > 1 else ():
-            want[p, g] = row[g] - sum(lengths[p, h] * row[h] for h in scored) / sum(lengths[p, h] for h in scored)
+            want[p, g] = row[g] - sum(lengths[p, h] * row[h] for h in scored) / sum(
+                lengths[p, h] for h in scored
+            )
     assert_close(run(groups.opo, REWARDS, lengths), want)
 
 
@@ -132,7 +147,9 @@ def test_several_rewards():
     each = [np.where(np.isnan(three[..., k]), np.nan, each[k]) for k in range(3)]
     total = np.nansum(np.stack(each, -1) * of, -1)
     scored = ~np.isnan(three).all(-1)
-    want = np.where(scored, (total - total[scored].mean()) / (total[scored].std(ddof=1) + 1e-4), 0.0)
+    want = np.where(
+        scored, (total - total[scored].mean()) / (total[scored].std(ddof=1) + 1e-4), 0.0
+    )
     assert_close(run(groups.gdpo, three, of), want)
     with pytest.raises(ValueError, match=r"rewards \[6, 4, 3\] but weights \[2\]"):
         groups.weighted_rewards(jnp.asarray(three), jnp.ones(2))
@@ -141,7 +158,9 @@ def test_several_rewards():
 
 
 def test_groups_must_divide_the_batch():
-    with pytest.raises(ValueError, match="groups of 3 samples but a batch of 8: the group size must divide it"):
+    with pytest.raises(
+        ValueError, match="groups of 3 samples but a batch of 8: the group size must divide it"
+    ):
         groups.split(jnp.ones(8), size=3)
 
 
@@ -151,13 +170,26 @@ def test_optimal_token_baseline():
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]], bool)
     path, togo, want = np.zeros((4, 3)), np.zeros((4, 3)), np.zeros((4, 3))
     for i, t in zip(*np.nonzero(mask), strict=True):
-        energy = [rho[i, u] ** 2 * (1 - 2 * math.exp(lp[i, u]) + math.exp(squares[i, u])) for u in range(t + 1)]
+        energy = [
+            rho[i, u] ** 2 * (1 - 2 * math.exp(lp[i, u]) + math.exp(squares[i, u]))
+            for u in range(t + 1)
+        ]
         path[i, t], togo[i, t] = sum(energy), rewards[i, t:][mask[i, t:]].sum()
     for i, t in zip(*np.nonzero(mask), strict=True):
         siblings = [j for j in (0, 1, 2, 3) if j // 2 == i // 2 and mask[j, t]]
-        baseline = sum(path[j, t] * togo[j, t] for j in siblings) / (sum(path[j, t] for j in siblings) + 1e-8)
+        baseline = sum(path[j, t] * togo[j, t] for j in siblings) / (
+            sum(path[j, t] for j in siblings) + 1e-8
+        )
         want[i, t] = togo[i, t] - baseline
-    got = run(groups.optimal_token_baseline, rewards, lp, squares, mask, importance=rho, static={"num_samples": 2}.items())
+    got = run(
+        groups.optimal_token_baseline,
+        rewards,
+        lp,
+        squares,
+        mask,
+        importance=rho,
+        static={"num_samples": 2}.items(),
+    )
     assert_close(got, want)
 
 
@@ -169,14 +201,24 @@ def test_returns_pass_over_gaps():
     for row, columns in sequences():
         for i, t in enumerate(columns):
             want[row, t] = sum(0.9**k * rewards[row, u] for k, u in enumerate(columns[i:]))
-    assert_close(run(advantages.returns, rewards, MASK, segment_ids=IDS, bootstrap=np.zeros(12), discount=0.9), want)
-    assert_close(run(advantages.returns, rewards, MASK, discount=0.9, segment_ids=np.where(IDS > 0, IDS, 9)), want)
+    assert_close(
+        run(
+            advantages.returns, rewards, MASK, segment_ids=IDS, bootstrap=np.zeros(12), discount=0.9
+        ),
+        want,
+    )
+    assert_close(
+        run(advantages.returns, rewards, MASK, discount=0.9, segment_ids=np.where(IDS > 0, IDS, 9)),
+        want,
+    )
     greedy = RNG.normal(size=12)
     spread = np.zeros(IDS.shape)
     for row, columns in sequences():
         spread[row, columns] = greedy[row * 3 + IDS[row, columns[0]] - 1]
     undiscounted = run(advantages.returns, rewards, MASK, segment_ids=IDS, bootstrap=np.zeros(12))
-    assert_close(run(advantages.remax, rewards, greedy, MASK, segment_ids=IDS), undiscounted - spread)
+    assert_close(
+        run(advantages.remax, rewards, greedy, MASK, segment_ids=IDS), undiscounted - spread
+    )
 
 
 def test_length_adaptive_lam_and_decoupled_gae():
@@ -187,15 +229,30 @@ def test_length_adaptive_lam_and_decoupled_gae():
     assert_close(lam, want)
     rewards, values = RNG.normal(size=(2, *IDS.shape))
     both = run(
-        advantages.decoupled_gae, rewards, values, MASK, bootstrap=np.zeros(12), segment_ids=IDS, policy_lam=lam, value_lam=0.3
+        advantages.decoupled_gae,
+        rewards,
+        values,
+        MASK,
+        bootstrap=np.zeros(12),
+        segment_ids=IDS,
+        policy_lam=lam,
+        value_lam=0.3,
     )
     for row, columns in sequences():
         following = [*values[row, columns[1:]], 0.0]
-        deltas = [rewards[row, t] + v - values[row, t] for t, v in zip(columns, following, strict=True)]
+        deltas = [
+            rewards[row, t] + v - values[row, t] for t, v in zip(columns, following, strict=True)
+        ]
         for i, t in enumerate(columns):
             rest = range(len(columns) - i)
-            np.testing.assert_allclose(both[0][row, t], sum(lam[row, t] ** k * deltas[i + k] for k in rest), atol=1e-10)
-            np.testing.assert_allclose(both[1][row, t], values[row, t] + sum(0.3**k * deltas[i + k] for k in rest), atol=1e-10)
+            np.testing.assert_allclose(
+                both[0][row, t], sum(lam[row, t] ** k * deltas[i + k] for k in rest), atol=1e-10
+            )
+            np.testing.assert_allclose(
+                both[1][row, t],
+                values[row, t] + sum(0.3**k * deltas[i + k] for k in rest),
+                atol=1e-10,
+            )
 
 
 # ---- sequences' ratios and surrogates -------------------------------------------------------------------------------
@@ -214,7 +271,10 @@ def test_ratios_of_sequences():
 
 def test_surrogates_of_packed_sequences():
     gspo, gmpo, topr, vespo, sizes = (np.zeros(IDS.shape) for _ in range(5))
-    joined, given = 0.3 * RNG.normal(size=IDS.shape), np.where(np.arange(IDS.shape[1]) % 3 == 1, 0.0, ADVANTAGES)
+    joined, given = (
+        0.3 * RNG.normal(size=IDS.shape),
+        np.where(np.arange(IDS.shape[1]) % 3 == 1, 0.0, ADVANTAGES),
+    )
     for row, columns in sequences():
         x, a = [NEW[row, t] - OLD[row, t] for t in columns], [given[row, t] for t in columns]
         bounds = lambda d, b: min(d, 0.2) if b > 0 else max(d, -0.3) if b < 0 else 0.0
@@ -229,8 +289,12 @@ def test_surrogates_of_packed_sequences():
             vespo[row, t] = -(weight**k) * math.exp(lam * (1 - weight)) * b * NEW[row, t]
     arrays = NEW, OLD, given, MASK
     assert_close(run(policy.gspo, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), gspo)
-    assert_close(run(policy.gspo_token, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), gspo)
-    assert_close(run(policy.luspo, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), sizes * gspo)
+    assert_close(
+        run(policy.gspo_token, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), gspo
+    )
+    assert_close(
+        run(policy.luspo, *arrays, segment_ids=IDS, clip_low=0.1, clip_high=0.1), sizes * gspo
+    )
     assert_close(run(policy.gmpo, *arrays, segment_ids=IDS, clip_low=0.3, clip_high=0.2), gmpo)
     assert_close(run(policy.topr, *arrays, segment_ids=IDS), topr)
     assert_close(run(policy.vespo, *arrays, segment_ids=IDS, log_importance=joined), vespo)
@@ -244,7 +308,9 @@ def test_binary_divergences():
     p = np.minimum(p, 0.99)
     assert_close(run(kl.binary_tv, np.log(p), OLD, MASK), np.where(MASK, abs(p - q), 0))
     expected = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
-    np.testing.assert_allclose(run(kl.binary_kl, np.log(p), OLD, MASK), np.where(MASK, expected, 0), atol=1e-12)
+    np.testing.assert_allclose(
+        run(kl.binary_kl, np.log(p), OLD, MASK), np.where(MASK, expected, 0), atol=1e-12
+    )
 
 
 def test_kl_cov_penalises_the_largest_covariance():
@@ -261,7 +327,17 @@ def test_kl_cov_penalises_the_largest_covariance():
 
 def test_clip_cov_is_the_clipped_surrogate_but_for_what_it_drops():
     knobs = dict(clip_low=0.1, clip_high=0.4)
-    ours = run(covariance.clip_cov, NEW, OLD, ADVANTAGES, MASK, key=jax.random.key(0), share=0.2, cov_low=0.0, **knobs)
+    ours = run(
+        covariance.clip_cov,
+        NEW,
+        OLD,
+        ADVANTAGES,
+        MASK,
+        key=jax.random.key(0),
+        share=0.2,
+        cov_low=0.0,
+        **knobs,
+    )
     whole = run(policy.clipped_surrogate, NEW, OLD, ADVANTAGES, MASK, **knobs)
     kept = ours != 0
     assert_close(ours[kept], whole[kept])
@@ -309,20 +385,33 @@ def test_second_moment(threshold):
     assert sorted(((NEW - OLD) ** 2)[got]) == squares[:kept]
 
 
-@pytest.mark.parametrize("pool", [None, losses.segments.total, losses.segments.mean, losses.segments.largest])
+@pytest.mark.parametrize(
+    "pool", [None, losses.segments.total, losses.segments.mean, losses.segments.largest]
+)
 def test_within(pool):
-    of = {None: None, losses.segments.total: sum, losses.segments.mean: mean, losses.segments.largest: max}[pool]
+    of = {
+        None: None,
+        losses.segments.total: sum,
+        losses.segments.mean: mean,
+        losses.segments.largest: max,
+    }[pool]
     want = np.zeros(IDS.shape, bool)
     for row, columns in sequences():
         for t in columns:
-            statistic = ADVANTAGES[row, t] if of is None else of([ADVANTAGES[row, u] for u in columns])
+            statistic = (
+                ADVANTAGES[row, t] if of is None else of([ADVANTAGES[row, u] for u in columns])
+            )
             want[row, t] = -0.5 <= statistic <= 0.7
     fn = functools.partial(masks.within, pool=pool)
-    np.testing.assert_array_equal(run(fn, ADVANTAGES, MASK, low=-0.5, high=0.7, segment_ids=IDS), want)
+    np.testing.assert_array_equal(
+        run(fn, ADVANTAGES, MASK, low=-0.5, high=0.7, segment_ids=IDS), want
+    )
 
 
 def test_the_largest_and_the_first_of_equals():
-    assert run(masks.top, np.array([1.0, 2.0, 2.0, 2.0]), np.array([1, 1, 1, 1], bool), number=2).tolist() == [0, 1, 1, 0]
+    assert run(
+        masks.top, np.array([1.0, 2.0, 2.0, 2.0]), np.array([1, 1, 1, 1], bool), number=2
+    ).tolist() == [0, 1, 1, 0]
 
 
 # ---- importance, weights, metrics -----------------------------------------------------------------------------------
@@ -332,14 +421,27 @@ def test_importance_weights():
     rho = np.where(MASK, np.exp(NEW - OLD), 0)
     assert_close(run(importance.weights, NEW, OLD, MASK), rho)
     missing = np.where(np.arange(6) == 1, np.nan, OLD)
-    assert_close(run(importance.weights, NEW, missing, MASK), np.where((np.arange(6) == 1) & MASK, 1, rho))
-    assert_close(run(importance.truncated, rho, max_weight=1.2, min_weight=0.8), np.minimum(np.maximum(rho, 0.8), 1.2))
+    assert_close(
+        run(importance.weights, NEW, missing, MASK), np.where((np.arange(6) == 1) & MASK, 1, rho)
+    )
+    assert_close(
+        run(importance.truncated, rho, max_weight=1.2, min_weight=0.8),
+        np.minimum(np.maximum(rho, 0.8), 1.2),
+    )
     band = (rho >= 0.8) & (rho <= 1.2)
-    assert_close(run(importance.masked, rho, max_weight=1.2, min_weight=0.8), np.where(band, rho, 0))
-    assert_close(run(importance.icepop, NEW, OLD, MASK, max_weight=1.2, min_weight=0.8), np.where(band, rho, 0))
+    assert_close(
+        run(importance.masked, rho, max_weight=1.2, min_weight=0.8), np.where(band, rho, 0)
+    )
+    assert_close(
+        run(importance.icepop, NEW, OLD, MASK, max_weight=1.2, min_weight=0.8),
+        np.where(band, rho, 0),
+    )
     kept = rho[MASK]
     assert_close(run(importance.batch_normalized, rho, MASK), np.where(MASK, rho / kept.mean(), 0))
-    assert_close(run(importance.effective_sample_size, rho, MASK), kept.sum() ** 2 / (len(kept) * (kept**2).sum()))
+    assert_close(
+        run(importance.effective_sample_size, rho, MASK),
+        kept.sum() ** 2 / (len(kept) * (kept**2).sum()),
+    )
     assert float(run(importance.effective_sample_size, jnp.zeros_like(rho), MASK)) == 0
 
 
@@ -364,7 +466,9 @@ def test_prompt_mean():
     prompts = np.array([0, 5, 0, 7, 7, 7, 5, 0, 0, 1, 1, 1])  # of every sequence
     tokens = {}
     for row, columns in sequences():
-        tokens.setdefault(prompts[row * 3 + IDS[row, columns[0]] - 1], []).extend((row, t) for t in columns)
+        tokens.setdefault(prompts[row * 3 + IDS[row, columns[0]] - 1], []).extend(
+            (row, t) for t in columns
+        )
     want = np.zeros(IDS.shape)
     for places in tokens.values():
         for place in places:
@@ -391,8 +495,16 @@ def test_metrics_of_a_policy():
 
 
 def test_metrics_of_pairs():
-    got = run(metrics.of_pairs, np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0, 5.0]), weights=np.full(3, 1 / 3))
-    assert_close([got[name] for name in ("chosen", "rejected", "margin", "accuracy")], [2.0, 7 / 3, -1 / 3, 1 / 3])
+    got = run(
+        metrics.of_pairs,
+        np.array([1.0, 2.0, 3.0]),
+        np.array([0.0, 2.0, 5.0]),
+        weights=np.full(3, 1 / 3),
+    )
+    assert_close(
+        [got[name] for name in ("chosen", "rejected", "margin", "accuracy")],
+        [2.0, 7 / 3, -1 / 3, 1 / 3],
+    )
 
 
 def test_values():
@@ -457,12 +569,27 @@ SEQUENCE = functools.partial(CLIPPED, log_ratio=ratios.sequence_log_ratio)
 PRESETS = {  # the preset, and its three parts written out
     "grpo": (presets.grpo(**TWO), groups.group_relative, CLIPPED, weights.sequence_mean),
     "dapo": (presets.dapo(**TWO), groups.group_relative, CLIPPED, weights.token_mean),
-    "dr_grpo": (presets.dr_grpo(length=5, **TWO), groups.dr_grpo, CLIPPED, functools.partial(weights.constant, length=5)),
+    "dr_grpo": (
+        presets.dr_grpo(length=5, **TWO),
+        groups.dr_grpo,
+        CLIPPED,
+        functools.partial(weights.constant, length=5),
+    ),
     "lite_ppo": (presets.lite_ppo(**TWO), groups.lite_ppo, CLIPPED, weights.token_mean),
     "max_rl": (presets.max_rl(**TWO), groups.max_rl, CLIPPED, weights.token_mean),
     "gspo": (presets.gspo(**TWO), groups.group_relative, SEQUENCE, weights.sequence_mean),
-    "luspo": (presets.luspo(**TWO), groups.group_relative, functools.partial(policy.luspo, **TWO), weights.sequence_mean),
-    "gmpo": (presets.gmpo(**TWO), groups.group_relative, functools.partial(policy.gmpo, **TWO), weights.sequence_mean),
+    "luspo": (
+        presets.luspo(**TWO),
+        groups.group_relative,
+        functools.partial(policy.luspo, **TWO),
+        weights.sequence_mean,
+    ),
+    "gmpo": (
+        presets.gmpo(**TWO),
+        groups.group_relative,
+        functools.partial(policy.gmpo, **TWO),
+        weights.sequence_mean,
+    ),
     "cispo": (
         presets.cispo(max_ratio=1.2),
         groups.group_relative,
@@ -486,7 +613,9 @@ def test_preset(name):
     packed = lambda x: x.reshape(2, 6)
     ids = packed(np.repeat([[1], [2], [1], [2]], 3, axis=1))
     assert_close(run(preset.advantages, SCORES, packed(WHOLE), segment_ids=ids), packed(spread))
-    got = run(preset.loss, packed(LP), packed(BEFORE), packed(spread), packed(WHOLE), segment_ids=ids)
+    got = run(
+        preset.loss, packed(LP), packed(BEFORE), packed(spread), packed(WHOLE), segment_ids=ids
+    )
     assert_close(got, packed(run(loss, LP, BEFORE, spread, WHOLE)))
     assert_close(run(preset.weights, packed(WHOLE), segment_ids=ids), packed(run(weight, WHOLE)))
 
@@ -495,7 +624,10 @@ def test_presets_with_the_kl_in_the_reward():
     penalties = 0.1 * RNG.uniform(size=WHOLE.shape)
     paid = np.array([[1.0, 0.0], [0.5, 0.3]])
     net = paid - (penalties * WHOLE).sum(-1).reshape(2, 2)
-    assert_close(run(presets.rloo().advantages, paid, WHOLE, penalties), (net - net[:, ::-1]).reshape(4, 1) * WHOLE)
+    assert_close(
+        run(presets.rloo().advantages, paid, WHOLE, penalties),
+        (net - net[:, ::-1]).reshape(4, 1) * WHOLE,
+    )
     got = run(presets.rloo(**TWO).loss, LP, BEFORE, WHOLE * 1.0, WHOLE)
     r = np.exp(((LP - BEFORE) * WHOLE).sum(-1, keepdims=True))
     assert_close(got, np.where(WHOLE, -np.minimum(r, np.minimum(np.maximum(r, 0.9), 1.2)), 0))
@@ -506,15 +638,21 @@ def test_presets_with_the_kl_in_the_reward():
         last = np.flatnonzero(kept)[-1]
         rewards[i] = -penalties[i] * kept
         rewards[i, last] += score
-    togo = np.array([[rewards[i, t:].sum() if WHOLE[i, t] else 0 for t in range(3)] for i in range(4)])
+    togo = np.array(
+        [[rewards[i, t:].sum() if WHOLE[i, t] else 0 for t in range(3)] for i in range(4)]
+    )
     whitened = (togo - togo[WHOLE].mean()) / math.sqrt(togo[WHOLE].var(ddof=1) + 1e-8)
-    assert_close(run(presets.reinforce_pp().advantages, paid, WHOLE, penalties), np.where(WHOLE, whitened, 0))
+    assert_close(
+        run(presets.reinforce_pp().advantages, paid, WHOLE, penalties), np.where(WHOLE, whitened, 0)
+    )
 
 
 def test_reinforce_pp_baseline_whitens_over_tokens():
     spread = run(groups.dr_grpo, SCORES).reshape(4, 1) * WHOLE
     want = (spread - spread[WHOLE].mean()) / math.sqrt(spread[WHOLE].var(ddof=1) + 1e-8)
-    assert_close(run(presets.reinforce_pp_baseline().advantages, SCORES, WHOLE), np.where(WHOLE, want, 0))
+    assert_close(
+        run(presets.reinforce_pp_baseline().advantages, SCORES, WHOLE), np.where(WHOLE, want, 0)
+    )
 
 
 def test_ppo_is_gae_and_the_clipped_surrogate():
@@ -522,13 +660,20 @@ def test_ppo_is_gae_and_the_clipped_surrogate():
     arrays = ADVANTAGES, OLD, MASK
     knobs = dict(bootstrap=np.zeros(12), segment_ids=IDS)
     for got, want in zip(
-        run(preset.advantages, *arrays, **knobs), run(losses.gae, *arrays, discount=0.9, lam=0.8, **knobs), strict=True
+        run(preset.advantages, *arrays, **knobs),
+        run(losses.gae, *arrays, discount=0.9, lam=0.8, **knobs),
+        strict=True,
     ):
         assert_close(got, want)
-    assert_close(run(preset.loss, NEW, OLD, ADVANTAGES, MASK), run(CLIPPED, NEW, OLD, ADVANTAGES, MASK))
+    assert_close(
+        run(preset.loss, NEW, OLD, ADVANTAGES, MASK), run(CLIPPED, NEW, OLD, ADVANTAGES, MASK)
+    )
 
 
-@pytest.mark.parametrize("weight", [weights.token_mean, weights.sequence_sum, functools.partial(weights.constant, length=9)])
+@pytest.mark.parametrize(
+    "weight",
+    [weights.token_mean, weights.sequence_sum, functools.partial(weights.constant, length=9)],
+)
 @pytest.mark.parametrize(
     ("loss", "knobs"),
     [
@@ -536,18 +681,28 @@ def test_ppo_is_gae_and_the_clipped_surrogate():
         (policy.gmpo, {}),
         (functools.partial(policy.luspo, clip_low=0.1), {}),
         (policy.clipped_surrogate, {"log_ratio": ratios.sequence_log_ratio}),
-        (policy.cispo, {"log_ratio": functools.partial(ratios.product_log_ratio, segment_ids=None)}),
+        (
+            policy.cispo,
+            {"log_ratio": functools.partial(ratios.product_log_ratio, segment_ids=None)},
+        ),
     ],
 )
 def test_one_ratio_for_a_sequence_is_not_summed_over_its_tokens(loss, knobs, weight):
-    with pytest.raises(ValueError, match=r"one ratio for a whole sequence, but weights\.\w+ sums over tokens.*sequence_mean"):
+    with pytest.raises(
+        ValueError,
+        match=r"one ratio for a whole sequence, but weights\.\w+ sums over tokens.*sequence_mean",
+    ):
         presets.objective(groups.dr_grpo, loss, weight, **knobs)
     presets.objective(groups.dr_grpo, loss, weights.sequence_mean, **knobs)
     presets.objective(groups.dr_grpo, policy.gspo_token, weight)
 
 
-@pytest.mark.parametrize("preset", [presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline])
+@pytest.mark.parametrize(
+    "preset", [presets.ppo, presets.reinforce_pp, presets.reinforce_pp_baseline]
+)
 def test_clip_bounds_of_presets_without_groups(preset):
     """Each on its side."""
     arrays, bounds = (NEW, OLD, ADVANTAGES, MASK), dict(clip_low=0.05, clip_high=0.3)
-    assert_close(run(preset(**bounds).loss, *arrays), run(policy.clipped_surrogate, *arrays, **bounds))
+    assert_close(
+        run(preset(**bounds).loss, *arrays), run(policy.clipped_surrogate, *arrays, **bounds)
+    )

@@ -16,7 +16,10 @@ N = 6  # pairs
 RNG = np.random.default_rng(0)
 PAIR = RNG.normal(size=(4, N))
 CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = PAIR
-LENGTHS = {"chosen_length": np.array([1, 2, 3, 4, 5, 0]), "rejected_length": np.array([3, 1, 0, 2, 7, 5])}
+LENGTHS = {
+    "chosen_length": np.array([1, 2, 3, 4, 5, 0]),
+    "rejected_length": np.array([3, 1, 0, 2, 7, 5]),
+}
 PROBABLE = -RNG.uniform(0.1, 9, size=(2, N))
 DESIRABLE = np.array([True, False, False, True, True, False])
 MASK = RNG.random((4, 5)) < 0.7
@@ -48,12 +51,16 @@ def test_divergence(name):
     f, knobs = GENERATORS[name]
     slope = lambda t: (f(t * (1 + 1e-5)) - f(t * (1 - 1e-5))) / (2e-5 * t)
     want = [slope(math.exp(x)) - slope(1.0) for x in LOG_RATIOS]
-    np.testing.assert_allclose(run(getattr(divergence, name), LOG_RATIOS, **knobs), want, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(
+        run(getattr(divergence, name), LOG_RATIOS, **knobs), want, rtol=1e-7, atol=1e-7
+    )
 
 
 def test_alpha_divergence_has_its_limits():
     assert_close(run(divergence.alpha, LOG_RATIOS, alpha=1.0), LOG_RATIOS)
-    assert_close(run(divergence.alpha, LOG_RATIOS, alpha=0.0), run(divergence.forward_kl, LOG_RATIOS))
+    assert_close(
+        run(divergence.alpha, LOG_RATIOS, alpha=0.0), run(divergence.forward_kl, LOG_RATIOS)
+    )
     near = run(divergence.alpha, LOG_RATIOS, alpha=1 + 1e-9)
     np.testing.assert_allclose(near, LOG_RATIOS, atol=1e-8)
     assert_close(gradients(divergence.alpha, LOG_RATIOS, alpha=1.0)[0], np.ones(5))
@@ -115,7 +122,9 @@ def test_pairs_by_scores(name, score):
     s = SCORES[score]
     want = [of_margin(0.3 * (s(c) - s(r))) for c, r in by_pair()]
     static = {"divergence": getattr(divergence, score)}
-    assert_close(run(getattr(preference, name), *PAIR, static=static.items(), beta=0.3, **knobs), want)
+    assert_close(
+        run(getattr(preference, name), *PAIR, static=static.items(), beta=0.3, **knobs), want
+    )
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -124,7 +133,10 @@ def test_pairs_by_scores(name, score):
 ])  # fmt: skip
 def test_pairs_by_the_token(name, of_difference, score):
     s = SCORES[score]
-    per_token = [s(c) / max(n, 1) - s(r) / max(m, 1) for (c, r), n, m in zip(by_pair(), *LENGTHS.values(), strict=True)]
+    per_token = [
+        s(c) / max(n, 1) - s(r) / max(m, 1)
+        for (c, r), n, m in zip(by_pair(), *LENGTHS.values(), strict=True)
+    ]
     static = {"divergence": getattr(divergence, score)}
     got = run(getattr(preference, name), *PAIR, static=static.items(), beta=0.3, **LENGTHS)
     assert_close(got, [of_difference(d) for d in per_token])
@@ -146,7 +158,10 @@ def test_label_smoothing(e):
     want = [smoothed(z, e) for z in margins]
     assert_close(run(preference.logistic, np.array(margins), label_smoothing=e), want)
     assert_close(run(preference.sigmoid, *PAIR, beta=0.3, label_smoothing=e), want)
-    means = [0.3 * (c / max(n, 1) - r / max(m, 1)) for (c, r), n, m in zip(by_pair(), *LENGTHS.values(), strict=True)]
+    means = [
+        0.3 * (c / max(n, 1) - r / max(m, 1))
+        for (c, r), n, m in zip(by_pair(), *LENGTHS.values(), strict=True)
+    ]
     got = run(preference.sigmoid_norm, *PAIR, beta=0.3, label_smoothing=e, **LENGTHS)
     assert_close(got, [smoothed(z, e) for z in means])
 
@@ -156,17 +171,26 @@ def test_optimal_transport(e):
     differences = zip(sorted(CHOSEN - REJECTED), sorted(REF_CHOSEN - REF_REJECTED), strict=True)
     want = [smoothed(0.3 * (policy - reference), e) for policy, reference in differences]
     assert_close(run(preference.aot, *PAIR, beta=0.3, label_smoothing=e), want)
-    unpaired_differences = zip(sorted(CHOSEN - REF_CHOSEN), sorted(REJECTED - REF_REJECTED), strict=True)
+    unpaired_differences = zip(
+        sorted(CHOSEN - REF_CHOSEN), sorted(REJECTED - REF_REJECTED), strict=True
+    )
     want = [smoothed(0.3 * (chosen - rejected), e) for chosen, rejected in unpaired_differences]
     assert_close(run(preference.aot_unpaired, *PAIR, beta=0.3, label_smoothing=e), want)
-    shuffled = [PAIR[0], PAIR[1][::-1], PAIR[2], PAIR[3][::-1]]  # rejected completions of other prompts
+    shuffled = [
+        PAIR[0],
+        PAIR[1][::-1],
+        PAIR[2],
+        PAIR[3][::-1],
+    ]  # rejected completions of other prompts
     assert_close(run(preference.aot_unpaired, *shuffled, beta=0.3, label_smoothing=e), want)
 
 
 def test_robust_is_unbiased():
     """Its mean over labels that are flipped with probability ε is DPO's loss on clean ones."""
     flipped = (REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN)
-    right, wrong = (run(preference.robust, *x, beta=0.3, label_smoothing=0.2) for x in (PAIR, flipped))
+    right, wrong = (
+        run(preference.robust, *x, beta=0.3, label_smoothing=0.2) for x in (PAIR, flipped)
+    )
     assert_close(0.8 * right + 0.2 * wrong, run(preference.sigmoid, *PAIR, beta=0.3))
 
 
@@ -175,15 +199,32 @@ def test_exo_is_least_where_the_policy_agrees_with_the_labels():
     zero = np.zeros(1)
     arrays = (np.array([z]), zero, zero, zero)
     assert_close(run(preference.exo, *arrays, beta=1.0, label_smoothing=0.2), [0.0])
-    assert_close(gradients(lambda *x: preference.exo(*x, beta=1.0, label_smoothing=0.2), *arrays)[0], [0.0])
+    assert_close(
+        gradients(lambda *x: preference.exo(*x, beta=1.0, label_smoothing=0.2), *arrays)[0], [0.0]
+    )
 
 
 def test_at_the_start():
     """Where policy and reference agree."""
     arrays = (CHOSEN, REJECTED, CHOSEN, REJECTED)
     ln2, ones = math.log(2), {"chosen_length": np.ones(N), "rejected_length": np.ones(N)}
-    starts = {"sigmoid": ln2, "aot": ln2, "aot_unpaired": ln2, "robust": ln2, "hinge": 1, "apo_zero": 1, "apo_down": 1}
-    starts |= {"nca": 2 * ln2, "bco_pair": 2 * ln2, "sppo": 50, "discopop": (ln2 + 1) / 2, "sigmoid_norm": ln2, "ipo": 25}
+    starts = {
+        "sigmoid": ln2,
+        "aot": ln2,
+        "aot_unpaired": ln2,
+        "robust": ln2,
+        "hinge": 1,
+        "apo_zero": 1,
+        "apo_down": 1,
+    }
+    starts |= {
+        "nca": 2 * ln2,
+        "bco_pair": 2 * ln2,
+        "sppo": 50,
+        "discopop": (ln2 + 1) / 2,
+        "sigmoid_norm": ln2,
+        "ipo": 25,
+    }
     for name, want in starts.items():
         knobs = ones if name in ("sigmoid_norm", "ipo") else {}
         assert_close(run(getattr(preference, name), *arrays, beta=0.1, **knobs), np.full(N, want))
@@ -199,7 +240,9 @@ def test_dpo_raises_chosen_and_lowers_rejected():
 
 def test_ld_weights():
     other = MASK[::-1]
-    for got, mask in zip(run(preference.ld_weights, MASK, other, alpha=0.3), (MASK, other), strict=True):
+    for got, mask in zip(
+        run(preference.ld_weights, MASK, other, alpha=0.3), (MASK, other), strict=True
+    ):
         for row in range(len(MASK)):
             shared, seen = min(MASK[row].sum(), other[row].sum()), 0
             for t in range(MASK.shape[1]):
@@ -217,10 +260,14 @@ def test_ld_masks_are_boolean():
 def test_wpo_weights():
     want = []
     for row in range(len(MASK)):
-        differences = [TOKENS[row, t] - REF_TOKENS[row, t] for t in range(MASK.shape[1]) if MASK[row, t]]
+        differences = [
+            TOKENS[row, t] - REF_TOKENS[row, t] for t in range(MASK.shape[1]) if MASK[row, t]
+        ]
         want.append(math.exp(sum(differences) / len(differences)) if differences else 0.0)
     assert_close(run(preference.wpo_weights, TOKENS, REF_TOKENS, MASK), want)
-    uniform = np.full((*MASK.shape, 7), 1 / 7)  # every token is as likely as a distribution lets it be
+    uniform = np.full(
+        (*MASK.shape, 7), 1 / 7
+    )  # every token is as likely as a distribution lets it be
     tokens, squares = np.log(uniform[..., 0]), np.log((uniform**2).sum(-1))
     assert_close(run(preference.wpo_weights, tokens, squares, MASK), MASK.any(-1))
 
@@ -234,7 +281,9 @@ def test_a_divergence_must_keep_the_shape():
 
 
 def means(pair=PROBABLE):
-    return [(c / max(n, 1), r / max(m, 1)) for c, r, n, m in zip(*pair, *LENGTHS.values(), strict=True)]
+    return [
+        (c / max(n, 1), r / max(m, 1)) for c, r, n, m in zip(*pair, *LENGTHS.values(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("e", [0.0, 0.2])
@@ -248,7 +297,9 @@ def test_without_a_reference(e):
         assert_close(run(fn, *PROBABLE, *LENGTHS.values(), **knobs), want)
     reward = lambda mean: (1 - math.exp(mean) ** -0.4) / 0.4
     want = [smoothed(2.5 * (reward(c) - reward(r)) - 0.7, e) for c, r in means()]
-    assert_close(run(reference_free.alphapo, *PROBABLE, *LENGTHS.values(), alpha=0.4, **knobs), want)
+    assert_close(
+        run(reference_free.alphapo, *PROBABLE, *LENGTHS.values(), alpha=0.4, **knobs), want
+    )
 
 
 def test_reference_free_forms_are_those_of_a_uniform_reference():
@@ -257,14 +308,18 @@ def test_reference_free_forms_are_those_of_a_uniform_reference():
     assert_close(free, run(preference.sigmoid, CHOSEN, REJECTED, uniform, uniform, beta=0.3))
     by_token = run(reference_free.simpo, CHOSEN, REJECTED, *LENGTHS.values(), beta=2.5, gamma=0.0)
     zero = np.zeros(N)
-    assert_close(by_token, run(preference.sigmoid_norm, CHOSEN, REJECTED, zero, zero, beta=2.5, **LENGTHS))
+    assert_close(
+        by_token, run(preference.sigmoid_norm, CHOSEN, REJECTED, zero, zero, beta=2.5, **LENGTHS)
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-7])
 def test_alphapo_ends_in_simpo(alpha):
     arrays = (*PROBABLE, *LENGTHS.values())
     got = run(reference_free.alphapo, *arrays, alpha=alpha)
-    np.testing.assert_allclose(got, run(reference_free.simpo, *arrays), rtol=1e-5 if alpha else 1e-12)
+    np.testing.assert_allclose(
+        got, run(reference_free.simpo, *arrays), rtol=1e-5 if alpha else 1e-12
+    )
     lengths = list(LENGTHS.values())
     got = gradients(lambda *x: reference_free.alphapo(*x, *lengths, alpha=alpha), *PROBABLE)
     want = gradients(lambda *x: reference_free.simpo(*x, *lengths), *PROBABLE)
@@ -282,8 +337,12 @@ def test_log_odds_of_what_is_nearly_certain():
     want = -np.log(improbable) - improbable / 2
     np.testing.assert_allclose(run(reference_free.log_odds, -improbable), want, rtol=1e-7)
     with jax.enable_x64(False):
-        np.testing.assert_allclose(reference_free.log_odds(jnp.asarray(-improbable)), want, rtol=1e-6)
-        slope = jax.grad(lambda x: reference_free.log_odds(x).sum())(jnp.array([-1e-6, 0.0, 0.5, -90.0]))
+        np.testing.assert_allclose(
+            reference_free.log_odds(jnp.asarray(-improbable)), want, rtol=1e-6
+        )
+        slope = jax.grad(lambda x: reference_free.log_odds(x).sum())(
+            jnp.array([-1e-6, 0.0, 0.5, -90.0])
+        )
     np.testing.assert_allclose(slope, [1e6, 0.0, 0.0, 1.0], rtol=1e-5)
 
 
@@ -318,7 +377,9 @@ def test_kto_kl():
     assert run(unpaired.kto_kl, -difference, zero) == 0.0
     assert not np.any(gradients(unpaired.kto_kl, difference, zero))
     counted = difference[DESIRABLE]
-    assert_close(run(unpaired.kto_kl, difference, zero, DESIRABLE), max(0.0, sum(counted) / len(counted)))
+    assert_close(
+        run(unpaired.kto_kl, difference, zero, DESIRABLE), max(0.0, sum(counted) / len(counted))
+    )
 
 
 def test_bco():
@@ -335,14 +396,20 @@ def test_bco():
 
 def test_density_ratio():
     p = np.array([0.0, 0.2, 0.6, 0.6, 0.95, 1.0])
-    want = [1.0 if label else min(max(x / (1 - x), 0.5) if x < 1 else 3.0, 3.0) for x, label in zip(p, DESIRABLE, strict=True)]
+    want = [
+        1.0 if label else min(max(x / (1 - x), 0.5) if x < 1 else 3.0, 3.0)
+        for x, label in zip(p, DESIRABLE, strict=True)
+    ]
     got = run(unpaired.density_ratio, p, DESIRABLE, min_ratio=0.5, max_ratio=3.0)
     np.testing.assert_allclose(got, want, rtol=1e-7)  # 1e-8 is added to the divisor
 
 
 @pytest.mark.parametrize("labels", [DESIRABLE.astype(int), DESIRABLE.astype(float)])
 def test_labels_are_boolean(labels):
-    for fn in (lambda: unpaired.apo_zero(CHOSEN, REF_CHOSEN, labels), lambda: unpaired.density_ratio(CHOSEN, labels)):
+    for fn in (
+        lambda: unpaired.apo_zero(CHOSEN, REF_CHOSEN, labels),
+        lambda: unpaired.density_ratio(CHOSEN, labels),
+    ):
         with pytest.raises(TypeError, match=f"desirable must be bool.*{labels.dtype.name[:3]}"):
             fn()
 
@@ -375,11 +442,17 @@ def test_pairs_need_two(shape):
 
 
 def test_xpo():
-    sampled = np.where(DESIRABLE, REJECTED, CHOSEN)  # the policy's sample is the better one where True
+    sampled = np.where(
+        DESIRABLE, REJECTED, CHOSEN
+    )  # the policy's sample is the better one where True
     want = [cost(0.3 * (c - r)) + 0.2 * lp for (c, r), lp in zip(by_pair(), sampled, strict=True)]
     static = {"loss": functools.partial(preference.sigmoid, beta=0.3)}
-    assert_close(run(online.xpo, *PAIR, from_reference=sampled, static=static.items(), alpha=0.2), want)
-    by_sampled = jax.grad(lambda x: online.xpo(*PAIR, from_reference=x, alpha=0.2).sum())(jnp.asarray(sampled))
+    assert_close(
+        run(online.xpo, *PAIR, from_reference=sampled, static=static.items(), alpha=0.2), want
+    )
+    by_sampled = jax.grad(lambda x: online.xpo(*PAIR, from_reference=x, alpha=0.2).sum())(
+        jnp.asarray(sampled)
+    )
     np.testing.assert_allclose(by_sampled, np.full(N, 0.2), rtol=1e-6)
     with pytest.raises(ValueError, match=r"loss \[\] but chosen \[6\]"):
         online.xpo(*PAIR, from_reference=sampled, loss=lambda *x: jnp.zeros(()))
@@ -391,8 +464,12 @@ def test_nash_md():
     for row, t in zip(*np.nonzero(MASK), strict=True):
         slope[row, t] = 0.3 * (TOKENS[row, t] - REF_TOKENS[row, t]) - (preferred[row] - 0.5)
         value[row, t] = slope[row, t] * TOKENS[row, t]
-    assert_close(run(online.nash_md, TOKENS, REF_TOKENS, MASK, preferred=preferred, beta=0.3), value)
-    got = gradients(lambda *x: online.nash_md(*x, MASK, preferred=preferred, beta=0.3), TOKENS, REF_TOKENS)
+    assert_close(
+        run(online.nash_md, TOKENS, REF_TOKENS, MASK, preferred=preferred, beta=0.3), value
+    )
+    got = gradients(
+        lambda *x: online.nash_md(*x, MASK, preferred=preferred, beta=0.3), TOKENS, REF_TOKENS
+    )
     assert_close(got, (slope, np.zeros(MASK.shape)))
 
 
@@ -406,7 +483,10 @@ def test_nash_md_descends_the_regularised_game():
         return jnp.sum(jnp.exp(logprobs) * (0.3 * (logprobs - reference) - preferred))
 
     def surrogate(logits):
-        logprobs, reference = jax.nn.log_softmax(logits)[:, None], jax.nn.log_softmax(ref_logits)[:, None]
+        logprobs, reference = (
+            jax.nn.log_softmax(logits)[:, None],
+            jax.nn.log_softmax(ref_logits)[:, None],
+        )
         per_token = online.nash_md(logprobs, reference, mask, preferred=preferred, beta=0.3)
         return jnp.sum(jax.lax.stop_gradient(jnp.exp(logprobs)) * per_token)
 
@@ -415,7 +495,10 @@ def test_nash_md_descends_the_regularised_game():
 
 # ---- all of them ------------------------------------------------------------------------------------------------------
 
-MODULES = {module.__name__.split(".")[-1]: module for module in (divergence, online, preference, reference_free, unpaired)}
+MODULES = {
+    module.__name__.split(".")[-1]: module
+    for module in (divergence, online, preference, reference_free, unpaired)
+}
 STOPPED = {"online.nash_md"}  # the gradient is not that of the value: it has its own tests
 DIFFERENTIABLE = [name for name, case in CASES.items() if case.flow and name not in STOPPED]
 
@@ -428,7 +511,10 @@ def differentiated(name):
 
     def total(flowing, rest, knobs):
         out = fn(**flowing, **rest, **knobs)
-        return sum((x * (2 + jnp.cos(jnp.arange(x.size).reshape(x.shape)))).sum() for x in jax.tree.leaves(out)), out
+        return sum(
+            (x * (2 + jnp.cos(jnp.arange(x.size).reshape(x.shape)))).sum()
+            for x in jax.tree.leaves(out)
+        ), out
 
     return jit(jax.value_and_grad(total, has_aux=True))
 
@@ -436,8 +522,12 @@ def differentiated(name):
 def arrays_of(name, dtype, scale=1.0):
     """What gradients flow through, and the rest."""
     arrays = CASES[name].inputs(np.random.default_rng(0))
-    arrays = {key: (scale * x).astype(dtype) if x.dtype == np.float64 else x for key, x in arrays.items()}
-    return {key: arrays[key] for key in CASES[name].flow}, {key: x for key, x in arrays.items() if key not in CASES[name].flow}
+    arrays = {
+        key: (scale * x).astype(dtype) if x.dtype == np.float64 else x for key, x in arrays.items()
+    }
+    return {key: arrays[key] for key in CASES[name].flow}, {
+        key: x for key, x in arrays.items() if key not in CASES[name].flow
+    }
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -449,7 +539,9 @@ def test_finite_differences(name):
             direction, step = np.random.default_rng(1).normal(size=flowing[key].shape), 1e-6
             ends = [flowing | {key: flowing[key] + sign * step * direction} for sign in (1, -1)]
             up, down = (differentiated(name)(x, rest, CASES[name].knobs)[0][0] for x in ends)
-            np.testing.assert_allclose(np.vdot(gradient[key], direction), (up - down) / (2 * step), rtol=1e-6, atol=1e-8)
+            np.testing.assert_allclose(
+                np.vdot(gradient[key], direction), (up - down) / (2 * step), rtol=1e-6, atol=1e-8
+            )
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.flow])
@@ -463,12 +555,17 @@ def test_extremes_are_finite(name, scale):
 
 @pytest.mark.parametrize("score", [divergence.forward_kl, divergence.js, divergence.alpha])
 def test_extreme_scores_are_finite(score):
-    pair = (np.float32(1e4) * np.array([[1, 1, -1, -1, 0, 0], [1, -1, 1, -1, 1, -1], [0] * 6, [0] * 6])).astype(np.float32)
+    pair = (
+        np.float32(1e4) * np.array([[1, 1, -1, -1, 0, 0], [1, -1, 1, -1, 1, -1], [0] * 6, [0] * 6])
+    ).astype(np.float32)
 
     def total(pair):
         more = {name: LENGTHS for name in ("sigmoid_norm", "ipo")}
         fns = ("sigmoid", "hinge", "exo", "robust", "discopop", "sigmoid_norm", "ipo")
-        out = {name: getattr(preference, name)(*pair, divergence=score, **more.get(name, {})) for name in fns}
+        out = {
+            name: getattr(preference, name)(*pair, divergence=score, **more.get(name, {}))
+            for name in fns
+        }
         return sum(x.sum() for x in out.values()), out
 
     (_, out), gradient = jit(jax.value_and_grad(total, has_aux=True))(pair)

@@ -8,7 +8,18 @@ import numpy as np
 from golden_cases import check, completion, each_case, jit, value_and_gradient
 
 from rlhf import losses
-from rlhf.losses import advantages, controllers, groups, importance, kl, masks, policy, ratios, segments, weights
+from rlhf.losses import (
+    advantages,
+    controllers,
+    groups,
+    importance,
+    kl,
+    masks,
+    policy,
+    ratios,
+    segments,
+    weights,
+)
 
 # ---- TRL: groups, and the sampler's importance weights ---------------------------------------------------------------
 
@@ -40,7 +51,11 @@ def importance_ratio(level, kind):
     bound = {"truncate": importance.truncated, "mask": importance.masked}[kind]
 
     def ratio(old, sampling, mask, low, high):
-        weights = bound(importance.weights(old, sampling, mask, log_ratio=log_ratio), min_weight=low, max_weight=high)
+        weights = bound(
+            importance.weights(old, sampling, mask, log_ratio=log_ratio),
+            min_weight=low,
+            max_weight=high,
+        )
         return jnp.where(mask, weights, 1.0)  # the reference has 1 outside the mask
 
     return jit(ratio)
@@ -49,22 +64,36 @@ def importance_ratio(level, kind):
 def grpo_adv(x, config, name):
     if name == "grpo_adv/mask_truncated":
         size = config["num_generations"]
-        out = {"advantages": grouped("sum_then_normalize", "group", size)(x["rewards"], np.ones(1, x["rewards"].dtype))}
-        last = np.take_along_axis(x["completion_ids"], x["completion_mask"].sum(-1, keepdims=True) - 1, 1)[:, 0]
+        out = {
+            "advantages": grouped("sum_then_normalize", "group", size)(
+                x["rewards"], np.ones(1, x["rewards"].dtype)
+            )
+        }
+        last = np.take_along_axis(
+            x["completion_ids"], x["completion_mask"].sum(-1, keepdims=True) - 1, 1
+        )[:, 0]
         finished = (last == config["eos_token_id"]) | (last == config["pad_token_id"])
         kept = masks.finished_only(x["completion_mask"] == 1, finished)
         return out | {"completion_mask_out": np.asarray(kept).astype(x["completion_mask"].dtype)}
     if "is-" in name:
         tokens, mask = x["completion_ids"], x["completion_mask"] == 1
-        old, ref = jitted_old_and_ref(x["logits"], x["ref_logits"], tokens, mask, config.get("temperature", 1.0))
+        old, ref = jitted_old_and_ref(
+            x["logits"], x["ref_logits"], tokens, mask, config.get("temperature", 1.0)
+        )
         trained = mask & (x["tool_mask"] == 1) if "tool_mask" in x else mask
         level, kind = config["mode"].split("_")
         low, high = config["clip_min"] or 0.0, config["clip_max"]
         ratio = importance_ratio(level, kind)(old, x["sampling_logps"], trained, low, high)
-        if level == "sequence":  # one number a row: that of a trained token, or the weight of nothing
-            ratio = jnp.where(trained.any(-1), (ratio * trained).sum(-1) / jnp.maximum(trained.sum(-1), 1), 1.0)[:, None]
+        if (
+            level == "sequence"
+        ):  # one number a row: that of a trained token, or the weight of nothing
+            ratio = jnp.where(
+                trained.any(-1), (ratio * trained).sum(-1) / jnp.maximum(trained.sum(-1), 1), 1.0
+            )[:, None]
         return {"is_ratio": ratio, "old_logps": old, "ref_logps": ref}
-    reward_weights = np.asarray(config["reward_weights"] or np.ones(x["rewards"].shape[-1]), x["rewards"].dtype)
+    reward_weights = np.asarray(
+        config["reward_weights"] or np.ones(x["rewards"].shape[-1]), x["rewards"].dtype
+    )
     size = config["num_generations_eval" if config["mode"] == "eval" else "num_generations"]
     fn = grouped(config["multi_objective_aggregation"], config["scale_rewards"], size)
     return {"advantages": fn(x["rewards"], reward_weights)}
@@ -72,7 +101,9 @@ def grpo_adv(x, config, name):
 
 @functools.cache
 def rloo_advantages(size, normalized):
-    def run(logits, ref_logits, tokens, mask, rewards, reward_weights, low, high, beta, temperature):
+    def run(
+        logits, ref_logits, tokens, mask, rewards, reward_weights, low, high, beta, temperature
+    ):
         old, ref = old_and_ref(logits, ref_logits, tokens, mask, temperature)
         penalty = losses.segment_sum(beta * kl.k1(old, ref, mask), mask)
         combined = jnp.clip(groups.weighted_rewards(rewards, reward_weights), low, high) - penalty
@@ -80,7 +111,10 @@ def rloo_advantages(size, normalized):
         out = groups.rloo(scored)
         if normalized:  # over every row with a score
             out = groups.group_relative(jnp.where(jnp.isnan(scored), jnp.nan, out).reshape(1, -1))
-        return {"advantages": jnp.where(jnp.isnan(combined), 0.0, out.reshape(-1)), "old_logps": losses.segment_sum(old, mask)}
+        return {
+            "advantages": jnp.where(jnp.isnan(combined), 0.0, out.reshape(-1)),
+            "old_logps": losses.segment_sum(old, mask),
+        }
 
     return jit(run)
 
@@ -90,8 +124,12 @@ def rloo_loss(logits, *, tokens, mask, old, advantages, low, high, temperature):
     logprobs = losses.logits.token_logprob(completion(logits, tokens) / temperature, tokens)
     given = segments.spread(old, mask)  # the sequence's sum
     level = lambda new, old, mask: segments.total(new, mask) - old
-    loss = policy.clipped_surrogate(logprobs, given, advantages, mask, clip_low=low, clip_high=high, log_ratio=level)
-    return losses.weighted_sum(loss, segments.last_trained(mask) / weights.number_of_sequences(mask))
+    loss = policy.clipped_surrogate(
+        logprobs, given, advantages, mask, clip_low=low, clip_high=high, log_ratio=level
+    )
+    return losses.weighted_sum(
+        loss, segments.last_trained(mask) / weights.number_of_sequences(mask)
+    )
 
 
 def rloo(x, config, name):
@@ -103,10 +141,23 @@ def rloo(x, config, name):
             advantages=np.broadcast_to(x["advantages"][:, None], mask.shape),
             low=config["epsilon_low"], high=config["epsilon_high"], temperature=temperature,
         )  # fmt: skip
-    reward_weights = np.asarray(config["reward_weights"] or np.ones(x["rewards"].shape[-1]), x["rewards"].dtype)
+    reward_weights = np.asarray(
+        config["reward_weights"] or np.ones(x["rewards"].shape[-1]), x["rewards"].dtype
+    )
     low, high = config["reward_clip_range"] or (-np.inf, np.inf)
     run = rloo_advantages(config["num_generations"], config["normalize_advantages"])
-    return run(x["logits"], x["ref_logits"], tokens, mask, x["rewards"], reward_weights, low, high, config["beta"], temperature)
+    return run(
+        x["logits"],
+        x["ref_logits"],
+        tokens,
+        mask,
+        x["rewards"],
+        reward_weights,
+        low,
+        high,
+        config["beta"],
+        temperature,
+    )
 
 
 # ---- verl: advantages -------------------------------------------------------------------------------------------------
@@ -115,7 +166,9 @@ def rloo(x, config, name):
 @jit
 def gae_and_whiten(rewards, values, mask, gamma, lam):
     bootstrap = jnp.zeros_like(rewards[:, 0])
-    advantages, returns = losses.gae(rewards, values, mask, bootstrap=bootstrap, discount=gamma, lam=lam)
+    advantages, returns = losses.gae(
+        rewards, values, mask, bootstrap=bootstrap, discount=gamma, lam=lam
+    )
     return {"advantages": losses.whiten(advantages, mask), "returns": returns}
 
 
@@ -123,13 +176,18 @@ def gae_and_whiten(rewards, values, mask, gamma, lam):
 def reinforce_plus_plus(rewards, mask, gamma):
     # The reference starts anew after every gap: each run of trained tokens is a segment.
     gaps = jnp.cumsum(jnp.pad(~mask[:, :-1] & mask[:, 1:], ((0, 0), (1, 0))), axis=-1)
-    returns = advantages.returns(rewards, mask, segment_ids=jnp.where(mask, 1 + gaps, 0), discount=gamma)
+    returns = advantages.returns(
+        rewards, mask, segment_ids=jnp.where(mask, 1 + gaps, 0), discount=gamma
+    )
     return {"advantages": losses.whiten(returns, mask), "returns": returns}
 
 
 @jit
 def remax(rewards, greedy_scores, mask):
-    return {"advantages": advantages.remax(rewards, greedy_scores, mask), "returns": advantages.returns(rewards, mask)}
+    return {
+        "advantages": advantages.remax(rewards, greedy_scores, mask),
+        "returns": advantages.returns(rewards, mask),
+    }
 
 
 def floored_std(eps):
@@ -138,9 +196,15 @@ def floored_std(eps):
 
 
 VERL_GROUPS = {
-    "grpo": lambda r, n, norm, eps: groups.group_relative(r, std=groups.group_std if norm else None, eps=eps),
-    "grpo_vectorized": lambda r, n, norm, eps: groups.group_relative(r, std=floored_std(eps) if norm else None, eps=eps),
-    "grpo_passk": lambda r, n, norm, eps: groups.pass_at_k(r, std=groups.group_std if norm else None, eps=eps),
+    "grpo": lambda r, n, norm, eps: groups.group_relative(
+        r, std=groups.group_std if norm else None, eps=eps
+    ),
+    "grpo_vectorized": lambda r, n, norm, eps: groups.group_relative(
+        r, std=floored_std(eps) if norm else None, eps=eps
+    ),
+    "grpo_passk": lambda r, n, norm, eps: groups.pass_at_k(
+        r, std=groups.group_std if norm else None, eps=eps
+    ),
     "reinforce_plus_plus_baseline": lambda r, n, norm, eps: groups.dr_grpo(r),
     "rloo": lambda r, n, norm, eps: groups.rloo(r),
     "rloo_vectorized": lambda r, n, norm, eps: groups.rloo(r),
@@ -180,12 +244,16 @@ def verl_advantage(x, config, name):
     # Groups of unequal size: one row of rewards per prompt, NaN where there is no sample.
     scores = np.where(member, rewards.sum(-1), np.nan)
     lengths = np.where(member, mask.sum(-1), 0.0).astype(rewards.dtype)
-    got = verl_group(kind, config.get("norm_adv_by_std_in_grpo"))(scores, lengths, config.get("epsilon", 0.0))
+    got = verl_group(kind, config.get("norm_adv_by_std_in_grpo"))(
+        scores, lengths, config.get("epsilon", 0.0)
+    )
     per_token = groups.to_tokens(got.sum(0)[:, None], mask)
     if kind == "reinforce_plus_plus_baseline":
         # The reference keeps the raw reward of a group of one, and whitens that too.
         lonely = member.sum(-1)[index] == 1
-        per_token = losses.whiten(jnp.where(lonely[:, None] & mask, rewards.sum(-1)[:, None], per_token), mask)
+        per_token = losses.whiten(
+            jnp.where(lonely[:, None] & mask, rewards.sum(-1)[:, None], per_token), mask
+        )
     return {"advantages": per_token, "returns": per_token}
 
 
@@ -196,7 +264,9 @@ def optimal_token_baseline(x, config, kind, rewards, mask, member):
     put = lambda a: np.take_along_axis(a, columns, axis=-1)
     squares = np.log(np.where(mask, x["sum_pi_squared"], 1.0)).astype(rewards.dtype)
     is_weights = x.get("rollout_is_weights", np.ones_like(rewards))
-    got = optimal_baseline(*(put(a) for a in (rewards, x["old_log_probs"], squares, is_weights, mask)), member)
+    got = optimal_baseline(
+        *(put(a) for a in (rewards, x["old_log_probs"], squares, is_weights, mask)), member
+    )
     advantages_ = np.zeros_like(rewards)
     np.put_along_axis(advantages_, columns, np.asarray(got), axis=-1)
     returns = advantages.returns(rewards, mask)
@@ -244,7 +314,9 @@ def verl_agg(loss_mat, *, weights):
 
 @functools.partial(value_and_gradient, name="vpreds")
 def verl_value(vpreds, *, values, returns, mask, weights, clip):
-    return losses.weighted_sum(losses.clipped_value_loss(vpreds, values, returns, mask, clip=clip), weights)
+    return losses.weighted_sum(
+        losses.clipped_value_loss(vpreds, values, returns, mask, clip=clip), weights
+    )
 
 
 @value_and_gradient
@@ -258,7 +330,9 @@ VERL_WEIGHTS = {
     "seq-mean-token-mean": jit(weights.sequence_mean),
     # verl divides by the padded length alone, not by the number of sequences
     "seq-mean-token-sum-norm": jit(
-        lambda mask: weights.constant(mask, length=mask.shape[1]) * weights.number_of_sequences(mask)
+        lambda mask: (
+            weights.constant(mask, length=mask.shape[1]) * weights.number_of_sequences(mask)
+        )
     ),
 }
 
@@ -290,19 +364,31 @@ def rewards_of_kl(kind):
 def kl_reward(x, config):
     mask, old, ref = x["mask"] == 1, x["old_log_probs"], x["ref_logprob"]
     if not config["adaptive"]:
-        rewards, mean = rewards_of_kl(config["kl_penalty"])(x["token_level_scores"], old, ref, mask, config["kl_coef"])
-        return {"token_level_rewards": rewards, "metrics": {"actor/reward_kl_penalty": mean, "coef_after": config["kl_coef"]}}
+        rewards, mean = rewards_of_kl(config["kl_penalty"])(
+            x["token_level_scores"], old, ref, mask, config["kl_coef"]
+        )
+        return {
+            "token_level_rewards": rewards,
+            "metrics": {"actor/reward_kl_penalty": mean, "coef_after": config["kl_coef"]},
+        }
     controller = controllers.adaptive_kl(
         target=config["target_kl"], horizon=config["horizon"], init_coef=config["init_kl_coef"]
     )
     state = controller.init()
-    rewards, mean = rewards_of_kl(config["kl_penalty"])(x["token_level_scores"], old, ref, mask, state.coef)
+    rewards, mean = rewards_of_kl(config["kl_penalty"])(
+        x["token_level_scores"], old, ref, mask, state.coef
+    )
     after = controller.update(state, mean, len(mask))
-    return {"token_level_rewards": rewards, "metrics": {"actor/reward_kl_penalty": mean, "coef_after": after.coef}}
+    return {
+        "token_level_rewards": rewards,
+        "metrics": {"actor/reward_kl_penalty": mean, "coef_after": after.coef},
+    }
 
 
 def adaptive_kl(x, config, target="target_kl"):
-    controller = controllers.adaptive_kl(target=config[target], horizon=config["horizon"], init_coef=config["init_kl_coef"])
+    controller = controllers.adaptive_kl(
+        target=config[target], horizon=config["horizon"], init_coef=config["init_kl_coef"]
+    )
     update = jit(controller.update)
     state, coefs = controller.init(), []
     for value in x["kl_values"]:
@@ -322,13 +408,20 @@ def is_weights(level, normalized):
             return capped
         if level == "token":
             return importance.batch_normalized(capped, mask)
-        mean = losses.weighted_sum(capped, weights.sequence_mean(mask))  # one weight a sequence: each counts once
+        mean = losses.weighted_sum(
+            capped, weights.sequence_mean(mask)
+        )  # one weight a sequence: each counts once
         return jnp.where(mask, capped / mean, 0.0)
 
     return jit(run)
 
 
-POOLS = {"token": None, "seq_sum": segments.total, "seq_mean": segments.mean, "seq_max": segments.largest}
+POOLS = {
+    "token": None,
+    "seq_sum": segments.total,
+    "seq_mean": segments.mean,
+    "seq_max": segments.largest,
+}
 
 
 @functools.cache
@@ -338,7 +431,9 @@ def rejection(option):
     def run(old, sampled, mask, low, high):
         # The reference's k1 is log μ - log π_old, tested against the logarithms of its bounds.
         statistic = (
-            kl.k1(sampled, old, mask) if estimator == "k1" else {"k2": kl.k2, "k3": kl.k3}[estimator](sampled, old, mask)
+            kl.k1(sampled, old, mask)
+            if estimator == "k1"
+            else {"k2": kl.k2, "k3": kl.k3}[estimator](sampled, old, mask)
         )
         return masks.within(statistic, mask, low=low, high=high, pool=POOLS[pool])
 
@@ -357,8 +452,12 @@ def rejected(old, sampled, mask, options, thresholds):
 def verl_misc(x, config, name):
     part = name.split("/")[1].split("-")[0]
     if part == "kl":
-        within = np.abs(x["logprob"] - x["ref_logprob"]) <= 20  # verl bounds the log-ratio of k3 alone
-        gradient, penalty = verl_kl(config["kl_penalty"])(x["logprob"], x["ref_logprob"], x["weight"], within)
+        within = (
+            np.abs(x["logprob"] - x["ref_logprob"]) <= 20
+        )  # verl bounds the log-ratio of k3 alone
+        gradient, penalty = verl_kl(config["kl_penalty"])(
+            x["logprob"], x["ref_logprob"], x["weight"], within
+        )
         return {"penalty": penalty, "grad_logprob": gradient}
     if part == "adaptive_kl":
         return adaptive_kl(x, config)
@@ -367,12 +466,19 @@ def verl_misc(x, config, name):
     if part == "compute_rewards":
         everywhere = np.ones(x["ref_logprob"].shape, bool)
         rewards, _ = rewards_of_kl("k1")(
-            x["token_level_scores"], x["old_log_probs"], x["ref_logprob"], everywhere, config["kl_ratio"]
+            x["token_level_scores"],
+            x["old_log_probs"],
+            x["ref_logprob"],
+            everywhere,
+            config["kl_ratio"],
         )
         return {"token_level_rewards": rewards}
     mask = x["mask"] == 1
     if part == "masked_whiten":
-        return {"whitened": jit(losses.whiten)(x["x"], mask), "whitened_no_shift": jit(advantages.whiten_rewards)(x["x"], mask)}
+        return {
+            "whitened": jit(losses.whiten)(x["x"], mask),
+            "whitened_no_shift": jit(advantages.whiten_rewards)(x["x"], mask),
+        }
     if part in ("is", "reject", "mismatch_metrics"):
         old, sampled = x["old_log_probs"], x["rollout_log_probs"]
     if part == "is":
@@ -407,7 +513,9 @@ def where(name):
     def of(x):
         if family == "verl_advantage":
             mask = x["response_mask"] == 1
-            if "index" in x and not kind.startswith("reinforce"):  # a group of one: verl keeps its raw score
+            if "index" in x and not kind.startswith(
+                "reinforce"
+            ):  # a group of one: verl keeps its raw score
                 mask &= (np.bincount(x["index"])[x["index"]] > 1)[:, None]
             return {"advantages": mask, "returns": mask}
         if kind.startswith("kl_reward"):

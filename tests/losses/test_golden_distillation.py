@@ -20,7 +20,10 @@ def divergence(support, k, tail):
     def loss(student, teacher, beta):
         if support == "whole":
             return distillation.jsd(student, teacher, beta=beta)
-        top = {"student": distillation.top_k(student, k=k), "teacher": distillation.top_k(teacher, k=k)}
+        top = {
+            "student": distillation.top_k(student, k=k),
+            "teacher": distillation.top_k(teacher, k=k),
+        }
         chosen = top["student"] | top["teacher"] if support == "both" else top[support]
         restrict = distillation.with_tail if tail else distillation.on_support
         return distillation.jsd(*restrict(student, teacher, chosen), beta=beta)
@@ -51,13 +54,17 @@ def summed_divergence(support, k, tail):
 def sampled(logits, *, teacher, tokens):
     logprobs, teacher_logprobs = (losses.logits.token_logprob(x, tokens) for x in (logits, teacher))
     mask = jnp.ones_like(logprobs, bool)
-    per_token = policy.reinforce(logprobs, distillation.advantages(logprobs, teacher_logprobs, mask), mask)
+    per_token = policy.reinforce(
+        logprobs, distillation.advantages(logprobs, teacher_logprobs, mask), mask
+    )
     return per_token.sum(), {"per_token": per_token}
 
 
 @value_and_gradient
 def iw_opd(logits, *, teacher, tokens, rollout_logprobs, mask, gamma, temperature, items):
-    logprobs, teacher_logprobs = (losses.logits.token_logprob(x / temperature, tokens) for x in (logits, teacher))
+    logprobs, teacher_logprobs = (
+        losses.logits.token_logprob(x / temperature, tokens) for x in (logits, teacher)
+    )
     better = distillation.advantages(rollout_logprobs, teacher_logprobs, mask)
     factors = distillation.prefix_weights(better, mask, gamma=gamma)
     weight = weights.token_mean(mask)
@@ -93,7 +100,9 @@ def distill(x, config, name):
     support, k = "whole", None
     if "topk" in kind:
         support, k = {0.0: "teacher", 1.0: "student"}.get(config["beta"], "both"), config["top_k"]
-    items = {"sum": 1, "mean": mask.sum() * x["logits"].shape[-1]}.get(config.get("reduction"), items)
+    items = {"sum": 1, "mean": mask.sum() * x["logits"].shape[-1]}.get(
+        config.get("reduction"), items
+    )
     got = mean_divergence(support, k, config.get("add_tail"))(
         x["logits"], teacher=x["teacher_logits"], mask=mask, beta=config["beta"],
         temperature=config.get("temperature", 1.0), items=items,
@@ -114,7 +123,9 @@ def minillm_loss(single_step, reverse_kl_advantage, length_normalization):
         everywhere = jnp.ones_like(mask)
         advantage = jnp.broadcast_to(rewards[:, None], mask.shape)
         if reverse_kl_advantage:
-            warm, teacher_logprobs = (losses.logits.token_logprob(x, tokens) for x in (student, teacher))
+            warm, teacher_logprobs = (
+                losses.logits.token_logprob(x, tokens) for x in (student, teacher)
+            )
             game = functools.partial(game_advantages, everywhere, gamma, length_normalization)
             added = game(teacher_logprobs) - game(warm)  # linear in the log-probs
             advantage += added
@@ -141,13 +152,19 @@ def game_advantages(mask, gamma, length_normalization, logprobs):
     columns = jnp.arange(mask.shape[1])
     if not length_normalization:
         return jnp.flip(jnp.cumsum(jnp.flip(logprobs * gamma ** columns[None], -1), -1), -1)
-    powers = jnp.where(columns[None, :] >= columns[:, None], gamma ** jnp.abs(columns[None, :] - columns[:, None]), 0.0)
+    powers = jnp.where(
+        columns[None, :] >= columns[:, None],
+        gamma ** jnp.abs(columns[None, :] - columns[:, None]),
+        0.0,
+    )
     return logprobs @ (powers / powers.sum(-1, keepdims=True)).T
 
 
 def minillm(x, config, name):
     mask = x["completion_mask"] == 1
-    loss = minillm_loss(config["single_step_decomposition"], config["rkl_advantage"], config["length_normalization"])
+    loss = minillm_loss(
+        config["single_step_decomposition"], config["rkl_advantage"], config["length_normalization"]
+    )
     return loss(
         x["logits"], teacher=x["teacher_logits"], tokens=x["completion_ids"], mask=mask, old=x["old_logps"],
         rewards=x["advantages"], kd_temperature=config["kd_temperature"], gamma=config["gamma"], clip=config["epsilon"],
@@ -174,9 +191,14 @@ def test_minillm_advantages_are_the_references():
 
 @value_and_gradient
 def a2po_loss(logits, *, tokens, mask, ref, rewards, values, beta):
-    logprobs = losses.segment_sum(losses.logits.token_logprob(completion(logits, tokens), tokens), mask)
+    logprobs = losses.segment_sum(
+        losses.logits.token_logprob(completion(logits, tokens), tokens), mask
+    )
     per_row = offline.a_star(logprobs, ref, rewards, values, beta=beta)
-    seen = {"advantage": (rewards - values).mean(), "implicit_reward": (beta * (logprobs - ref)).mean()}
+    seen = {
+        "advantage": (rewards - values).mean(),
+        "implicit_reward": (beta * (logprobs - ref)).mean(),
+    }
     return per_row.mean(), {"metrics": seen}
 
 

@@ -24,19 +24,31 @@ def surrogate(kind, level, two_sided, arrays, knobs):
     """The per-token loss, without the sampler's importance weights; VESPO takes those itself."""
     clip = {"clip_low": knobs["low"], "clip_high": knobs["high"]}
     if kind == "gmpo":
-        high = knobs["high_entropy"]  # the exponent's mean is over these tokens; a sequence without any has the ratio 1
-        loss = losses.segment_sum(policy.gmpo(*arrays[:3], high, **clip) * losses.weights.token_share(high), high)
+        high = knobs[
+            "high_entropy"
+        ]  # the exponent's mean is over these tokens; a sequence without any has the ratio 1
+        loss = losses.segment_sum(
+            policy.gmpo(*arrays[:3], high, **clip) * losses.weights.token_share(high), high
+        )
         loss = jnp.where(high.any(-1), loss, -arrays[2][:, 0])
         return jnp.broadcast_to(loss[:, None], high.shape)
     if kind == "cispo":
         return policy.cispo(*arrays, max_ratio=knobs["high"], log_ratio=level)
     if kind == "sapo":
-        return policy.sapo(*arrays, tau_pos=knobs["tau_pos"], tau_neg=knobs["tau_neg"], log_ratio=level)
+        return policy.sapo(
+            *arrays, tau_pos=knobs["tau_pos"], tau_neg=knobs["tau_neg"], log_ratio=level
+        )
     if kind == "vespo":
         names = ("k_pos", "lam_pos", "k_neg", "lam_neg")
-        return policy.vespo(*arrays, **{name: knobs[name] for name in names}, log_importance=jnp.log(knobs["importance"]))
+        return policy.vespo(
+            *arrays,
+            **{name: knobs[name] for name in names},
+            log_importance=jnp.log(knobs["importance"]),
+        )
     if two_sided:
-        return policy.two_sided_surrogate(*arrays, **clip, max_ratio=knobs["delta"], log_ratio=level)
+        return policy.two_sided_surrogate(
+            *arrays, **clip, max_ratio=knobs["delta"], log_ratio=level
+        )
     return policy.clipped_surrogate(*arrays, **clip, log_ratio=level)
 
 
@@ -44,7 +56,20 @@ def surrogate(kind, level, two_sided, arrays, knobs):
 def trl_loss(kind, level_name, two_sided, off_policy, corrected):
     level = LEVELS[level_name]
 
-    def loss(logits, *, tokens, mask, old, ref, sampled, advantages, importance, weights, on_policy, knobs):
+    def loss(
+        logits,
+        *,
+        tokens,
+        mask,
+        old,
+        ref,
+        sampled,
+        advantages,
+        importance,
+        weights,
+        on_policy,
+        knobs,
+    ):
         logits = completion(logits, tokens) / knobs["temperature"]
         logprobs = losses.logits.token_logprob(logits, tokens)
         entropy = losses.logits.entropy(logits)
@@ -58,7 +83,9 @@ def trl_loss(kind, level_name, two_sided, off_policy, corrected):
         kept = mask
         if off_policy:
             sampled = jnp.where(knobs["sampled"], sampled, old)
-            kept &= masks.on_policy_enough(logprobs, sampled, advantages, mask, threshold=knobs["threshold"])
+            kept &= masks.on_policy_enough(
+                logprobs, sampled, advantages, mask, threshold=knobs["threshold"]
+            )
         per_token = jnp.where(kept if kind == "gmpo" else kept & high_entropy, per_token, 0.0)
         if kind == "gmpo":  # one k3 a sequence
             penalty = losses.segments.mean(kl.k3(logprobs, ref, mask), mask)
@@ -67,9 +94,14 @@ def trl_loss(kind, level_name, two_sided, off_policy, corrected):
         else:
             penalty = kl.k3(logprobs, ref, mask)
         bonus = losses.weighted_sum(entropy, losses.weights.token_mean(high_entropy))
-        total = losses.weighted_sum(per_token + knobs["kl"] * penalty, weights) - knobs["entropy"] * bonus
+        total = (
+            losses.weighted_sum(per_token + knobs["kl"] * penalty, weights)
+            - knobs["entropy"] * bonus
+        )
         clip = {"clip_low": knobs["low"], "clip_high": knobs["high"]}
-        seen = {name: fn(*arrays, **{name_: clip[name_]}, log_ratio=level) for name, fn, name_ in SHARES}
+        seen = {
+            name: fn(*arrays, **{name_: clip[name_]}, log_ratio=level) for name, fn, name_ in SHARES
+        }
         share = losses.weights.token_mean(mask)
         if level_name == "sequence":  # rows without a trained token count
             share = losses.weights.token_share(mask) / len(mask)
@@ -81,8 +113,13 @@ def trl_loss(kind, level_name, two_sided, off_policy, corrected):
     return value_and_gradient(loss)
 
 
-SHARES = (("clip_ratio/low_mean", metrics.clipped_low, "clip_low"), ("clip_ratio/high_mean", metrics.clipped_high, "clip_high"))
-sequence_mean, token_mean, sequence_sum = (jit(fn) for fn in (weights.sequence_mean, weights.token_mean, weights.sequence_sum))
+SHARES = (
+    ("clip_ratio/low_mean", metrics.clipped_low, "clip_low"),
+    ("clip_ratio/high_mean", metrics.clipped_high, "clip_high"),
+)
+sequence_mean, token_mean, sequence_sum = (
+    jit(fn) for fn in (weights.sequence_mean, weights.token_mean, weights.sequence_sum)
+)
 of_length = jit(lambda mask, length: weights.constant(mask, length=length))
 
 
@@ -100,7 +137,9 @@ def trl_weights(config, name, mask):
     if kind == "dr_grpo":
         ours = of_length(mask, config["max_completion_length"])
     else:
-        ours = sequence_sum(mask) if kind == "luspo" else sequence_mean(mask)  # LUSPO: a sequence counts by its length
+        ours = (
+            sequence_sum(mask) if kind == "luspo" else sequence_mean(mask)
+        )  # LUSPO: a sequence counts by its length
     return ours * mask.any(-1).sum() / len(mask) / accumulation
 
 
@@ -112,7 +151,9 @@ def entropy_coef(x, config, mask):
         target=config["entropy_target"], delta=config["entropy_coef_delta"], init_coef=config["entropy_coef"],
         min_coef=config["entropy_coef_min"], max_coef=config["entropy_coef_max"],
     )  # fmt: skip
-    entropy = losses.logits.entropy(completion(x["logits"], x["completion_ids"]) / config["temperature"])
+    entropy = losses.logits.entropy(
+        completion(x["logits"], x["completion_ids"]) / config["temperature"]
+    )
     mean, state = losses.weighted_sum(entropy, token_mean(mask)), controller.init()
     for _ in range(config["repeated_calls"] - 1):
         state = controller.update(state, mean)
@@ -123,7 +164,9 @@ def grpo(x, config, name):
     tokens = x["completion_ids"]
     mask = x["completion_mask"] == 1
     if name.startswith("grpo/logps"):
-        logits = completion(x["logits"], tokens) / np.asarray(config.get("temperature", 1.0), x["logits"].dtype)
+        logits = completion(x["logits"], tokens) / np.asarray(
+            config.get("temperature", 1.0), x["logits"].dtype
+        )
         out = {
             "per_token_logps": jit(losses.logits.token_logprob)(logits, tokens),
             "entropies": jit(losses.logits.entropy)(logits),
@@ -139,7 +182,9 @@ def grpo(x, config, name):
     off_policy = config.get("off_policy_mask_threshold") is not None
     importance = x.get("is_ratio", zeros + 1)
     if kind == "vespo" and importance.shape[1] == 1:  # one weight a sequence joins it once
-        importance = np.maximum(importance, 1e-8) ** (1 / np.maximum(mask.sum(-1, keepdims=True), 1))
+        importance = np.maximum(importance, 1e-8) ** (
+            1 / np.maximum(mask.sum(-1, keepdims=True), 1)
+        )
     importance = np.broadcast_to(importance, mask.shape).astype(zeros.dtype)
     loss = trl_loss(kind, level, two_sided, off_policy, bool(config.get("use_bias_correction_kl")))
     knobs = {
@@ -165,8 +210,12 @@ def grpo(x, config, name):
         on_policy="old_logps" not in x,
         knobs=knobs,
     )
-    reported = set(CASES[name]["metrics"]) - ({"kl", *(share[0] for share in SHARES)} if kind == "gmpo" else set())
-    return got | {"metrics": {key: value for key, value in got["metrics"].items() if key in reported}}
+    reported = set(CASES[name]["metrics"]) - (
+        {"kl", *(share[0] for share in SHARES)} if kind == "gmpo" else set()
+    )
+    return got | {
+        "metrics": {key: value for key, value in got["metrics"].items() if key in reported}
+    }
 
 
 def gspo_token(x, config, name):
@@ -198,9 +247,15 @@ def verl_loss(kind):
         arrays = (logprobs, old, advantages, mask)
         per_token = VERL_LOSSES[kind](arrays, knobs) * importance
         seen = metrics.of_policy(
-            *arrays, weights=losses.weights.token_mean(mask), clip_low=knobs["low"], clip_high=knobs["high"]
+            *arrays,
+            weights=losses.weights.token_mean(mask),
+            clip_low=knobs["low"],
+            clip_high=knobs["high"],
         )
-        named = {"actor/pg_clipfrac": seen["clip_low"] + seen["clip_high"], "actor/ppo_kl": seen["approx_kl"]}
+        named = {
+            "actor/pg_clipfrac": seen["clip_low"] + seen["clip_high"],
+            "actor/ppo_kl": seen["approx_kl"],
+        }
         return losses.weighted_sum(per_token, weights), {"metrics": named}
 
     return value_and_gradient(loss, name="log_prob")
@@ -213,22 +268,34 @@ def bypass(x, config, mask):
     kept = np.asarray(masks.within(drift, mask, low=np.log(low), high=np.log(high)))
     if config["loss_type"] == "ppo_clip":
         return "vanilla", kept, np.ones_like(x["log_prob"])
-    level = {"token": ratios.token_log_ratio, "sequence": ratios.product_log_ratio}[config["rollout_is"]]
+    level = {"token": ratios.token_log_ratio, "sequence": ratios.product_log_ratio}[
+        config["rollout_is"]
+    ]
     rho = losses.importance.weights(x["log_prob"], x["old_log_prob"], mask, log_ratio=level)
-    return "reinforce", kept, losses.importance.truncated(rho, max_weight=config["rollout_is_threshold"])
+    return (
+        "reinforce",
+        kept,
+        losses.importance.truncated(rho, max_weight=config["rollout_is_threshold"]),
+    )
 
 
 def verl_weights(config, kind, mask):
     mode = "seq-mean-token-mean" if kind in ("gspo", "sapo") else config["loss_agg_mode"]
     rows = mask.any(-1).sum()
     if kind == "geo_mean":
-        return sequence_mean(mask) * rows / len(mask)  # the mean counts rows without a trained token
+        return (
+            sequence_mean(mask) * rows / len(mask)
+        )  # the mean counts rows without a trained token
     if mode == "seq-mean-token-sum-norm":  # divides by the length alone
         return mask / config.get("loss_scale_factor", mask.shape[1])
     counts = {
         "token-mean": (token_mean, mask.sum(), "batch_num_tokens"),
         "seq-mean-token-sum": (sequence_sum, rows, "global_batch_size"),
-        "seq-mean-token-mean": (lambda mask: mask / (mask.sum(-1, keepdims=True) + 1e-8) / rows, rows, "global_batch_size"),
+        "seq-mean-token-mean": (
+            lambda mask: mask / (mask.sum(-1, keepdims=True) + 1e-8) / rows,
+            rows,
+            "global_batch_size",
+        ),
     }
     fn, ours, theirs = counts[mode]
     scale = ours / config[theirs] * config["dp_size"] if "dp_size" in config else 1.0
@@ -265,12 +332,17 @@ def verl_policy(x, config, name):
 
 
 # Sums of terms of size 0.1 and more that cancel to 3e-4: in float32 the rounding of the terms stays.
-CANCELS = {"grpo/dapo-token-kl_bias_corrected-tool-is_token": 5e-4, "verl_policy/geo_mean-empty_row": 5e-4}
+CANCELS = {
+    "grpo/dapo-token-kl_bias_corrected-tool-is_token": 5e-4,
+    "verl_policy/geo_mean-empty_row": 5e-4,
+}
 
 
 @each_case("policy")
 def test_golden(name, precision):
-    tolerance = 1e-5 if "geo_mean" in name else 1e-9  # verl adds 1e-8 to the number of tokens in the exponent
+    tolerance = (
+        1e-5 if "geo_mean" in name else 1e-9
+    )  # verl adds 1e-8 to the number of tokens in the exponent
     if precision == "float32" and name in CANCELS:
         tolerance = CANCELS[name]
     check(globals()[name.split("/")[0]], name, precision, tolerance=tolerance)

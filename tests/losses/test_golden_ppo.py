@@ -19,7 +19,11 @@ def classic_rewards(kind):
     """Of `full`, the KL over the vocabulary comes from the whole distributions."""
 
     def run(scores, logprobs, ref_logprobs, mask, kl_coef):
-        kls = kl.full(logprobs, ref_logprobs) if kind == "full" else ESTIMATORS[kind](logprobs, ref_logprobs, mask)
+        kls = (
+            kl.full(logprobs, ref_logprobs)
+            if kind == "full"
+            else ESTIMATORS[kind](logprobs, ref_logprobs, mask)
+        )
         rewards = losses.token_rewards(scores, kl_coef * kls, mask)
         return {"kls": kls, "non_score_reward": -kl_coef * kls, "rewards": rewards}
 
@@ -29,13 +33,21 @@ def classic_rewards(kind):
 @jit
 def classic_gae(rewards, values, mask, gamma, lam, whitened):
     """The reference runs over gaps and padding too, as tokens of value and reward 0, and pays whitened zeros there."""
-    everywhere, rewards, values = jnp.ones_like(mask), jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
+    everywhere, rewards, values = (
+        jnp.ones_like(mask),
+        jnp.where(mask, rewards, 0.0),
+        jnp.where(mask, values, 0.0),
+    )
     mean = losses.weighted_sum(rewards, weights.token_mean(mask))
-    scale = jax.lax.rsqrt(jnp.sum(jnp.where(mask, rewards - mean, 0.0) ** 2) / (mask.sum() - 1) + 1e-8)
+    scale = jax.lax.rsqrt(
+        jnp.sum(jnp.where(mask, rewards - mean, 0.0) ** 2) / (mask.sum() - 1) + 1e-8
+    )
     paid = jnp.where(mask, advantages.whiten_rewards(rewards, mask), mean - mean * scale)
     rewards = jnp.where(whitened, paid, rewards)
     bootstrap = jnp.zeros_like(rewards[:, 0])
-    got, returns = losses.gae(rewards, values, everywhere, bootstrap=bootstrap, discount=gamma, lam=lam)
+    got, returns = losses.gae(
+        rewards, values, everywhere, bootstrap=bootstrap, discount=gamma, lam=lam
+    )
     return {"advantages": losses.whiten(got, mask), "returns": returns, "values_out": values}
 
 
@@ -54,7 +66,9 @@ def classic_update(logits, vpreds, x, mask, clip, value_clip, vf_coef, ratio_thr
             "loss/value": vf / vf_coef,
             "policy/clipfrac": seen["clip_low"] + seen["clip_high"],
             "policy/policykl": seen["approx_kl"],
-            "policy/approxkl": losses.weighted_sum(kl.k2(logprobs, x["old_logprobs"], mask), weight),
+            "policy/approxkl": losses.weighted_sum(
+                kl.k2(logprobs, x["old_logprobs"], mask), weight
+            ),
         }
         return pg + vf, {"pg_loss": pg, "vf_loss": vf, "metrics": named}
 
@@ -87,18 +101,35 @@ def ppo_classic(x, config, name):
             target=config["target"], horizon=config["horizon"], init_coef=config["init_kl_coef"]
         )
         step = lambda state, value: (controller.update(state, value, config["n_steps"]),) * 2
-        return {"coefs": jit(lambda values: jax.lax.scan(step, controller.init(), values)[1].coef)(x["kl_values"])}
+        return {
+            "coefs": jit(lambda values: jax.lax.scan(step, controller.init(), values)[1].coef)(
+                x["kl_values"]
+            )
+        }
     mask = x["mask"] == 1
     if kind == "masked_whiten":
-        return {"whitened": jit(losses.whiten)(x["x"], mask), "whitened_no_shift": jit(advantages.whiten_rewards)(x["x"], mask)}
+        return {
+            "whitened": jit(losses.whiten)(x["x"], mask),
+            "whitened_no_shift": jit(advantages.whiten_rewards)(x["x"], mask),
+        }
     if kind.startswith("rewards"):
-        pair = [x[role + "_full" if kind.endswith("full") else role] for role in ("logprobs", "ref_logprobs")]
-        return classic_rewards(kind.removeprefix("rewards-"))(x["scores"], *pair, mask, config["kl_coef"])
+        pair = [
+            x[role + "_full" if kind.endswith("full") else role]
+            for role in ("logprobs", "ref_logprobs")
+        ]
+        return classic_rewards(kind.removeprefix("rewards-"))(
+            x["scores"], *pair, mask, config["kl_coef"]
+        )
     if kind.startswith("gae"):
         knobs = config["gamma"], config["lam"], config["whiten_rewards"]
         return classic_gae(x["token_rewards"], x["values"], mask, *knobs)
     given = {role: x[role] for role in ("token_ids", "old_logprobs", "values", "adv", "ret")}
-    knobs = config["cliprange"], config["cliprange_value"], config["vf_coef"], config["ratio_threshold"]
+    knobs = (
+        config["cliprange"],
+        config["cliprange_value"],
+        config["vf_coef"],
+        config["ratio_threshold"],
+    )
     return classic_update(x["logits"], x["vpreds"], given, mask, *knobs)
 
 
@@ -110,13 +141,22 @@ def ppo_experience(x, kept, paid, k3, whiten_rewards, kl_coef, gamma, lam, tempe
     """`kept`: the response; `paid`: one column more, where the reference puts the score."""
     tokens = x["responses"]
     ref_logits = completion(x["ref_logits"], tokens) / temperature
-    old, ref = (losses.logits.token_logprob(logits, tokens) for logits in (x["old_scores"], ref_logits))
+    old, ref = (
+        losses.logits.token_logprob(logits, tokens) for logits in (x["old_scores"], ref_logits)
+    )
     penalty = jnp.where(k3, kl.k3(old, ref, kept), kl.k1(old, ref, kept))
     rewards = losses.token_rewards(x["scores"], kl_coef * penalty, paid)
     rewards = jnp.where(whiten_rewards, advantages.whiten_rewards(rewards, paid), rewards)
     values = jnp.where(paid, completion(x["old_values"], tokens), 0.0)
-    got, returns = losses.gae(rewards, values, paid, bootstrap=jnp.zeros_like(x["scores"]), discount=gamma, lam=lam)
-    experience = {"kl": penalty, "rewards": rewards, "advantages": losses.whiten(got, kept), "returns": returns}
+    got, returns = losses.gae(
+        rewards, values, paid, bootstrap=jnp.zeros_like(x["scores"]), discount=gamma, lam=lam
+    )
+    experience = {
+        "kl": penalty,
+        "rewards": rewards,
+        "advantages": losses.whiten(got, kept),
+        "returns": returns,
+    }
     return experience | {"logprobs": old, "ref_logprobs": ref, "values": values}
 
 
@@ -126,7 +166,9 @@ def ppo_update(logits, values, tokens, x, kept, paid, temperature, clip, value_c
         logprobs = losses.logits.token_logprob(completion(logits, tokens) / temperature, tokens)
         arrays, weight = (logprobs, x["logprobs"], x["advantages"], kept), weights.token_mean(kept)
         pg = losses.clipped_surrogate(*arrays, clip_low=clip, clip_high=clip)
-        vf = losses.clipped_value_loss(completion(values, tokens), x["values"], x["returns"], paid, clip=value_clip)
+        vf = losses.clipped_value_loss(
+            completion(values, tokens), x["values"], x["returns"], paid, clip=value_clip
+        )
         pg, vf = losses.weighted_sum(pg, weight), losses.weighted_sum(vf, weights.token_mean(paid))
         seen = metrics.of_policy(*arrays, weights=weight, clip_low=clip, clip_high=clip)
         named = {
@@ -168,7 +210,14 @@ def where(name):
         if kind.startswith(("loss", "running", "adaptive")):
             return {}
         mask = x["mask"] == 1
-        roles = ("kls", "non_score_reward", "rewards", "advantages", "whitened", "whitened_no_shift")
+        roles = (
+            "kls",
+            "non_score_reward",
+            "rewards",
+            "advantages",
+            "whitened",
+            "whitened_no_shift",
+        )
         return dict.fromkeys(roles, mask)
 
     return of
@@ -176,5 +225,9 @@ def where(name):
 
 @each_case("ppo")
 def test_golden(name, precision):
-    given = ("padding_mask", "padding_mask_p1", "scores", "sequence_lengths") if name.startswith("ppo/") else ()
+    given = (
+        ("padding_mask", "padding_mask_p1", "scores", "sequence_lengths")
+        if name.startswith("ppo/")
+        else ()
+    )
     check(globals()[name.split("/")[0]], name, precision, given=given, where=where(name))

@@ -28,8 +28,15 @@ def mixture(per_pair, amounts):
 
 def of_pairs(chosen, rejected):
     """TRL's names of what is logged of rewards."""
-    ours = losses.metrics.of_pairs(chosen, rejected, weights=jnp.full(chosen.shape, 1 / chosen.size))
-    names = {"chosen": "chosen", "rejected": "rejected", "margin": "margins", "accuracy": "accuracies"}
+    ours = losses.metrics.of_pairs(
+        chosen, rejected, weights=jnp.full(chosen.shape, 1 / chosen.size)
+    )
+    names = {
+        "chosen": "chosen",
+        "rejected": "rejected",
+        "margin": "margins",
+        "accuracy": "accuracies",
+    }
     return {f"rewards/{names[name]}": x for name, x in ours.items()}
 
 
@@ -69,11 +76,16 @@ DPO = (*SCORED, *BY_THE_TOKEN, *SORTED, *PLAIN, "robust", "exo_pair", "discopop"
 
 def dpo_objectives(pair, lengths, knobs, score):
     beta, smooth = {"beta": knobs["beta"]}, {"label_smoothing": knobs["label_smoothing"]}
-    above_zero = {"label_smoothing": jnp.maximum(knobs["label_smoothing"], 1e-3)}  # where EXO is left out, it is finite
+    above_zero = {
+        "label_smoothing": jnp.maximum(knobs["label_smoothing"], 1e-3)
+    }  # where EXO is left out, it is finite
     lengths = dict(zip(("chosen_length", "rejected_length"), lengths, strict=True))
     return (
         {kind: fn(*pair, **beta, divergence=score) for kind, fn in SCORED.items()}
-        | {kind: fn(*pair, **beta, **lengths, divergence=score) for kind, fn in BY_THE_TOKEN.items()}
+        | {
+            kind: fn(*pair, **beta, **lengths, divergence=score)
+            for kind, fn in BY_THE_TOKEN.items()
+        }
         | {kind: fn(*pair, **beta, **smooth) for kind, fn in SORTED.items()}
         | {kind: fn(*pair, **beta) for kind, fn in PLAIN.items()}
         | {
@@ -89,10 +101,17 @@ def dpo_loss(kind):
     def loss(logits, *, tokens, mask, reference, amounts, knobs):
         logprobs = shifted(logits, tokens)
         share = jnp.concatenate(preference.ld_weights(*halves(mask), alpha=knobs["ld_alpha"]))
-        pair = (*halves(losses.segment_sum(logprobs * share, mask)), *halves(losses.segment_sum(reference * share, mask)))
-        per_pair = dpo_objectives(pair, halves(mask.sum(-1)), knobs, DIVERGENCES[kind](knobs["alpha"]))
+        pair = (
+            *halves(losses.segment_sum(logprobs * share, mask)),
+            *halves(losses.segment_sum(reference * share, mask)),
+        )
+        per_pair = dpo_objectives(
+            pair, halves(mask.sum(-1)), knobs, DIVERGENCES[kind](knobs["alpha"])
+        )
         squares = losses.logits.log_sum_squared_probs(logits[:, :-1])
-        likely = jnp.where(knobs["use_weighting"], preference.wpo_weights(logprobs, squares, mask), 1.0)
+        likely = jnp.where(
+            knobs["use_weighting"], preference.wpo_weights(logprobs, squares, mask), 1.0
+        )
         total = (mixture(per_pair, amounts) * jnp.prod(jnp.stack(halves(likely)), axis=0)).mean()
         total += amounts["sft"] * nll(halves(logprobs)[0], halves(mask)[0])
         rewards = (knobs["beta"] * x for x in preference.log_ratios(*pair))
@@ -118,7 +137,14 @@ def dpo(x, config, name):
         "use_weighting": config["use_weighting"],
     }
     fn = dpo_loss(config["f_divergence_type"])
-    return fn(x["logits"], tokens=x["input_ids"], mask=mask, reference=reference, amounts=parts(config, DPO), knobs=knobs)
+    return fn(
+        x["logits"],
+        tokens=x["input_ids"],
+        mask=mask,
+        reference=reference,
+        amounts=parts(config, DPO),
+        knobs=knobs,
+    )
 
 
 # ---- without a reference ----------------------------------------------------------------------------------------------
@@ -135,17 +161,26 @@ CPO = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
 def cpo_loss(logits, *, tokens, mask, amounts, means, knobs):
     logprobs = shifted(logits, tokens)
     pair, lengths = halves(losses.segment_sum(logprobs, mask)), halves(mask.sum(-1))
-    beta, smooth, ones = {"beta": knobs["beta"]}, {"label_smoothing": knobs["label_smoothing"]}, jnp.ones(len(pair[0]))
+    beta, smooth, ones = (
+        {"beta": knobs["beta"]},
+        {"label_smoothing": knobs["label_smoothing"]},
+        jnp.ones(len(pair[0])),
+    )
     by_token = preference.averages(*pair, *lengths)
     rewards = [
-        reference_free.power_reward(jnp.where(means, *x), alpha=knobs["alpha"]) for x in zip(by_token, pair, strict=True)
+        reference_free.power_reward(jnp.where(means, *x), alpha=knobs["alpha"])
+        for x in zip(by_token, pair, strict=True)
     ]
     per_pair = {
         "sigmoid": reference_free.cpo(*rewards, **beta, **smooth),
         "hinge": without_reference(preference.hinge, *rewards, **beta),
-        "ipo": without_reference(preference.ipo, *rewards, chosen_length=ones, rejected_length=ones, **beta),
+        "ipo": without_reference(
+            preference.ipo, *rewards, chosen_length=ones, rejected_length=ones, **beta
+        ),
         "simpo": reference_free.simpo(*pair, *lengths, **beta, **smooth, gamma=knobs["gamma"]),
-        "alphapo": reference_free.alphapo(*pair, *lengths, **beta, **smooth, gamma=knobs["gamma"], alpha=knobs["alpha"]),
+        "alphapo": reference_free.alphapo(
+            *pair, *lengths, **beta, **smooth, gamma=knobs["gamma"], alpha=knobs["alpha"]
+        ),
     }
     chosen_nll = nll(halves(logprobs)[0], halves(mask)[0])
     seen = of_pairs(*(knobs["beta"] * x for x in rewards))
@@ -188,7 +223,9 @@ def orpo_loss(logits, *, tokens, mask, whole, beta):
 
 def orpo(x, config, name):
     mask, whole = (x[key][:, 1:] == 1 for key in ("completion_mask", "attention_mask"))
-    return orpo_loss(x["logits"], tokens=x["input_ids"], mask=mask, whole=whole, beta=config["beta"])
+    return orpo_loss(
+        x["logits"], tokens=x["input_ids"], mask=mask, whole=whole, beta=config["beta"]
+    )
 
 
 TPO = ("sigmoid", "hinge", "ipo", "tpo-l")
@@ -211,7 +248,9 @@ def tpo_loss(logits, *, tokens, mask, amounts, means, knobs):
     total = mixture(per_pair, amounts).mean()
     if len(logits) == 3 * rows:
         total += knobs["nll"] * nll(logprobs[2 * rows :], mask[2 * rows :])
-    seen = [jnp.where(means, *x) for x in zip(preference.averages(*pair, *lengths), pair, strict=True)]
+    seen = [
+        jnp.where(means, *x) for x in zip(preference.averages(*pair, *lengths), pair, strict=True)
+    ]
     return total, {"metrics": of_pairs(*(knobs["beta"] * x for x in seen)) | mean_logprobs(*seen)}
 
 
@@ -236,7 +275,10 @@ def sequence_logprobs(logits, tokens, mask):
 
 def by_label(name, values, desirable):
     """Sums over the rows of each label."""
-    return {f"{name}/chosen": jnp.where(desirable, values, 0).sum(), f"{name}/rejected": jnp.where(desirable, 0, values).sum()}
+    return {
+        f"{name}/chosen": jnp.where(desirable, values, 0).sum(),
+        f"{name}/rejected": jnp.where(desirable, 0, values).sum(),
+    }
 
 
 KTO = ("kto", "apo_zero_unpaired")
@@ -252,19 +294,34 @@ def kto_loss(logits, *, ref_logits, tokens, mask, desirable, mismatched, amounts
         "apo_zero_unpaired": unpaired.apo_zero(logprobs, reference, desirable, **knobs),
     }
     number = by_label("number", jnp.ones(logprobs.shape), desirable)
-    seen = by_label("rewards", beta * (logprobs - reference), desirable) | by_label("logps", logprobs, desirable)
+    seen = by_label("rewards", beta * (logprobs - reference), desirable) | by_label(
+        "logps", logprobs, desirable
+    )
     seen = {key: x / number[f"number/{key.split('/')[1]}"] for key, x in seen.items()}
-    seen |= {"rewards/margins": seen["rewards/chosen"] - seen["rewards/rejected"], "kl": kl * (amounts["kto"] != 0)}
+    seen |= {
+        "rewards/margins": seen["rewards/chosen"] - seen["rewards/rejected"],
+        "kl": kl * (amounts["kto"] != 0),
+    }
     return mixture(per_row, amounts).mean(), {"metrics": seen}
 
 
 def kto(x, config, name):
     if "kl_logits" in x:
-        mismatched = (x["kl_logits"], x["ref_kl_logits"], x["KL_input_ids"], x["KL_completion_mask"][:, 1:] == 1)
+        mismatched = (
+            x["kl_logits"],
+            x["ref_kl_logits"],
+            x["KL_input_ids"],
+            x["KL_completion_mask"][:, 1:] == 1,
+        )
     else:  # no matter which
         width = x["logits"].shape[1] - 2  # that of the others
         mask = np.zeros((len(x["logits"]), width - 1), bool)
-        mismatched = (x["logits"][:, :width], x["ref_logits"][:, :width], x["input_ids"][:, :width], mask)
+        mismatched = (
+            x["logits"][:, :width],
+            x["ref_logits"][:, :width],
+            x["input_ids"][:, :width],
+            mask,
+        )
     out = kto_loss(
         x["logits"],
         ref_logits=x["ref_logits"],
@@ -276,26 +333,51 @@ def kto(x, config, name):
         beta=config["beta"],
         lambdas={key: config[key] for key in ("desirable_weight", "undesirable_weight")},
     )
-    seen = {key: value for key, value in out["metrics"].items() if key in CASES[name]["metrics"]}  # none of an absent label
+    seen = {
+        key: value for key, value in out["metrics"].items() if key in CASES[name]["metrics"]
+    }  # none of an absent label
     return out | {"metrics": seen}
 
 
 @value_and_gradient
-def bco_loss(logits, *, ref_logits, tokens, mask, desirable, previous_logits, previous, probability, weighted, knobs):
+def bco_loss(
+    logits,
+    *,
+    ref_logits,
+    tokens,
+    mask,
+    desirable,
+    previous_logits,
+    previous,
+    probability,
+    weighted,
+    knobs,
+):
     beta = knobs["beta"]
-    logprobs, reference, before = (sequence_logprobs(x, tokens, mask) for x in (logits, ref_logits, previous_logits))
+    logprobs, reference, before = (
+        sequence_logprobs(x, tokens, mask) for x in (logits, ref_logits, previous_logits)
+    )
     seen_rewards = moments.running()
-    state = seen_rewards.update(seen_rewards.init(), beta * (before - reference), jnp.full(before.shape, previous))
+    state = seen_rewards.update(
+        seen_rewards.init(), beta * (before - reference), jnp.full(before.shape, previous)
+    )
     state = seen_rewards.update(state, beta * (logprobs - reference))
     per_row = unpaired.bco(logprobs, reference, desirable, state.mean, beta=beta)
     bounds = {key: knobs[key] for key in ("min_ratio", "max_ratio")}
     per_row *= jnp.where(weighted, unpaired.density_ratio(probability, desirable, **bounds), 1.0)
-    seen = by_label("rewards", beta * (logprobs - reference), desirable) | by_label("logps", logprobs, desirable)
-    return per_row.mean(), {"metrics": {f"{key}_sum": x for key, x in seen.items()} | {"delta": state.mean}}
+    seen = by_label("rewards", beta * (logprobs - reference), desirable) | by_label(
+        "logps", logprobs, desirable
+    )
+    return per_row.mean(), {
+        "metrics": {f"{key}_sum": x for key, x in seen.items()} | {"delta": state.mean}
+    }
 
 
 def bco(x, config, name):
-    bounds = {"min_ratio": config.get("min_density_ratio", 0.5), "max_ratio": config.get("max_density_ratio", 10.0)}
+    bounds = {
+        "min_ratio": config.get("min_density_ratio", 0.5),
+        "max_ratio": config.get("max_density_ratio", 10.0),
+    }
     return bco_loss(
         x["logits"],
         ref_logits=x["ref_logits"],
@@ -355,13 +437,21 @@ def online_dpo(x, config, name):
 
 @value_and_gradient
 def xpo_loss(logits, *, ref_logits, tokens, masks, scores, amounts, beta, alpha):
-    policy, reference = ([of_completion(*x) for x in zip(both, tokens, masks, strict=True)] for both in (logits, ref_logits))
-    first = online.pairs_by_score(jnp.stack(scores, axis=1))[0] == 0  # the policy's own sample is the better one
+    policy, reference = (
+        [of_completion(*x) for x in zip(both, tokens, masks, strict=True)]
+        for both in (logits, ref_logits)
+    )
+    first = (
+        online.pairs_by_score(jnp.stack(scores, axis=1))[0] == 0
+    )  # the policy's own sample is the better one
     pair = [jnp.where(first, *x) for sums in (policy, reference) for x in (sums, sums[::-1])]
     per_pair = {
-        kind: online.xpo(*pair, from_reference=policy[1], alpha=alpha, loss=fn) for kind, fn in from_sums(pair, beta).items()
+        kind: online.xpo(*pair, from_reference=policy[1], alpha=alpha, loss=fn)
+        for kind, fn in from_sums(pair, beta).items()
     }
-    seen = of_pairs(*(beta * x for x in preference.log_ratios(*pair))) | {"loss/xpo": alpha * policy[1].mean()}
+    seen = of_pairs(*(beta * x for x in preference.log_ratios(*pair))) | {
+        "loss/xpo": alpha * policy[1].mean()
+    }
     total = mixture(per_pair, amounts).mean()
     return total, {"metrics": seen | {"loss/dpo": total - seen["loss/xpo"]}}
 
@@ -384,7 +474,9 @@ def xpo(x, config, name):
 
 @value_and_gradient
 def nash_md_loss(logits, *, ref_logits, tokens, mask, preferred, beta):
-    logprobs, reference = (losses.logits.token_logprob(completion(x, tokens), tokens) for x in (logits, ref_logits))
+    logprobs, reference = (
+        losses.logits.token_logprob(completion(x, tokens), tokens) for x in (logits, ref_logits)
+    )
     per_token = online.nash_md(logprobs, reference, mask, preferred=preferred, beta=beta)
     by_sequence = weights.sequence_sum(mask)
     seen = {"loss/kl": losses.weighted_sum(losses.kl.k1(logprobs, reference, mask), by_sequence)}
@@ -394,7 +486,12 @@ def nash_md_loss(logits, *, ref_logits, tokens, mask, preferred, beta):
 def nash_md(x, config, name):
     preferred = jax.nn.sigmoid(x["scores"] - x["mixture_scores"])
     mask = x["completion_mask"] == 1
-    inputs = {"ref_logits": x["ref_logits"], "tokens": x["completion_ids"], "mask": mask, "preferred": preferred}
+    inputs = {
+        "ref_logits": x["ref_logits"],
+        "tokens": x["completion_ids"],
+        "mask": mask,
+        "preferred": preferred,
+    }
     return nash_md_loss(x["logits"], **inputs, beta=config["beta"])
 
 

@@ -50,14 +50,23 @@ SURROGATES = {  # what is differentiated, and the derivative
     "luspo": (functools.partial(policy.luspo, **CLIP), clipped),
     "gmpo": (
         functools.partial(policy.gmpo, clip_low=0.2, clip_high=0.3),
-        lambda r, a: 0.0 if (a > 0 and math.log(r) > 0.3) or (a < 0 and math.log(r) < -0.2) else -r * a,
+        lambda r, a: (
+            0.0 if (a > 0 and math.log(r) > 0.3) or (a < 0 and math.log(r) < -0.2) else -r * a
+        ),
     ),
-    "cispo": (functools.partial(policy.cispo, max_ratio=1.5, min_ratio=0.5), lambda r, a: -min(max(r, 0.5), 1.5) * a),
+    "cispo": (
+        functools.partial(policy.cispo, max_ratio=1.5, min_ratio=0.5),
+        lambda r, a: -min(max(r, 0.5), 1.5) * a,
+    ),
     "sapo": (policy.sapo, sapo),
     "vespo": (policy.vespo, vespo),
     "dppo": (
-        functools.partial(policy.dppo, threshold_low=0.1, threshold_high=0.15),  # of π = 0.3 r against 0.3
-        lambda r, a: 0.0 if (a > 0 and 0.3 * (r - 1) > 0.15) or (a < 0 and 0.3 * (1 - r) > 0.1) else -r * a,
+        functools.partial(
+            policy.dppo, threshold_low=0.1, threshold_high=0.15
+        ),  # of π = 0.3 r against 0.3
+        lambda r, a: (
+            0.0 if (a > 0 and 0.3 * (r - 1) > 0.15) or (a < 0 and 0.3 * (1 - r) > 0.1) else -r * a
+        ),
     ),
     "topr": (policy.topr, lambda r, a: -a if a >= 0 else -min(r, 1.0) * a),
     "m2po": (
@@ -65,7 +74,9 @@ SURROGATES = {  # what is differentiated, and the derivative
         lambda r, a: -r * a if math.log(r) ** 2 <= 0.1 else 0.0,
     ),
     "decoupled_surrogate": (
-        lambda lp, old, a, m: policy.decoupled_surrogate(lp, old, a, m, importance=0.5 * jnp.ones_like(lp), **CLIP),
+        lambda lp, old, a, m: policy.decoupled_surrogate(
+            lp, old, a, m, importance=0.5 * jnp.ones_like(lp), **CLIP
+        ),
         lambda r, a: 0.5 * clipped(r, a),
     ),
     "kl_cov": (  # a single token has no covariance, and pays
@@ -88,7 +99,9 @@ def test_surrogate(name, advantage, ratio):
 
 @functools.cache
 def surrogate_of(name):
-    return lambda lp, old, advantages: SURROGATES[name][0](lp, old, advantages, jnp.ones((1, 1), bool))
+    return lambda lp, old, advantages: SURROGATES[name][0](
+        lp, old, advantages, jnp.ones((1, 1), bool)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in SURROGATES if name != "kl_cov"])
@@ -105,20 +118,35 @@ def test_gradients_through_a_sequences_ratio():
     old = np.log([[0.3, 0.4]])
     lp, advantages = old + np.array([[0.1, -0.3]]), np.array([[2.0, 2.0]])
     mask, ratio = np.ones((1, 2), bool), math.exp(-0.1)
-    of = lambda fn: gradients(lambda lp: fn(lp, old, advantages, mask, clip_low=0.2, clip_high=0.3), lp)[0]
-    assert_close(of(policy.gspo), [[-2 * ratio, -2 * ratio]])  # two losses, each of which gives half to each
+    of = lambda fn: gradients(
+        lambda lp: fn(lp, old, advantages, mask, clip_low=0.2, clip_high=0.3), lp
+    )[0]
+    assert_close(
+        of(policy.gspo), [[-2 * ratio, -2 * ratio]]
+    )  # two losses, each of which gives half to each
     assert_close(of(policy.gspo_token), [[-2 * ratio, -2 * ratio]])
     assert_close(of(policy.luspo), [[-4 * ratio, -4 * ratio]])
     # GMPO bounds the first token at 0.05 from above and leaves the second: only that one is reached.
     bounded = math.exp((0.05 - 0.3) / 2)
-    got = gradients(lambda lp: policy.gmpo(lp, old, advantages, mask, clip_low=0.2, clip_high=0.05), lp)[0]
+    got = gradients(
+        lambda lp: policy.gmpo(lp, old, advantages, mask, clip_low=0.2, clip_high=0.05), lp
+    )[0]
     assert_close(got, [[0.0, -2 * bounded]])
-    uneven = gradients(lambda lp: policy.gspo_token(lp, old, advantages * [[1, 0]], mask, clip_low=0.2, clip_high=0.3), lp)[0]
+    uneven = gradients(
+        lambda lp: policy.gspo_token(
+            lp, old, advantages * [[1, 0]], mask, clip_low=0.2, clip_high=0.3
+        ),
+        lp,
+    )[0]
     assert_close(uneven, [[-2 * ratio, 0.0]])
 
 
 def test_clip_cov_has_no_gradient_where_it_drops():
-    old, advantages, mask = np.log([[0.5, 0.1, 0.4]]), np.array([[1.0, -1.0, 0.2]]), np.ones((1, 3), bool)
+    old, advantages, mask = (
+        np.log([[0.5, 0.1, 0.4]]),
+        np.array([[1.0, -1.0, 0.2]]),
+        np.ones((1, 3), bool),
+    )
     knobs = dict(key=jax.random.key(0), share=0.4, cov_low=0.2, cov_high=9.0)
     fn = lambda lp: covariance.clip_cov(lp, old, advantages, mask, **knobs)
     cov = run(covariance.covariance, old, advantages, mask)
@@ -160,7 +188,9 @@ def forward(logits):
 
 def exact(divergence):
     with jax.enable_x64(True):
-        return np.asarray(jax.value_and_grad(divergence)(jnp.asarray(LOGITS))[1]), float(divergence(jnp.asarray(LOGITS)))
+        return np.asarray(jax.value_and_grad(divergence)(jnp.asarray(LOGITS))[1]), float(
+            divergence(jnp.asarray(LOGITS))
+        )
 
 
 masked = lambda fn, **knobs: lambda lp, ref: fn(lp, ref, ACTIONS, **knobs)
@@ -207,10 +237,14 @@ def test_full_kl():
     with jax.enable_x64(True):
         want, value = exact(reverse)
         assert abs(float(run(kl.full, LOGITS, REF)) - value) < 1e-12
-        np.testing.assert_allclose(gradients(lambda x: kl.full(x, REF), LOGITS)[0], want, atol=1e-12)
+        np.testing.assert_allclose(
+            gradients(lambda x: kl.full(x, REF), LOGITS)[0], want, atol=1e-12
+        )
 
 
 def test_log_ratios_end_at_twenty_and_so_do_gradients():
     far, old, mask = np.array([[50.0, -50.0, 1.0]]), np.zeros((1, 3)), np.ones((1, 3), bool)
     assert_close(run(ratios.token_log_ratio, far, old, mask), [[20.0, -20.0, 1.0]])
-    assert_close(gradients(lambda lp: ratios.token_log_ratio(lp, old, mask), far)[0], [[0.0, 0.0, 1.0]])
+    assert_close(
+        gradients(lambda lp: ratios.token_log_ratio(lp, old, mask), far)[0], [[0.0, 0.0, 1.0]]
+    )

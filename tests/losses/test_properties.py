@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from contracts import CASES
 from contracts.case import ROWS
-from contracts.run import HAS_MASK, IGNORES, assert_close, assert_equal, call, ignored, inputs_of, split_floats, weights_for
+from contracts.run import (
+    HAS_MASK,
+    IGNORES,
+    assert_close,
+    assert_equal,
+    call,
+    ignored,
+    inputs_of,
+    split_floats,
+    weights_for,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +41,9 @@ def drawn_inputs(name, seed, density, exponent=0):
 @every_function
 @given(seed=seeds, density=densities, exponent=st.sampled_from([-4, 0, 2, 4]))
 @drawn
-def test_extreme_numbers_give_finite_results_and_zeros_under_the_mask(name, seed, density, exponent):
+def test_extreme_numbers_give_finite_results_and_zeros_under_the_mask(
+    name, seed, density, exponent
+):
     arrays = drawn_inputs(name, seed, density, exponent)
     out, gradients, _ = call(name, arrays)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((out, gradients)))
@@ -48,7 +60,10 @@ def test_extreme_numbers_give_finite_results_and_zeros_under_the_mask(name, seed
 @drawn
 def test_what_is_under_any_mask_changes_nothing(name, seed, density, junk):
     arrays = drawn_inputs(name, seed, density)
-    dirty = {key: np.where(here, np.float32(junk), arrays[key]) for key, here in ignored(name, arrays).items()}
+    dirty = {
+        key: np.where(here, np.float32(junk), arrays[key])
+        for key, here in ignored(name, arrays).items()
+    }
     assert_equal(call(name, arrays | dirty), call(name, arrays))
 
 

@@ -36,7 +36,9 @@ TRUTH = {  # name -> (ours, by definition in float64), of [P, G]
     "rloo": (groups.rloo, lambda r: r - of_others(r, lambda x: x.mean(-1))),
     "leave_one_out": (
         groups.leave_one_out,
-        lambda r: over(r - of_others(r, lambda x: x.mean(-1)), of_others(r, lambda x: x.std(-1, ddof=1)), 1e-6),
+        lambda r: over(
+            r - of_others(r, lambda x: x.mean(-1)), of_others(r, lambda x: x.std(-1, ddof=1)), 1e-6
+        ),
     ),
     "max_rl": (groups.max_rl, lambda r: over(r - means(r), means(r), 1e-4)),
     "opo": (lambda r: groups.opo(r, jnp.ones(r.shape, jnp.int32)), lambda r: r - means(r)),
@@ -68,7 +70,9 @@ def test_all_and_all_but_one_equal_as_in_float64(name):
         got = np.asarray(ours(jnp.asarray(r)))
         if offset == 0:
             np.testing.assert_array_equal(got, 0.0, err_msg=f"{magnitude}")
-        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), err_msg=f"{magnitude} {offset}")
+        np.testing.assert_allclose(
+            got, want, atol=1e-5 * np.abs(want).max(), err_msg=f"{magnitude} {offset}"
+        )
 
 
 @pytest.mark.parametrize("name", TRUTH)
@@ -100,7 +104,9 @@ def test_samples_without_a_score_change_nothing():
         if name in ("whiten", "opo"):
             continue
         got = np.asarray(ours(jnp.asarray(holes)))[~np.isnan(holes)]
-        np.testing.assert_allclose(got, np.asarray(ours(jnp.asarray(r)))[0], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            got, np.asarray(ours(jnp.asarray(r)))[0], rtol=1e-6, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("magnitude", MAGNITUDES)

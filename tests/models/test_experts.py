@@ -40,7 +40,9 @@ def test_experts_are_their_definition(per_token, renormalise):
     np.testing.assert_allclose(y, out, rtol=0, atol=2e-5)
     counted = REAL[:, :, None]
     expected = Routing((probs * counted).sum(1), (picked * counted).sum(1), REAL.sum(1))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), routing, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), routing, expected
+    )
 
 
 def test_gradients_are_those_of_all_experts_side_by_side():
@@ -56,7 +58,9 @@ def test_gradients_are_those_of_all_experts_side_by_side():
     how = dict(per_token=2, renormalise=True, activate=jax.nn.silu)
     sparse = lambda *args: experts(*args, REAL, **how)[0]
     weights = (X, ROUTER, GATE, UP, DOWN)
-    ours, theirs = (jax.jit(jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(*w)))))(weights) for f in (sparse, dense))
+    ours, theirs = (
+        jax.jit(jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(*w)))))(weights) for f in (sparse, dense)
+    )
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
         assert np.abs(b).max() > 0

@@ -6,7 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_goldens import CHECKPOINTS, GENERATING, HOME, NEW, forward, generate, golden, load, meta, names, rollout, source
+from checkpoint_goldens import (
+    CHECKPOINTS,
+    GENERATING,
+    HOME,
+    NEW,
+    forward,
+    generate,
+    golden,
+    load,
+    meta,
+    names,
+    rollout,
+    source,
+)
 from safetensors.numpy import load_file
 
 from rlhf import losses, rollouts
@@ -20,7 +33,9 @@ CLASSIFIERS = names("seqcls", "tokcls", "encoder_seqcls")
 ENCODERS = names("encoder")
 ALL = [*LMS, *CLASSIFIERS, *ENCODERS]
 SAMPLING = [name for name in LMS if name in GENERATING]
-ENDING = LMS if CHECKPOINTS != HOME else ["gpt2", "llama", "t5"]  # learned, rotary, an encoder's; the rest is the same code
+ENDING = (
+    LMS if CHECKPOINTS != HOME else ["gpt2", "llama", "t5"]
+)  # learned, rotary, an encoder's; the rest is the same code
 
 
 def assert_close(a, b, atol):
@@ -41,11 +56,17 @@ def test_outputs_are_those_of_transformers(name):
     assert not ours.logprobs[:, 0].any()
     labelled = g.labels[:, 1:] != -100
     if name in SEQ2SEQ:  # labels are the decoder's tokens, one to the left
-        logprobs = np.asarray(losses.logits.token_logprob(jnp.asarray(ours.logits), jnp.maximum(g.labels, 0)))
+        logprobs = np.asarray(
+            losses.logits.token_logprob(jnp.asarray(ours.logits), jnp.maximum(g.labels, 0))
+        )
         labelled = g.labels != -100
     else:
         logprobs = ours.logprobs[:, 1:]
-    assert_close(np.where(labelled, logprobs, 0) if name in SEQ2SEQ else logprobs, g.token_logprobs, g.tolerance)
+    assert_close(
+        np.where(labelled, logprobs, 0) if name in SEQ2SEQ else logprobs,
+        g.token_logprobs,
+        g.tolerance,
+    )
     assert_close(-logprobs[labelled].mean(), g.loss, g.tolerance)
 
 
@@ -58,7 +79,9 @@ def test_encoders_of_decoders_are_those_of_transformers(name):
     assert_close(encoded["hidden"][real], g.encoder_last_hidden_state[real], g.tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if "packed_logits" in meta(name)["arrays"]])
+@pytest.mark.parametrize(
+    "name", [name for name in CAUSAL if "packed_logits" in meta(name)["arrays"]]
+)
 def test_packed_sequences_are_those_of_transformers_one_by_one(name):
     assert_close(forward(name)["packed"].logits, golden(name).packed_logits, golden(name).tolerance)
 
@@ -68,7 +91,9 @@ def same_rows(name):
 
     transformers takes the factors of the batch's longest row; a row must not depend on its neighbours.
     """
-    original = golden(name).config.get("rope_parameters", {}).get("original_max_position_embeddings")
+    original = (
+        golden(name).config.get("rope_parameters", {}).get("original_max_position_embeddings")
+    )
     if golden(name).config.get("rope_parameters", {}).get("rope_type") != "longrope":
         return slice(None)
     return golden(name).gen_attention_mask.sum(1) > original
@@ -87,7 +112,9 @@ def test_an_end_token_ends_a_row(name):
     g, rows = golden(name), same_rows(name)
     ended = generate(name, eos_ids=(int(g.gen_eos_token_id),))
     np.testing.assert_array_equal(ended.tokens[rows, -NEW:], g.gen_eos_new_tokens[rows])
-    np.testing.assert_array_equal(ended.finished[rows], (g.gen_eos_new_tokens == g.gen_eos_token_id).any(-1)[rows])
+    np.testing.assert_array_equal(
+        ended.finished[rows], (g.gen_eos_new_tokens == g.gen_eos_token_id).any(-1)[rows]
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -115,7 +142,11 @@ def classify(name, tokens, mask, given=True):
     lm, head, params, _ = load(name)
     g = golden(name)
     inputs = {"token_types": g.token_type_ids} if hasattr(g, "token_type_ids") else None
-    where = dict(positions=positions(name, tokens, mask, given).astype(np.int32), segment_ids=mask, inputs=inputs)
+    where = dict(
+        positions=positions(name, tokens, mask, given).astype(np.int32),
+        segment_ids=mask,
+        inputs=inputs,
+    )
     return np.asarray(run_classifier(lm, head, params, tokens, **where))
 
 
@@ -137,19 +168,25 @@ def test_classifiers_are_those_of_transformers(name):
         assert_close(-np.asarray(logprobs)[labelled].mean(), g.loss, g.tolerance)
     elif hasattr(g, "logits_with_position_ids"):
         assert_close(ours, flat(g.logits_with_position_ids), g.tolerance)
-        assert_close(classify(name, g.input_ids, g.attention_mask, given=False), flat(g.logits), g.tolerance)
+        assert_close(
+            classify(name, g.input_ids, g.attention_mask, given=False), flat(g.logits), g.tolerance
+        )
     else:
         assert_close(ours, flat(g.logits), g.tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSIFIERS if "left_logits" in meta(name)["arrays"]])
+@pytest.mark.parametrize(
+    "name", [name for name in CLASSIFIERS if "left_logits" in meta(name)["arrays"]]
+)
 def test_rewards_with_padding_on_either_side(name):
     """With pad = eos, transformers reads the token before the end; so does a row whose end token is left out of its segment."""
     g = golden(name)
     for side in ("left", "right", "pad_is_eos"):
         tokens, expected = getattr(g, f"{side}_input_ids"), getattr(g, f"{side}_logits")
         assert_close(
-            classify(name, tokens, (tokens != g.config["pad_token_id"]).astype(np.int32), given=False),
+            classify(
+                name, tokens, (tokens != g.config["pad_token_id"]).astype(np.int32), given=False
+            ),
             flat(expected),
             g.tolerance,
         )
@@ -160,7 +197,9 @@ def test_encoders_are_those_of_transformers(name):
     g, (lm, _, params, _) = golden(name), load(name)
     inputs = {"token_types": g.token_type_ids} if hasattr(g, "token_type_ids") else None
     where = dict(
-        positions=positions(name, g.input_ids, g.attention_mask).astype(np.int32), segment_ids=g.attention_mask, inputs=inputs
+        positions=positions(name, g.input_ids, g.attention_mask).astype(np.int32),
+        segment_ids=g.attention_mask,
+        inputs=inputs,
     )
     hidden = np.asarray(lm.hidden(params, g.input_ids, **where)[0])
     real = g.attention_mask == 1
@@ -179,7 +218,10 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("name", ALL)
 def test_older_config_keys_give_the_same(name, tmp_path):
-    new, old = (huggingface.read_config(copied(tmp_path, name, file)) for file in ("config.json", "config_v4.json"))
+    new, old = (
+        huggingface.read_config(copied(tmp_path, name, file))
+        for file in ("config.json", "config_v4.json")
+    )
     assert new == old
 
 
@@ -200,25 +242,41 @@ def test_saving_gives_back_every_tensor(name, tmp_path):
         again = huggingface.load(tmp_path / "a")
         assert_same((again[0], None, again[1]), load(name))
     else:
-        huggingface.save(tmp_path / "a", lm, params["lm"], like=CHECKPOINTS / name, head=params["head"])
+        huggingface.save(
+            tmp_path / "a", lm, params["lm"], like=CHECKPOINTS / name, head=params["head"]
+        )
         assert_same(huggingface.load_classifier(tmp_path / "a"), load(name))
     saved, prefix = tensors(tmp_path / "a"), FAMILIES[golden(name).config["model_type"]].prefix
-    original = {key if key in saved or prefix + key not in saved else prefix + key: x for key, x in original.items()}
+    original = {
+        key if key in saved or prefix + key not in saved else prefix + key: x
+        for key, x in original.items()
+    }
     kept = {key for key in original if key in saved}
     dropped = {key for key in original if key not in saved}
     assert saved.keys() == kept
     assert all(
-        key.endswith(("inv_freq", "attn.bias", "masked_bias", "position_ids")) or key == "lm_head.weight" for key in dropped
+        key.endswith(("inv_freq", "attn.bias", "masked_bias", "position_ids"))
+        or key == "lm_head.weight"
+        for key in dropped
     )
     for key in kept:
-        wide = original[key].astype(saved[key].dtype)  # what was stored in half precision was loaded into float32
+        wide = original[key].astype(
+            saved[key].dtype
+        )  # what was stored in half precision was loaded into float32
         assert saved[key].shape == original[key].shape
         assert saved[key].tobytes() == wide.tobytes(), key
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "a", CHECKPOINTS / name))
+    ours, theirs = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path / "a", CHECKPOINTS / name)
+    )
     for config in (ours, theirs):
         config.pop("transformers_version"), config.pop("dtype")
     assert ours == theirs
 
 
 def tensors(folder):
-    return {key: x for file in sorted(folder.glob("*.safetensors")) for key, x in load_file(file).items()}
+    return {
+        key: x
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, x in load_file(file).items()
+    }

@@ -17,7 +17,9 @@ from rlhf.models import huggingface, mapping, tokenizer_files
 from rlhf.models.families import FAMILIES, schema
 
 VALUES: list = [None, "text", -1, 0, 1e300, math.nan, [], {}, True, 10**12, 10**6]
-SECONDS = 20.0  # of the processor, for any one of them; a machine may be slow, what hangs never ends
+SECONDS = (
+    20.0  # of the processor, for any one of them; a machine may be slow, what hangs never ends
+)
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 1.0}
 REFUSED = (ValueError, FileNotFoundError)
 BASE = CHECKPOINTS / "llama"
@@ -33,14 +35,19 @@ def imported():
 def family_folders():
     """The first checkpoint of each family."""
     folders = sorted(CHECKPOINTS.glob("*/config.json"))
-    by_family = {json.loads(file.read_text())["model_type"]: file.parent for file in reversed(folders)}
+    by_family = {
+        json.loads(file.read_text())["model_type"]: file.parent for file in reversed(folders)
+    }
     return [pytest.param(folder, id=name) for name, folder in sorted(by_family.items())]
 
 
 def copied(folder, to=None):
     to.mkdir()
     for file in folder.iterdir():
-        if file.suffix in (".json", ".safetensors", ".jinja") and file.name not in ("golden.json", "meta.json"):
+        if file.suffix in (".json", ".safetensors", ".jinja") and file.name not in (
+            "golden.json",
+            "meta.json",
+        ):
             shutil.copy(file, to)
     return to
 
@@ -106,7 +113,11 @@ def test_every_field_with_every_value_is_read_or_refused(folder, tmp_path):
         tested.add(last)
         (tmp_path / "config.json").write_text(json.dumps(changed))
         wrong = last in hints and schema._problem(hints[last], value)
-        refused = told(functools.partial(huggingface.read_config, tmp_path), "config.json", *([last] if wrong else []))
+        refused = told(
+            functools.partial(huggingface.read_config, tmp_path),
+            "config.json",
+            *([last] if wrong else []),
+        )
         assert refused or not wrong, f"{field} = {value!r}"
         if refused is None and not may_be(own, value):
             assert huggingface.read_config(tmp_path) == own_config, f"{field} = {value!r}"
@@ -130,21 +141,50 @@ def test_sizes_that_the_files_do_not_have_are_refused_before_any_array(tmp_path,
         assert told(lambda: huggingface.load(folder), str(folder))
     folder = copied(CHECKPOINTS / "mixtral", tmp_path / "b")
     raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**raw, "num_local_experts": 4096, "num_hidden_layers": 1000}))
-    assert told(lambda: huggingface.load(folder), "1000 layers", "4096 experts", "at least 4,096,000 tensors")
+    (folder / "config.json").write_text(
+        json.dumps({**raw, "num_local_experts": 4096, "num_hidden_layers": 1000})
+    )
+    assert told(
+        lambda: huggingface.load(folder),
+        "1000 layers",
+        "4096 experts",
+        "at least 4,096,000 tensors",
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(num_hidden_layers=10**6), "num_hidden_layers must be a whole number at least 1 and at most 1,000"),
-        (dict(num_key_value_heads=3), "num_key_value_heads 3 does not divide num_attention_heads 4"),
-        (dict(num_attention_heads=3, head_dim=None), "hidden size (32) is not a multiple of the number of attention heads (3)"),
-        (dict(head_dim=7), "head_dim"),
-        (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "rope_type 'linear' lacks factor"),
-        (dict(rope_parameters={"rope_type": "yarn", "factor": -4}), "rope_parameters.factor must be a number at least 1"),
         (
-            dict(rope_parameters={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}),
+            dict(num_hidden_layers=10**6),
+            "num_hidden_layers must be a whole number at least 1 and at most 1,000",
+        ),
+        (
+            dict(num_key_value_heads=3),
+            "num_key_value_heads 3 does not divide num_attention_heads 4",
+        ),
+        (
+            dict(num_attention_heads=3, head_dim=None),
+            "hidden size (32) is not a multiple of the number of attention heads (3)",
+        ),
+        (dict(head_dim=7), "head_dim"),
+        (
+            dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
+            "rope_type 'linear' lacks factor",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "yarn", "factor": -4}),
+            "rope_parameters.factor must be a number at least 1",
+        ),
+        (
+            dict(
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                }
+            ),
             "high_freq",
         ),
         (dict(rope_parameters="linear"), "rope_parameters must be an object or null"),
@@ -176,23 +216,55 @@ def test_what_must_fit_is_told_with_both_sides(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("qwen2_sliding", dict(layer_types=["full_attention"]), "layer_types has 1 entries, but there are 3 layers"),
-        ("qwen2_sliding", dict(sliding_window=None), "layer_types has 'sliding_attention', but sliding_window is null"),
+        (
+            "qwen2_sliding",
+            dict(layer_types=["full_attention"]),
+            "layer_types has 1 entries, but there are 3 layers",
+        ),
+        (
+            "qwen2_sliding",
+            dict(sliding_window=None),
+            "layer_types has 'sliding_attention', but sliding_window is null",
+        ),
         ("gpt_neo", dict(attention_types=[[["global"], 10**12]]), "attention_types must be a list"),
-        ("gpt_neo", dict(attention_types=[[["global"], 3]]), "attention_types gives 3 layers, but num_layers is 4"),
+        (
+            "gpt_neo",
+            dict(attention_types=[[["global"], 3]]),
+            "attention_types gives 3 layers, but num_layers is 4",
+        ),
         ("gpt_neo", dict(attention_layers=["local"]), "attention_layers has 1 entries"),
         ("gptj", dict(rotary_dim=7), "7 entries of a head of 16 turn (rotary_dim"),
         ("gptj", dict(rotary_dim=64), "64 entries of a head of 16 turn (rotary_dim"),
         ("t5", dict(relative_attention_num_buckets=2), "relative_attention_num_buckets must be"),
-        ("t5", dict(relative_attention_max_distance=4), "relative_attention_max_distance 4 must be above half"),
+        (
+            "t5",
+            dict(relative_attention_max_distance=4),
+            "relative_attention_max_distance 4 must be above half",
+        ),
         ("t5", dict(feed_forward_proj="gated-mish"), "feed_forward_proj must be one of"),
         ("roberta_classifier", dict(pad_token_id=None), "pad_token_id must be a whole number"),
-        ("roberta_classifier", dict(pad_token_id=50), "max_position_embeddings 40 leaves no position"),
+        (
+            "roberta_classifier",
+            dict(pad_token_id=50),
+            "max_position_embeddings 40 leaves no position",
+        ),
         ("qwen3_moe", dict(num_experts_per_tok=7), "num_experts_per_tok 7 of 6 experts"),
         ("qwen3_moe", dict(decoder_sparse_step=0), "decoder_sparse_step must be"),
-        ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers has 1 entries, but there are 4 layers"),
-        ("phi3_longrope", dict(original_max_position_embeddings=1), "original_max_position_embeddings must be"),
-        ("bart", dict(encoder_attention_heads=5), "encoder_attention_heads 5 does not divide d_model 32"),
+        (
+            "smollm3",
+            dict(no_rope_layers=[1]),
+            "no_rope_layers has 1 entries, but there are 4 layers",
+        ),
+        (
+            "phi3_longrope",
+            dict(original_max_position_embeddings=1),
+            "original_max_position_embeddings must be",
+        ),
+        (
+            "bart",
+            dict(encoder_attention_heads=5),
+            "encoder_attention_heads 5 does not divide d_model 32",
+        ),
         ("gpt2", dict(n_head=5), "n_head 5 does not divide n_embd 32"),
     ],
 )
@@ -219,7 +291,9 @@ NO_JSON = {
 }
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
 @pytest.mark.parametrize("kind", NO_JSON)
 def test_what_is_no_json_is_told_with_its_file(kind, file, tmp_path):
     folder = whole_folder(tmp_path / "a")
@@ -227,7 +301,9 @@ def test_what_is_no_json_is_told_with_its_file(kind, file, tmp_path):
     assert told(lambda: (huggingface.load_tokenizer(folder), huggingface._found(folder, {})), file)
 
 
-@pytest.mark.parametrize("field", ["eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"])
+@pytest.mark.parametrize(
+    "field", ["eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"]
+)
 def test_generation_config_names_ids_of_the_vocabulary(field, tmp_path):
     folder = whole_folder(tmp_path / "a")
     tokenizer = huggingface.load_tokenizer(folder)
@@ -260,7 +336,9 @@ DAMAGES = {
     "seven bytes": lambda data: data[:7],
     "pickle": lambda data: b"PK\3\4" + data,
     "lfs": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4\n",
-    "overlap": with_header(lambda h: {**h, "model.norm.weight": {**h["model.norm.weight"], "data_offsets": [0, 128]}}),
+    "overlap": with_header(
+        lambda h: {**h, "model.norm.weight": {**h["model.norm.weight"], "data_offsets": [0, 128]}}
+    ),
     "negative": with_header(lambda h: {**h, FIRST: {**h[FIRST], "data_offsets": [-4, 16124]}}),
     "backwards": with_header(lambda h: {**h, FIRST: {**h[FIRST], "data_offsets": [16128, 0]}}),
     "huge shape": with_header(lambda h: {**h, FIRST: {**h[FIRST], "shape": [2**62, 2**62]}}),
@@ -289,7 +367,9 @@ def test_weights_that_cannot_be_of_a_tied_model(kind, tmp_path):
     """Whose two matrices are compared before the rest is checked."""
     folder = copied(CHECKPOINTS / "qwen2", tmp_path / "a")
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, FIRST: tensors["model.embed_tokens.weight"]}, folder / "model.safetensors")
+    save_file(
+        {**tensors, FIRST: tensors["model.embed_tokens.weight"]}, folder / "model.safetensors"
+    )
     file = folder / "model.safetensors"
     file.write_bytes(DAMAGES[kind](file.read_bytes()))
     assert told(lambda: huggingface.load(folder), str(folder))
@@ -298,11 +378,17 @@ def test_weights_that_cannot_be_of_a_tied_model(kind, tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "../../etc/passwd"}}, "weight_map names '../../etc/passwd', which is not a file of this folder"),
+        (
+            {"weight_map": {"a": "../../etc/passwd"}},
+            "weight_map names '../../etc/passwd', which is not a file of this folder",
+        ),
         ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd', which is not a file of this folder"),
         ({"weight_map": {"a": ".."}}, "'..', which is not a file"),
         ({"weight_map": {"a": "a\0b"}}, "which is not a file"),
-        ({"weight_map": {"a": "model-1.safetensors"}}, "names files that are not there: model-1.safetensors"),
+        (
+            {"weight_map": {"a": "model-1.safetensors"}},
+            "names files that are not there: model-1.safetensors",
+        ),
         ({"weight_map": {"a": 5}}, "weight_map must be an object"),
         ({"weight_map": []}, "weight_map must be an object"),
         ({}, "weight_map must be an object"),
@@ -341,10 +427,14 @@ def test_paths_that_are_no_folder(tmp_path, monkeypatch):
         folder = whole_folder(tmp_path / f"a-{file}")
         (folder / file).unlink()
         (folder / file).mkdir()
-        assert told(lambda folder=folder: (huggingface._tokenizer(folder), huggingface.load(folder)), file)
+        assert told(
+            lambda folder=folder: (huggingface._tokenizer(folder), huggingface.load(folder)), file
+        )
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+)
 def test_flipped_and_cut_files_are_read_or_refused(file, tmp_path, monkeypatch):
     """Whatever a bad disk or download leaves: no other exception, and no hang."""
     monkeypatch.setattr(mapping, "read", lambda *_: {})
@@ -355,9 +445,15 @@ def test_flipped_and_cut_files_are_read_or_refused(file, tmp_path, monkeypatch):
     for number in range(60):
         damaged = bytearray(data)
         for _ in range(rng.choice([1, 1, 4])):
-            damaged[rng.randrange(until)] = rng.randrange(256) if number % 2 else rng.randrange(32, 127)
+            damaged[rng.randrange(until)] = (
+                rng.randrange(256) if number % 2 else rng.randrange(32, 127)
+            )
         (folder / file).write_bytes(damaged if number % 5 else data[: rng.randrange(len(data))])
-        call = huggingface.load_tokenizer if file == "tokenizer.json" else functools.partial(huggingface._found, fields={})
+        call = (
+            huggingface.load_tokenizer
+            if file == "tokenizer.json"
+            else functools.partial(huggingface._found, fields={})
+        )
         refused += told(lambda call=call: call(folder), str(folder)) is not None
     assert refused > 10
 
@@ -367,7 +463,11 @@ def test_flipped_and_cut_files_are_read_or_refused(file, tmp_path, monkeypatch):
 
 def letters():
     """GPT-2's names of the bytes."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    kept = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     return [chr(byte) for byte in kept] + [chr(256 + i) for i in range(256 - len(kept))]
 
 
@@ -389,8 +489,19 @@ def older_files(folder, kind):
         ("gpt2", "vocab.json", None),
         ("qwen2", "vocab.json", None),
         ("roberta_classifier", "vocab.json", None),
-        ("opt", "vocab.json", {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "add_bos_token": True}),
-        ("llama", "vocab.json", {"tokenizer_class": "GPT2Tokenizer", "chat_template": [{"name": "default", "template": "x"}]}),
+        (
+            "opt",
+            "vocab.json",
+            {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "add_bos_token": True},
+        ),
+        (
+            "llama",
+            "vocab.json",
+            {
+                "tokenizer_class": "GPT2Tokenizer",
+                "chat_template": [{"name": "default", "template": "x"}],
+            },
+        ),
         ("bert_classifier_1", "vocab.txt", None),
         ("distilbert_classifier", "vocab.txt", {"do_lower_case": False}),
     ],
@@ -415,13 +526,25 @@ def test_a_tokenizer_of_older_files_is_transformers_own(name, kind, config, tmp_
     [
         ("gpt2", {"vocab.json": "{}"}, "no tokenizer can be made of vocab.json"),
         ("gpt2", {"merges.txt": "a b"}, "no tokenizer can be made of merges.txt"),
-        ("gpt2", {"vocab.txt": "a\nb\n"}, "reads other files; tokenizer_class in tokenizer_config.json names the class"),
+        (
+            "gpt2",
+            {"vocab.txt": "a\nb\n"},
+            "reads other files; tokenizer_class in tokenizer_config.json names the class",
+        ),
         ("bert_classifier_1", {"vocab.json": '{"a": 0}', "merges.txt": ""}, "reads other files"),
-        ("llama", {"vocab.json": '{"a": 0}', "merges.txt": ""}, "no tokenizer can be made of vocab.json, merges.txt"),
+        (
+            "llama",
+            {"vocab.json": '{"a": 0}', "merges.txt": ""},
+            "no tokenizer can be made of vocab.json, merges.txt",
+        ),
         ("gpt2", {"vocab.json": "{", "merges.txt": ""}, "vocab.json is not JSON"),
         ("llama", {"tokenizer.model": "xyz"}, "pip install sentencepiece tiktoken protobuf"),
         ("llama", {"tokenizer.json": "{}"}, "no tokenizer can be made of tokenizer.json"),
-        ("llama", {"tokenizer.json": '{"version": "9.0"}'}, "no tokenizer can be made of tokenizer.json"),
+        (
+            "llama",
+            {"tokenizer.json": '{"version": "9.0"}'},
+            "no tokenizer can be made of tokenizer.json",
+        ),
     ],
 )
 def test_tokenizers_that_cannot_be_made(name, files, message, tmp_path):
@@ -461,7 +584,9 @@ def test_fields_of_a_tokenizer_s_config(field, value, tmp_path):
 def test_files_beside_the_vocabulary_are_small(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_files, "SMALL", 100)
     folder = whole_folder(tmp_path / "a")
-    assert told(lambda: huggingface.load_tokenizer(folder), "has 405 bytes, but such a file has at most 100")
+    assert told(
+        lambda: huggingface.load_tokenizer(folder), "has 405 bytes, but such a file has at most 100"
+    )
 
 
 def test_the_schema_knows_every_field_that_families_read():
@@ -484,5 +609,8 @@ def test_the_schema_knows_every_field_that_families_read():
 def test_listed_names_of_problems_are_few(tmp_path):
     folder = copied(BASE, tmp_path / "a")
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, **{f"extra.{i}": np.ones(1, np.float32) for i in range(500)}}, folder / "model.safetensors")
+    save_file(
+        {**tensors, **{f"extra.{i}": np.ones(1, np.float32) for i in range(500)}},
+        folder / "model.safetensors",
+    )
     assert told(lambda: huggingface.load(folder), "left over: extra.0, extra.1, ", "… and 480 more")

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from rlhf import losses, rollouts
-from rlhf.models import LayerKind, Rope, TransformerConfig, classifier_head, encoder_decoder, transformer
+from rlhf.models import (
+    LayerKind,
+    Rope,
+    TransformerConfig,
+    classifier_head,
+    encoder_decoder,
+    transformer,
+)
 from rlhf.models.config import EncoderDecoderConfig
 from rlhf.models.rotary import Dynamic
 from rlhf.rollouts import Prompts, filtering, replay, samplers
@@ -18,11 +25,14 @@ TINY: dict[str, Any] = dict(vocab_size=8, hidden_size=4, num_layers=1, num_heads
 PLAIN: dict[str, Any] = dict(TINY, kinds=(LayerKind(rope=None),))
 LEARNED = transformer(TransformerConfig(**PLAIN, max_positions=6, position_offset=2))
 ROTARY = transformer(TransformerConfig(**TINY))
-STRETCHED = transformer(TransformerConfig(**TINY, kinds=(LayerKind(rope=Rope(scaling=Dynamic(2.0, 3))),)))
+STRETCHED = transformer(
+    TransformerConfig(**TINY, kinds=(LayerKind(rope=Rope(scaling=Dynamic(2.0, 3))),))
+)
 ENCODER = transformer(TransformerConfig(**PLAIN, max_positions=6, causal=False, token_types=2))
 BOTH = encoder_decoder(
     EncoderDecoderConfig(
-        TransformerConfig(**PLAIN, causal=False, max_positions=6), TransformerConfig(**PLAIN, cross=True, max_positions=6)
+        TransformerConfig(**PLAIN, causal=False, max_positions=6),
+        TransformerConfig(**PLAIN, cross=True, max_positions=6),
     )
 )
 KEY = jax.random.key(0)
@@ -46,11 +56,21 @@ def finite_rows(*trees):
 
 @partial(jax.jit, static_argnames="lm")
 def hidden(lm, params, values, **more):
-    return lm.hidden(params, values["tokens"], positions=values["positions"], segment_ids=values["segment_ids"], **more)[:2]
+    return lm.hidden(
+        params,
+        values["tokens"],
+        positions=values["positions"],
+        segment_ids=values["segment_ids"],
+        **more,
+    )[:2]
 
 
 def hidden_rows(lm, values, inputs=None, cache=False):
-    return finite_rows(hidden(lm, params_of(lm), values, cache=lm.init_cache(3, 3) if cache else None, inputs=inputs)[0])
+    return finite_rows(
+        hidden(
+            lm, params_of(lm), values, cache=lm.init_cache(3, 3) if cache else None, inputs=inputs
+        )[0]
+    )
 
 
 PARAMS: dict = {}
@@ -58,7 +78,9 @@ PARAMS: dict = {}
 
 def params_of(lm):
     if lm not in PARAMS:
-        with jax.ensure_compile_time_eval():  # the first to ask may be a function that is being compiled
+        with (
+            jax.ensure_compile_time_eval()
+        ):  # the first to ask may be a function that is being compiled
             PARAMS[lm] = jax.jit(lm.init)(KEY)
     return PARAMS[lm]
 
@@ -87,7 +109,9 @@ def test_padding_may_hold_anything(name, bad):
     padded = {**FINE, "segment_ids": FINE["segment_ids"].at[1, 1:].set(0)}
     other = {**padded, name: with_one(FINE[name], bad)}
     get = lambda values: hidden(LEARNED, params_of(LEARNED), values)[0]
-    np.testing.assert_array_equal(get(other)[padded["segment_ids"] == 1], get(padded)[padded["segment_ids"] == 1])
+    np.testing.assert_array_equal(
+        get(other)[padded["segment_ids"] == 1], get(padded)[padded["segment_ids"] == 1]
+    )
     assert finite_rows(get(other)).all()
 
 
@@ -98,7 +122,11 @@ def test_inputs_of_encoders(bad):
     for name in ("tokens", "positions"):
         inputs = {**FINE, name: with_one(FINE[name], bad)}
         assert hidden_rows(BOTH, FINE, inputs).tolist() == [True, False, True]
-    assert hidden_rows(BOTH, {**FINE, "tokens": with_one(FINE["tokens"], bad)}, FINE).tolist() == [True, False, True]
+    assert hidden_rows(BOTH, {**FINE, "tokens": with_one(FINE["tokens"], bad)}, FINE).tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert hidden_rows(BOTH, FINE, FINE).all()
 
 
@@ -118,7 +146,10 @@ LOGITS = jax.random.normal(KEY, (3, 3, 8))
 PACKED = jnp.array([[1, 1, 2], [1, 2, 2], [1, 1, 1]])
 LOOKUPS = {  # what takes ids: (ids) -> floats by row
     "token_logprob": (lambda ids: losses.logits.token_logprob(LOGITS, ids), FINE["tokens"]),
-    "smoothed_cross_entropy": (lambda ids: losses.logits.smoothed_cross_entropy(LOGITS, ids), FINE["tokens"]),
+    "smoothed_cross_entropy": (
+        lambda ids: losses.logits.smoothed_cross_entropy(LOGITS, ids),
+        FINE["tokens"],
+    ),
     "process_reward": (
         lambda ids: losses.reward_model.process_reward(LOGITS[..., :2], ids, MASK),
         jnp.zeros((3, 3), jnp.int32),
@@ -132,17 +163,28 @@ LOOKUPS = {  # what takes ids: (ids) -> floats by row
     "sequence_mean": (lambda ids: losses.weights.sequence_mean(MASK, ids), PACKED),
     "token_logprobs": (
         lambda ids: rollouts.token_logprobs(
-            ROTARY, params_of(ROTARY), ids, positions=FINE["positions"], segment_ids=FINE["segment_ids"]
+            ROTARY,
+            params_of(ROTARY),
+            ids,
+            positions=FINE["positions"],
+            segment_ids=FINE["segment_ids"],
         ),
         FINE["tokens"],
     ),
     "positions of score": (
         lambda ids: rollouts.token_logprobs(
-            LEARNED, params_of(LEARNED), FINE["tokens"], positions=ids, segment_ids=FINE["segment_ids"]
+            LEARNED,
+            params_of(LEARNED),
+            FINE["tokens"],
+            positions=ids,
+            segment_ids=FINE["segment_ids"],
         ),
         FINE["positions"],
     ),
-    "take_samples": (lambda ids: filtering.take_samples(jnp.ones(9), ids, 3).reshape(3, 3), jnp.zeros((3, 3), jnp.int32)),
+    "take_samples": (
+        lambda ids: filtering.take_samples(jnp.ones(9), ids, 3).reshape(3, 3),
+        jnp.zeros((3, 3), jnp.int32),
+    ),
 }
 COMPILED = {name: jax.jit(fn) for name, (fn, _) in LOOKUPS.items()}
 
@@ -163,17 +205,32 @@ def test_prompts_of_sequences(bad):
 
 @pytest.mark.parametrize("bad", BAD)
 def test_classes_have_no_gradient_from_elsewhere(bad):
-    gradient = jax.grad(lambda x: losses.logits.token_logprob(x, with_one(FINE["tokens"], bad))[jnp.array([0, 2])].sum())(
-        LOGITS
-    )
+    gradient = jax.grad(
+        lambda x: losses.logits.token_logprob(x, with_one(FINE["tokens"], bad))[
+            jnp.array([0, 2])
+        ].sum()
+    )(LOGITS)
     assert finite_rows(gradient).all()
 
 
 @pytest.mark.parametrize(
-    "make", [lambda ids: samplers.banned([ids]), samplers.allowed, lambda ids: samplers.min_new_tokens(2, ids)]
+    "make",
+    [
+        lambda ids: samplers.banned([ids]),
+        samplers.allowed,
+        lambda ids: samplers.min_new_tokens(2, ids),
+    ],
 )
 def test_samplers(make):
-    step = samplers.Step(FINE["tokens"], MASK, ~MASK, jnp.full(3, 2), jnp.zeros(3, jnp.int32), jnp.zeros((3, 4)), jnp.ones(()))
+    step = samplers.Step(
+        FINE["tokens"],
+        MASK,
+        ~MASK,
+        jnp.full(3, 2),
+        jnp.zeros(3, jnp.int32),
+        jnp.zeros((3, 4)),
+        jnp.ones(()),
+    )
     assert np.isnan(make([3, 8])(LOGITS[:, 0], step)).any(1).all()
     assert not np.isnan(make([3, 7])(LOGITS[:, 0], step)).any()
     with pytest.raises(ValueError, match="have token -1, but tokens count from 0"):
@@ -188,18 +245,28 @@ PROMPTS = Prompts(np.array([[5, 6], [1, 2]]), np.ones((2, 2), bool))
 def test_prompts_are_refused_on_the_host(bad, array):
     tokens = PROMPTS.tokens.copy()
     tokens[1, 0] = bad
-    with pytest.raises(ValueError, match=f"row 1 has token {bad}, but the model's vocabulary has 8 tokens"):
-        rollouts.generate(ROTARY, None, Prompts(array(tokens), array(PROMPTS.mask)), KEY, max_new_tokens=2)
+    with pytest.raises(
+        ValueError, match=f"row 1 has token {bad}, but the model's vocabulary has 8 tokens"
+    ):
+        rollouts.generate(
+            ROTARY, None, Prompts(array(tokens), array(PROMPTS.mask)), KEY, max_new_tokens=2
+        )
     with pytest.raises(ValueError, match=f"row 0 has token {bad}"):
         rollouts.generate(ROTARY, None, PROMPTS, KEY, max_new_tokens=2, prefix=array([bad]))
     where = dict(positions=np.array([[0, 1]] * 2), segment_ids=np.ones((2, 2), int))
-    for ask in (rollouts.token_logprobs, lambda *a, **w: rollouts.classify(a[0], classifier_head(4, 1), *a[1:], **w)):
+    for ask in (
+        rollouts.token_logprobs,
+        lambda *a, **w: rollouts.classify(a[0], classifier_head(4, 1), *a[1:], **w),
+    ):
         with pytest.raises(ValueError, match=f"row 1 has token {bad}"):
             ask(ROTARY, None, tokens, **where)
 
 
 def test_more_tokens_than_learned_positions_are_refused():
-    with pytest.raises(ValueError, match="row 0 goes to position 1 and 5 after it, but the model has 6 learned positions"):
+    with pytest.raises(
+        ValueError,
+        match="row 0 goes to position 1 and 5 after it, but the model has 6 learned positions",
+    ):
         rollouts.generate(LEARNED, None, PROMPTS, KEY, max_new_tokens=5)
     where = dict(positions=np.array([[0, 6]] * 2), segment_ids=np.ones((2, 2), int))
     with pytest.raises(ValueError, match="row 0 goes to position 6, but the model has 6"):
@@ -210,7 +277,9 @@ def test_more_tokens_than_learned_positions_are_refused():
 def test_indices_of_rows(bad):
     with pytest.raises(ValueError, match="which has indices (0 … 3|-1 … 0)"):
         filtering.take_groups(np.arange(6), jnp.array([0, bad]), 2)
-    got = jax.jit(lambda which: filtering.take_groups(jnp.arange(6.0), which, 2))(jnp.array([0, bad]))
+    got = jax.jit(lambda which: filtering.take_groups(jnp.arange(6.0), which, 2))(
+        jnp.array([0, bad])
+    )
     assert np.isnan(got).tolist() == [False, False, True, True]
     prompts = replay.curriculum(3, weight=lambda state: state.pass_rate)
     with pytest.raises(ValueError, match="there are 3 prompts, 0 to 2"):

@@ -14,7 +14,14 @@ from rlhf.models import LayerKind, Rope, TransformerConfig, parted, transformer
 
 KINDS = (LayerKind(window=2), LayerKind(rope=Rope(100.0), sparse=True))
 CONFIG = TransformerConfig(
-    vocab_size=11, hidden_size=8, num_layers=5, num_heads=2, mlp_size=8, kinds=KINDS, experts=3, expert_size=4
+    vocab_size=11,
+    hidden_size=8,
+    num_layers=5,
+    num_heads=2,
+    mlp_size=8,
+    kinds=KINDS,
+    experts=3,
+    expert_size=4,
 )
 LM = transformer(CONFIG)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 6)), jnp.int32)
@@ -34,13 +41,15 @@ def test_values_and_gradients_are_the_whole_model_s():
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     of_top, _ = parted.part(LM, whole, top=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient, of_top)
-    jax.tree.map(np.testing.assert_array_equal, parted.whole(parted.join(trained, frozen)), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, parted.merged(parted.join(trained, frozen)), PARAMS)
 
 
 def test_the_same_tokens_are_sampled():
     trained, frozen = parted.part(LM, PARAMS, top=1)
     prompts = rollouts.Prompts(TOKENS, jnp.ones_like(TOKENS, bool))
-    sample = lambda params: rollouts.generate(LM, params, prompts, jax.random.key(1), max_new_tokens=4)
+    sample = lambda params: rollouts.generate(
+        LM, params, prompts, jax.random.key(1), max_new_tokens=4
+    )
     a, b = sample(parted.join(trained, frozen)), sample(PARAMS)
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-6)
@@ -50,9 +59,14 @@ def test_a_step_trains_the_top_and_the_reference_shares_the_trunk():
     trained, frozen = parted.part(LM, PARAMS, top=2)
     reference = rlhf.reference(trained)
     assert parted.join(reference, frozen)["layers"]["q"].bottom is frozen["layers"]["q"]
-    loss_fn = lambda trained, context, batch, key: (loss(parted.join(trained, context["frozen"])), {})
+    loss_fn = lambda trained, context, batch, key: (
+        loss(parted.join(trained, context["frozen"])),
+        {},
+    )
     optimizer = optax.adam(0.1)
-    state = rlhf.init_state(trained, optimizer, jax.random.key(0), {"frozen": frozen, "reference": reference})
+    state = rlhf.init_state(
+        trained, optimizer, jax.random.key(0), {"frozen": frozen, "reference": reference}
+    )
     after, _ = jax.jit(rlhf.train_step(loss_fn, optimizer))(state, TOKENS)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.params, trained)
     assert all(jax.tree.leaves(moved))
@@ -68,7 +82,9 @@ def test_a_top_of_nothing_or_of_everything_is_refused(top):
 
 def test_one_layer_kind_is_one_scan():
     """A dense model of one kind, split anywhere, is the same."""
-    lm = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(),), experts=0, expert_size=0, num_layers=3))
+    lm = transformer(
+        dataclasses.replace(CONFIG, kinds=(LayerKind(),), experts=0, expert_size=0, num_layers=3)
+    )
     params = lm.init(jax.random.key(0))
     hidden = lambda params: lm.hidden(params, TOKENS, **WHERE)[0]
     split = parted.join(*parted.part(lm, params, top=2))

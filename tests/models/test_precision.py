@@ -9,7 +9,7 @@ from rlhf.models import LayerKind, Rope, TransformerConfig, transformer
 from rlhf.models.attention import attention
 from rlhf.models.experts import experts
 from rlhf.models.linear import in_float32
-from rlhf.models.rotary import rotate, turns
+from rlhf.models.rotary import rotate, rotations
 from rlhf.rollouts import samplers
 
 LOW = jnp.bfloat16
@@ -24,12 +24,18 @@ def test_routers_choose_as_in_float32():
     x, router = low(4, 256, 32), low(32, 64)
     ones = jnp.ones((4, 256), bool)
     gate, up, down = low(64, 32, 4), low(64, 32, 4), low(64, 4, 32)
-    route = jax.jit(lambda *w: experts(*w, ones, per_token=4, renormalise=True, activate=jax.nn.silu)[1])
+    route = jax.jit(
+        lambda *w: experts(*w, ones, per_token=4, renormalise=True, activate=jax.nn.silu)[1]
+    )
     ours, exact = route(x, router, gate, up, down), route(*wide(x, router, gate, up, down))
     np.testing.assert_array_equal(ours.choices, exact.choices)
     np.testing.assert_allclose(ours.probs, exact.probs, rtol=1e-5)
-    master = jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)  # masters in float32 are not rounded first
-    np.testing.assert_array_equal(route(x, master, gate, up, down).choices, route(*wide(x, master, gate, up, down)).choices)
+    master = jnp.asarray(
+        rng.normal(size=(32, 64)), jnp.float32
+    )  # masters in float32 are not rounded first
+    np.testing.assert_array_equal(
+        route(x, master, gate, up, down).choices, route(*wide(x, master, gate, up, down)).choices
+    )
 
 
 def test_scores_of_attention_and_their_softmax():
@@ -39,24 +45,42 @@ def test_scores_of_attention_and_their_softmax():
         positions=jnp.full((1, 4), 99), segment_ids=jnp.ones((1, 4), int), kv_positions=jnp.arange(64)[None],
         kv_segment_ids=jnp.ones((1, 64), int), scale=1.0, kernel="xla",
     )  # fmt: skip
-    for scored in (lambda q, k, v: attention(q, k, v, **where), lambda *x: attention(x[0][:, :, :1], *x[1:], **one(where))):
-        np.testing.assert_allclose(scored(q, k, v).astype(jnp.float32), scored(*wide(q, k, v)), atol=4 * ULP)
+    for scored in (
+        lambda q, k, v: attention(q, k, v, **where),
+        lambda *x: attention(x[0][:, :, :1], *x[1:], **one(where)),
+    ):
+        np.testing.assert_allclose(
+            scored(q, k, v).astype(jnp.float32), scored(*wide(q, k, v)), atol=4 * ULP
+        )
 
 
 def one(where):
-    return {**where, "positions": where["positions"][:, :1], "segment_ids": where["segment_ids"][:, :1]}
+    return {
+        **where,
+        "positions": where["positions"][:, :1],
+        "segment_ids": where["segment_ids"][:, :1],
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_not_rounded(tied):
     config = TransformerConfig(
-        vocab_size=64, hidden_size=32, num_layers=1, num_heads=1, mlp_size=8, dtype=LOW, param_dtype=LOW, tied=tied
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=1,
+        mlp_size=8,
+        dtype=LOW,
+        param_dtype=LOW,
+        tied=tied,
     )
     lm, hidden = transformer(config), low(2, 3, 32) * 8
     params = {"embedding": low(64, 32), "unembedding": low(32, 64)}
     got = lm.unembed(params, hidden)
     w = params["embedding"].T if tied else params["unembedding"]
-    np.testing.assert_allclose(got, jnp.matmul(*wide(hidden, w), precision="highest"), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        got, jnp.matmul(*wide(hidden, w), precision="highest"), rtol=1e-5, atol=1e-4
+    )
     gradient = jax.grad(lambda p, h: lm.unembed(p, h).sum(), argnums=(0, 1))(params, hidden)
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype(LOW)}
 
@@ -64,7 +88,9 @@ def test_logits_are_not_rounded(tied):
 @pytest.mark.parametrize("shape", ["2d", "batched"])
 def test_gradients_of_products_in_float32_are_those_of_plain_ones(shape):
     a, b = (low(6, 8), low(8, 5)) if shape == "2d" else (low(2, 6, 8), low(2, 8, 5))
-    of = lambda product: jax.grad(lambda a, b: jnp.sin(product(a, b).astype(jnp.float32)).sum(), argnums=(0, 1))
+    of = lambda product: jax.grad(
+        lambda a, b: jnp.sin(product(a, b).astype(jnp.float32)).sum(), argnums=(0, 1)
+    )
     exact = of(jnp.matmul)(*wide(a, b))
     got = of(lambda a, b: in_float32(jnp.matmul, a, b))(a, b)
     for x, y in zip(got, exact, strict=True):
@@ -75,23 +101,34 @@ def test_gradients_of_products_in_float32_are_those_of_plain_ones(shape):
 def test_far_positions_turn_by_their_own_angles():
     """bfloat16 has no 257; float32 has every position."""
     at = jnp.array([[0, 257, 4097, 131_071]])
-    angles = turns([Rope()], 16, at, jnp.ones_like(at), None, None)[Rope()].queries
+    angles = rotations([Rope()], 16, at, jnp.ones_like(at), None, None)[Rope()].queries
     exact = np.asarray(at)[0, :, None] * 10_000.0 ** (-np.arange(8) / 8)
     np.testing.assert_allclose(angles[0][0, 0], np.cos(exact), atol=0.02)
     x = low(1, 1, 4, 16)
-    np.testing.assert_allclose(rotate(x, angles).astype(jnp.float32), rotate(*wide(x), angles), atol=4 * ULP)
+    np.testing.assert_allclose(
+        rotate(x, angles).astype(jnp.float32), rotate(*wide(x), angles), atol=4 * ULP
+    )
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_norms_add_up_in_float32(norm):
     config = TransformerConfig(
-        vocab_size=8, hidden_size=512, num_layers=1, num_heads=1, mlp_size=8, norm=norm, dtype=LOW, kinds=(LayerKind(),)
+        vocab_size=8,
+        hidden_size=512,
+        num_layers=1,
+        num_heads=1,
+        mlp_size=8,
+        norm=norm,
+        dtype=LOW,
+        kinds=(LayerKind(),),
     )
     from rlhf.models.block import Block
 
     x, scale, bias = low(1, 2, 512) + 16, jnp.ones(512), jnp.zeros(512) if norm == "layer" else None
     normalise = lambda x: Block(config, parent=None).apply({}, x, scale, bias, method="normalise")
-    np.testing.assert_allclose(normalise(x).astype(jnp.float32), normalise(*wide(x)), atol=2 * ULP, rtol=ULP)
+    np.testing.assert_allclose(
+        normalise(x).astype(jnp.float32), normalise(*wide(x)), atol=2 * ULP, rtol=ULP
+    )
 
 
 def test_chances_and_thresholds_of_sampling_are_float32():

@@ -57,7 +57,10 @@ def whole():
 
 
 SPARSE = dict(
-    kinds=(KINDS[0], LayerKind(window=20, rope=Rope(1000.0), sparse=True)), experts=4, experts_per_token=2, expert_size=5
+    kinds=(KINDS[0], LayerKind(window=20, rope=Rope(1000.0), sparse=True)),
+    experts=4,
+    experts_per_token=2,
+    expert_size=5,
 )
 LONG = LongRope(short=(1.0, 1.1, 1.2), long=(2.0, 3.0, 4.0), original=3, attention_factor=1.3)
 NO_ROPE = dict(kinds=(LayerKind(rope=None),))
@@ -69,7 +72,14 @@ VARIANTS = {
     "pairs": dict(kinds=(LayerKind(rope=Rope(100.0, share=0.7, interleaved=True)),), parallel=2),
     "alibi": dict(NO_ROPE, alibi=True),
     "relative": dict(NO_ROPE, relative_buckets=6, relative_distance=5),
-    "learned": dict(NO_ROPE, max_positions=LENGTH, position_offset=2, norm_place="sum", final_norm=False, embed_norm=True),
+    "learned": dict(
+        NO_ROPE,
+        max_positions=LENGTH,
+        position_offset=2,
+        norm_place="sum",
+        final_norm=False,
+        embed_norm=True,
+    ),
 }
 
 
@@ -90,7 +100,9 @@ def test_cached_equals_uncached(name):
     """
     lm, params, expected = variant(name)
     cache, prefill = lm.init_cache(2, LENGTH + 2), 4 if name != "dynamic" else LENGTH
-    hidden, cache = run(lm, params, TOKENS[:, :prefill], POSITIONS[:, :prefill], ONES[:, :prefill], cache)
+    hidden, cache = run(
+        lm, params, TOKENS[:, :prefill], POSITIONS[:, :prefill], ONES[:, :prefill], cache
+    )
     out = [hidden]
     for t in range(prefill, LENGTH):
         here = slice(t, t + 1)
@@ -104,7 +116,9 @@ def test_cached_equals_uncached(name):
 def test_a_position_beyond_the_cache_is_nan():
     """Never a wrong angle: angles are read from a table of the cache's columns."""
     lm, params, _ = variant("windows")
-    at = lambda start: run(lm, params, TOKENS[:, :2], POSITIONS[:, :2] + start, ONES[:, :2], lm.init_cache(2, 4))[0]
+    at = lambda start: run(
+        lm, params, TOKENS[:, :2], POSITIONS[:, :2] + start, ONES[:, :2], lm.init_cache(2, 4)
+    )[0]
     assert np.isfinite(at(2)).all()
     assert np.isnan(at(3)).all()
 
@@ -114,21 +128,30 @@ def test_each_layer_is_of_its_kind(layer):
     """A layer that adds nothing is as good as absent, so that one is left, which has a window and a rotary base of its own."""
     only = np.arange(3) == layer
     silent = {
-        name: x * only.reshape(3, *[1] * (x.ndim - 1)) if name in ("o", "o_bias", "down", "down_bias") else x
+        name: x * only.reshape(3, *[1] * (x.ndim - 1))
+        if name in ("o", "o_bias", "down", "down_bias")
+        else x
         for name, x in PARAMS["layers"].items()
     }
     alone = transformer(dataclasses.replace(CONFIG, num_layers=1, kinds=KINDS[layer % 2 :][:1]))
-    kept = {**PARAMS, "layers": {name: x[layer : layer + 1] for name, x in PARAMS["layers"].items()}}
+    kept = {
+        **PARAMS,
+        "layers": {name: x[layer : layer + 1] for name, x in PARAMS["layers"].items()},
+    }
     expected, _ = run(alone, kept, TOKENS, POSITIONS, ONES)
     assert_close(run(LM, {**PARAMS, "layers": silent}, TOKENS, POSITIONS, ONES)[0], expected)
 
 
 def test_padding_on_the_left_changes_nothing():
     """In the row that is scored, and in the row that is decoded with a cache: the pads come first there too."""
-    pad = lambda x, value: np.concatenate([np.full((2, 2), value, np.int32), x[:, : LENGTH - 2]], axis=1)
+    pad = lambda x, value: np.concatenate(
+        [np.full((2, 2), value, np.int32), x[:, : LENGTH - 2]], axis=1
+    )
     padded = (pad(TOKENS, 5), pad(POSITIONS, 0), pad(ONES, 0))
     assert_close(run(LM, PARAMS, *padded)[0][:, 2:], whole()[:, : LENGTH - 2])
-    assert_close(run(LM, PARAMS, *padded, LM.init_cache(2, LENGTH + 2))[0][:, 2:], whole()[:, : LENGTH - 2])
+    assert_close(
+        run(LM, PARAMS, *padded, LM.init_cache(2, LENGTH + 2))[0][:, 2:], whole()[:, : LENGTH - 2]
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -138,7 +161,9 @@ def test_packed_sequences_equal_separate_rows(name):
     packed = np.concatenate([TOKENS[:, :4], TOKENS[::-1, :3]], axis=1)
     ids = np.array([[1, 1, 1, 1, 2, 2, 2]] * 2, np.int32)
     hidden = run(lm, params, packed, np.array([[0, 1, 2, 3, 0, 1, 2]] * 2, np.int32), ids)[0]
-    padded = lambda tokens, n: run(lm, params, tokens, POSITIONS, (np.arange(LENGTH) < n) * ONES)[0][:, :n]
+    padded = lambda tokens, n: run(lm, params, tokens, POSITIONS, (np.arange(LENGTH) < n) * ONES)[
+        0
+    ][:, :n]
     assert_close(hidden[:, :4], padded(TOKENS, 4))
     assert_close(hidden[:, 4:], padded(TOKENS[::-1], 3))
 
@@ -163,27 +188,37 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert_close(both[0], expected[0])
     plain = LONG.short  # as if there were no other factors
     narrow = dataclasses.replace(LONG, long=plain)
-    alone = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(rope=Rope(100.0, scaling=narrow)),)))
+    alone = transformer(
+        dataclasses.replace(CONFIG, kinds=(LayerKind(rope=Rope(100.0, scaling=narrow)),))
+    )
     assert_close(both[1, :3], run(alone, params, TOKENS, POSITIONS, ONES)[0][1, :3])
 
 
 def test_nothing_of_the_future_or_behind_the_windows_is_seen():
     """Three layers that each see one token back: a change reaches three further, and none before."""
-    narrow = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(window=2, rope=Rope(100.0)),)))
+    narrow = transformer(
+        dataclasses.replace(CONFIG, kinds=(LayerKind(window=2, rope=Rope(100.0)),))
+    )
     changed = TOKENS.copy()
     changed[:, 2] = (changed[:, 2] + 1) % 13
-    a, b = (np.asarray(run(narrow, PARAMS, tokens, POSITIONS, ONES)[0]) for tokens in (TOKENS, changed))
+    a, b = (
+        np.asarray(run(narrow, PARAMS, tokens, POSITIONS, ONES)[0]) for tokens in (TOKENS, changed)
+    )
     moved = np.abs(a - b).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(moved, [False, False, True, True, True, True, False])
 
 
-SMALL = TransformerConfig(vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS)
+SMALL = TransformerConfig(
+    vocab_size=13, hidden_size=4, num_layers=2, num_heads=1, mlp_size=4, kinds=KINDS
+)
 
 
 @functools.cache
 def gradients(**fields):
     lm = transformer(dataclasses.replace(SMALL, **fields))
-    loss = lambda params: jnp.sum(lm.unembed(params, run(lm, params, TOKENS, POSITIONS, ONES)[0]) ** 2)
+    loss = lambda params: jnp.sum(
+        lm.unembed(params, run(lm, params, TOKENS, POSITIONS, ONES)[0]) ** 2
+    )
     compiled = jax.jit(jax.grad(loss)).lower(random_params(lm)).compile()
     return compiled(random_params(lm)), compiled.memory_analysis()
 
@@ -221,7 +256,13 @@ def test_bfloat16_computes_and_logits_are_float32():
     [
         CONFIG,
         dataclasses.replace(
-            CONFIG, norm="layer", norm_place="branch", gated=False, max_positions=9, tied=True, kinds=(LayerKind(rope=None),)
+            CONFIG,
+            norm="layer",
+            norm_place="branch",
+            gated=False,
+            max_positions=9,
+            tied=True,
+            kinds=(LayerKind(rope=None),),
         ),
         TransformerConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8),
     ],
@@ -230,15 +271,21 @@ def test_axes_name_every_axis_of_every_parameter(config):
     lm = transformer(config)
     named = lambda leaf: isinstance(leaf, tuple)
     shapes, axes = jax.eval_shape(lm.init, jax.random.key(0)), lm.axes()
-    jax.tree.map(lambda names, x: np.testing.assert_equal(len(names), x.ndim), axes, shapes, is_leaf=named)
+    jax.tree.map(
+        lambda names, x: np.testing.assert_equal(len(names), x.ndim), axes, shapes, is_leaf=named
+    )
     assert jax.tree.structure(axes, is_leaf=named) == jax.tree.structure(shapes)
     assert all(names[0] == "layers" for names in axes["layers"].values())
 
 
 def test_init_gives_plain_parameters_of_the_stated_dtype():
-    config = TransformerConfig(vocab_size=5, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8, param_dtype=jnp.bfloat16)
+    config = TransformerConfig(
+        vocab_size=5, hidden_size=4, num_layers=2, num_heads=1, mlp_size=8, param_dtype=jnp.bfloat16
+    )
     params = jax.jit(transformer(config).init)(jax.random.key(0))
-    assert all(isinstance(x, jax.Array) and x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+    assert all(
+        isinstance(x, jax.Array) and x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params)
+    )
     assert not np.array_equal(params["layers"]["q"][0], params["layers"]["q"][1])
 
 
@@ -268,13 +315,17 @@ def test_q_head():
     head, state = q_head(4, 6), q_head(4, 1)
     assert head == q_head(4, 6) != state
     params = jax.tree.map(lambda x: x + 0.1, head.init(jax.random.key(1)))
-    assert jax.tree.structure(head.axes(), is_leaf=lambda x: x is None or isinstance(x, tuple)) == jax.tree.structure(params)
+    assert jax.tree.structure(
+        head.axes(), is_leaf=lambda x: x is None or isinstance(x, tuple)
+    ) == jax.tree.structure(params)
     hidden = np.linspace(-1, 1, 12).reshape(3, 4)
     weights = {name: np.asarray(x, np.float64) for name, x in params.items()}
     inner = np.maximum(hidden @ weights["inner"] + weights["inner_bias"], 0)
     assert inner.shape == (3, 8)
     assert (inner == 0).any()
-    assert_close(head.apply(params, jnp.asarray(hidden)), inner @ weights["weight"] + weights["bias"])
+    assert_close(
+        head.apply(params, jnp.asarray(hidden)), inner @ weights["weight"] + weights["bias"]
+    )
     assert state.apply(state.init(jax.random.key(1)), jnp.asarray(hidden)).shape == (3,)
 
 
@@ -288,9 +339,18 @@ def test_q_head():
         (dict(norm_place="middle"), r"norm_place must be one of .*, but is 'middle'"),
         (dict(activation="swiglu"), r"activation must be one of \('silu', .*\), but is 'swiglu'"),
         (dict(remat="some"), r"remat must be one of .*, but is 'some'"),
-        (dict(max_positions=9), r"learned, relative or ALiBi positions beside rotary ones; give kinds="),
-        (dict(kinds=(LayerKind(sparse=True),)), r"sparse layers need experts, but 2 a token of 0 are given"),
-        (dict(head_dim=None, num_heads=3, num_kv_heads=3), r"num_heads 3 does not divide hidden_size 8"),
+        (
+            dict(max_positions=9),
+            r"learned, relative or ALiBi positions beside rotary ones; give kinds=",
+        ),
+        (
+            dict(kinds=(LayerKind(sparse=True),)),
+            r"sparse layers need experts, but 2 a token of 0 are given",
+        ),
+        (
+            dict(head_dim=None, num_heads=3, num_kv_heads=3),
+            r"num_heads 3 does not divide hidden_size 8",
+        ),
         (dict(num_kv_heads=3), r"num_kv_heads 3 does not divide num_heads 4"),
     ],
 )
@@ -300,7 +360,9 @@ def test_bad_configs_name_both_sides(change, message):
 
 
 def test_inputs_are_refused():
-    with pytest.raises(ValueError, match=r"conditioned on its tokens alone, but got inputs \['pixels'\]"):
+    with pytest.raises(
+        ValueError, match=r"conditioned on its tokens alone, but got inputs \['pixels'\]"
+    ):
         LM.hidden(PARAMS, TOKENS, positions=POSITIONS, segment_ids=ONES, inputs={"pixels": TOKENS})
 
 
@@ -318,7 +380,9 @@ def test_inputs_are_refused():
     ],
 )
 def test_attention_refuses_shapes_that_do_not_fit(shapes, message):
-    fitting = dict(q=(2, 4, 5, 4), k=(2, 2, 5, 4), v=(2, 2, 5, 4), positions=(2, 5), segment_ids=(2, 5))
+    fitting = dict(
+        q=(2, 4, 5, 4), k=(2, 2, 5, 4), v=(2, 2, 5, 4), positions=(2, 5), segment_ids=(2, 5)
+    )
     arrays = {name: jnp.ones(shape, jnp.float32) for name, shape in {**fitting, **shapes}.items()}
     with pytest.raises(ValueError, match=message):
         attention(**arrays, scale=1.0)
@@ -327,7 +391,9 @@ def test_attention_refuses_shapes_that_do_not_fit(shapes, message):
 # --- attention, slowly -------------------------------------------------------------------------------------------------
 
 
-def attention_by_definition(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids, window, softcap, scale):
+def attention_by_definition(
+    q, k, v, positions, segment_ids, kv_positions, kv_segment_ids, window, softcap, scale
+):
     out = np.zeros(q.shape)
     share = q.shape[1] // k.shape[1]
     for b, n, t in np.ndindex(q.shape[:3]):
@@ -344,16 +410,24 @@ def attention_by_definition(q, k, v, positions, segment_ids, kv_positions, kv_se
 
 
 @pytest.mark.parametrize(
-    ("window", "softcap", "kv_heads"), [(None, None, 4), (3, None, 2), (None, 1.5, 1), (2, 1.5, 2), (50, None, 2)]
+    ("window", "softcap", "kv_heads"),
+    [(None, None, 4), (3, None, 2), (None, 1.5, 1), (2, 1.5, 2), (50, None, 2)],
 )
 def test_attention_is_its_definition(window, softcap, kv_heads):
     """Two sequences in a row, then padding; as many queries as keys, and the last two queries alone."""
     rng = np.random.default_rng(1)
-    q, k, v = (rng.normal(size=(2, heads, 9, 4)).astype(np.float32) for heads in (4, kv_heads, kv_heads))
+    q, k, v = (
+        rng.normal(size=(2, heads, 9, 4)).astype(np.float32) for heads in (4, kv_heads, kv_heads)
+    )
     segment_ids = np.array([[1] * 4 + [2] * 5, [1] * 6 + [2] * 1 + [0] * 2], np.int32)
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0, 0]], np.int32)
     knobs = dict(window=window, softcap=softcap, scale=0.7)
-    where = dict(positions=positions, segment_ids=segment_ids, kv_positions=positions, kv_segment_ids=segment_ids)
+    where = dict(
+        positions=positions,
+        segment_ids=segment_ids,
+        kv_positions=positions,
+        kv_segment_ids=segment_ids,
+    )
     out = np.asarray(attention(q, k, v, positions=positions, segment_ids=segment_ids, **knobs))
     expected = attention_by_definition(q, k, v, **where, **knobs)
     real = segment_ids != 0
@@ -374,9 +448,13 @@ def test_a_window_is_a_mask_in_value_and_gradient():
     bias = np.where(behind, -1e9, 0.0).astype(np.float32) * np.ones((1, 2, 1, 1), np.float32)
 
     def loss(qkv, **knobs):
-        return jnp.sum(attention(*qkv, positions=positions, segment_ids=ones, scale=0.7, **knobs) ** 3)
+        return jnp.sum(
+            attention(*qkv, positions=positions, segment_ids=ones, scale=0.7, **knobs) ** 3
+        )
 
-    windowed, pushed = (jax.value_and_grad(loss)((q, k, v), **knobs) for knobs in (dict(window=3), dict(bias=bias)))
+    windowed, pushed = (
+        jax.value_and_grad(loss)((q, k, v), **knobs) for knobs in (dict(window=3), dict(bias=bias))
+    )
     jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-5), windowed, pushed)
 
 
@@ -386,7 +464,9 @@ def test_long_rows_are_read_in_halves():
     q, k, v = (rng.normal(size=(2, heads, 131, 8)).astype(np.float32) for heads in (2, 1, 1))
     segment_ids = np.array([[1] * 40 + [2] * 70 + [0] * 21, [0] * 6 + [1] * 125], np.int32)
     positions = (
-        np.maximum(np.concatenate([np.arange(40), np.arange(91), np.arange(-6, 125)]), 0).astype(np.int32).reshape(2, 131)
+        np.maximum(np.concatenate([np.arange(40), np.arange(91), np.arange(-6, 125)]), 0)
+        .astype(np.int32)
+        .reshape(2, 131)
     )
     bias = rng.normal(size=(1, 2, 131, 131)).astype(np.float32)
     real = (segment_ids != 0)[:, None, :, None]
@@ -395,7 +475,11 @@ def test_long_rows_are_read_in_halves():
     def loss(arrays, keys):
         *qkv, bias = arrays
         where = dict(positions=positions, segment_ids=segment_ids, bias=bias, **keys)
-        return jnp.sum(jnp.where(real, jnp.sin(attention(*qkv, scale=0.3, softcap=4.0, window=50, **where)), 0.0))
+        return jnp.sum(
+            jnp.where(
+                real, jnp.sin(attention(*qkv, scale=0.3, softcap=4.0, window=50, **where)), 0.0
+            )
+        )
 
     halves, whole = (jax.value_and_grad(loss)((q, k, v, bias), keys) for keys in ({}, others))
     jax.tree.map(lambda a, b: assert_close(a, b, atol=2e-5), halves, whole)
@@ -414,9 +498,16 @@ def test_splash_attention_is_ours(before):
     ids = np.array([[1] * 60 + [2] * 80 + [0] * 10], np.int32)
     positions = np.concatenate([np.arange(60), np.arange(80), np.zeros(10)]).astype(np.int32)[None]
     knobs, q, asked = dict(window=17, softcap=5.0), q[:, :, before:], jnp.asarray(ids[:, before:])
-    where = dict(positions=positions[:, before:], segment_ids=asked, kv_positions=positions, kv_segment_ids=jnp.asarray(ids))
+    where = dict(
+        positions=positions[:, before:],
+        segment_ids=asked,
+        kv_positions=positions,
+        kv_segment_ids=jnp.asarray(ids),
+    )
     ours = lambda q, k, v: attention(q, k, v, **where, scale=0.25, kernel="xla", **knobs)
-    theirs = lambda q, k, v: splash(q * 0.25, k, v, asked, where["kv_segment_ids"], interpret=True, **knobs)
+    theirs = lambda q, k, v: splash(
+        q * 0.25, k, v, asked, where["kv_segment_ids"], interpret=True, **knobs
+    )
     real = (asked != 0)[:, None, :, None]
     loss = lambda f: lambda qkv: jnp.sum(jnp.where(real, jnp.sin(f(*qkv)), 0.0))
     a, b = (jax.value_and_grad(loss(f))((q, k, v)) for f in (ours, theirs))
@@ -431,9 +522,21 @@ def test_splash_attention_is_ours(before):
             dict(softcap=1.0),
             r"cudnn attention cannot serve this: float32, where it wants bfloat16 or float16; heads 4 wide, .*",
         ),
-        ("cudnn", dict(bias=np.zeros((1, 2, 5, 5), np.float32)), r"a bias on the scores; .*; give kernel='xla' or None"),
-        ("splash", dict(causal=False), "splash attention cannot serve this: attention that is not causal"),
-        ("splash", dict(kv_positions=np.zeros((1, 5), np.int32)), "keys of a cache, beside the queries' own"),
+        (
+            "cudnn",
+            dict(bias=np.zeros((1, 2, 5, 5), np.float32)),
+            r"a bias on the scores; .*; give kernel='xla' or None",
+        ),
+        (
+            "splash",
+            dict(causal=False),
+            "splash attention cannot serve this: attention that is not causal",
+        ),
+        (
+            "splash",
+            dict(kv_positions=np.zeros((1, 5), np.int32)),
+            "keys of a cache, beside the queries' own",
+        ),
         ("flash", {}, "it is not known; known are 'xla', 'cudnn' and 'splash', but not 'flash'"),
     ],
 )

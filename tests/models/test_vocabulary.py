@@ -26,7 +26,9 @@ def test_grown_as_transformers_grows_it_and_saved(name, tmp_path):
         if leaf in params:
             old, grown = np.moveaxis(params[leaf], axis, 0), np.moveaxis(new[leaf], axis, 0)
             np.testing.assert_array_equal(grown[:number], old)
-            np.testing.assert_allclose(grown[number:], np.broadcast_to(old.mean(0), grown[number:].shape), atol=1e-7)
+            np.testing.assert_allclose(
+                grown[number:], np.broadcast_to(old.mean(0), grown[number:].shape), atol=1e-7
+            )
     assert resized(lm, params, number - 1) == (lm, params)
     huggingface.save(tmp_path / "a", new_lm, new, like=CHECKPOINTS / name)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["vocab_size"] == number + MORE
@@ -40,7 +42,11 @@ def _assert_as_transformers(name, number, folder):
     """Up to the noise that it adds."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    auto = transformers.AutoModelForSeq2SeqLM if name in ("bart", "t5") else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForSeq2SeqLM
+        if name in ("bart", "t5")
+        else transformers.AutoModelForCausalLM
+    )
     theirs = auto.from_pretrained(CHECKPOINTS / name)
     theirs.resize_token_embeddings(number + MORE)
     ours = auto.from_pretrained(folder)
@@ -66,13 +72,40 @@ def test_a_run_that_grows_its_model(added, more, tmp_path):
     folder, size = added
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "ab<tool>cd"}\n' * 4)
-    argv = ["sft", "--model", str(folder), "--dataset", str(rows), "--output", str(tmp_path / "run"), "--batch_size", "2"]
+    argv = [
+        "sft",
+        "--model",
+        str(folder),
+        "--dataset",
+        str(rows),
+        "--output",
+        str(tmp_path / "run"),
+        "--batch_size",
+        "2",
+    ]
     assert cli.main([*argv, "--resize_embeddings", "true", "--steps", "2", *more]) == 0
     model = tmp_path / "run" / "model"
-    config, tensors = json.loads((model / "config.json").read_text()), load_file(model / "model.safetensors")
+    config, tensors = (
+        json.loads((model / "config.json").read_text()),
+        load_file(model / "model.safetensors"),
+    )
     assert config["vocab_size"] == size == len(huggingface.load_tokenizer(model))
     assert size in {n for x in tensors.values() for n in x.shape}
-    assert cli.main(["sft", *argv[1:2], str(model), *argv[3:5], "--output", str(tmp_path / "next"), "--batch_size", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "sft",
+                *argv[1:2],
+                str(model),
+                *argv[3:5],
+                "--output",
+                str(tmp_path / "next"),
+                "--batch_size",
+                "2",
+            ]
+        )
+        == 0
+    )
 
 
 def test_padding_by_an_added_token_trains(added, tmp_path):
@@ -81,5 +114,7 @@ def test_padding_by_an_added_token_trains(added, tmp_path):
     lm, params, _ = huggingface.load(folder)
     tokens = jnp.array([[5, 6, 44], [5, 6, 7]])
     segments = jnp.array([[1, 1, 0], [1, 1, 1]])
-    hidden = lm.hidden(params, tokens, positions=jnp.tile(jnp.arange(3), (2, 1)), segment_ids=segments)[0]
+    hidden = lm.hidden(
+        params, tokens, positions=jnp.tile(jnp.arange(3), (2, 1)), segment_ids=segments
+    )[0]
     assert np.isfinite(hidden).all()

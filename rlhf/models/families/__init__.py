@@ -1,4 +1,6 @@
-"""The Hugging Face families that `TransformerConfig` spans; a new one is a file with a table and a function, named here."""
+"""The Hugging Face families that `TransformerConfig` spans; a new one is a file with a table and a
+function, named here.
+"""
 
 from collections.abc import Mapping
 
@@ -22,8 +24,25 @@ from rlhf.models.families import (
 from rlhf.models.families.table import Family as Family
 from rlhf.models.families.table import Tensor as Tensor
 
-_FILES = (llama, qwen, gemma, gpt2, mixtral, phi, gptj, gpt_neo, gpt_neox, opt, bloom, falcon, t5, bart, bert)
+_FILES = (
+    llama,
+    qwen,
+    gemma,
+    gpt2,
+    mixtral,
+    phi,
+    gptj,
+    gpt_neo,
+    gpt_neox,
+    opt,
+    bloom,
+    falcon,
+    t5,
+    bart,
+    bert,
+)
 
-FAMILIES: Mapping[str, Family] = {  # by model_type; the first that can express a config is the one it is saved as
+# By model_type.  The order counts: the first that can express a config is the one it is saved as.
+FAMILIES: Mapping[str, Family] = {
     name: family for file in _FILES for name, family in file.FAMILIES.items()
 }

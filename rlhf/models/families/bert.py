@@ -39,7 +39,10 @@ ENCODER: dict = dict(
 def _tensors(trunk: str, layer: str, projections, norms) -> tuple[Tensor, ...]:
     ends = {"word": "embedding", "position": "position_embedding", "token_type": "type_embedding"}
     return (
-        *(Tensor(f"{trunk}.embeddings.{theirs}_embeddings.weight", ours) for theirs, ours in ends.items()),
+        *(
+            Tensor(f"{trunk}.embeddings.{theirs}_embeddings.weight", ours)
+            for theirs, ours in ends.items()
+        ),
         *vectors(f"{trunk}.embeddings.", {"embed_norm": "LayerNorm"}, to=""),
         *vectors(f"{trunk}.{layer}.{{}}.", norms),
         *matrices(f"{trunk}.{layer}.{{}}.", projections),
@@ -63,6 +66,7 @@ def _read_bert(hf, position_offset: int = 0) -> TransformerConfig:
 
 
 def _read_roberta(hf) -> TransformerConfig:
+    # RoBERTa counts positions from the padding's id on, and padding reads the row of that id.
     return _read_bert(hf, position_offset=hf.pad_token_id + 1)
 
 
@@ -88,20 +92,42 @@ def _head(inner: str, labels: str) -> tuple[Tensor, ...]:
     )
 
 
-TOKEN_HEAD = (Tensor("classifier.weight", "weight", transpose=True), Tensor("classifier.bias", "bias"))
-IGNORED = r"position_ids$|^(bert|roberta)\.pooler\.|^cls\.|^lm_head\.|^vocab_"  # of masked language models
+TOKEN_HEAD = (
+    Tensor("classifier.weight", "weight", transpose=True),
+    Tensor("classifier.bias", "bias"),
+)
+# Parts of masked language models, which a trunk does not have.
+IGNORED = r"position_ids$|^(bert|roberta)\.pooler\.|^cls\.|^lm_head\.|^vocab_"
+# BERT's pooler is the inner layer of its classifiers, so that pre-training reaches the head too.
 FAMILIES = {
     "bert": Family(
-        "BertModel", "bert.", _tensors("bert", "encoder.layer", BERT, BERT_NORMS), _read_bert,
-        ignored=IGNORED, head=_head("bert.pooler.dense", "classifier"), head_inner="tanh", token_head=TOKEN_HEAD,
+        "BertModel",
+        "bert.",
+        _tensors("bert", "encoder.layer", BERT, BERT_NORMS),
+        _read_bert,
+        ignored=IGNORED,
+        head=_head("bert.pooler.dense", "classifier"),
+        head_inner="tanh",
+        token_head=TOKEN_HEAD,
     ),
     "roberta": Family(
-        "RobertaModel", "roberta.", _tensors("roberta", "encoder.layer", BERT, BERT_NORMS), _read_roberta,
-        ignored=IGNORED, head=_head("classifier.dense", "classifier.out_proj"), head_inner="tanh",
+        "RobertaModel",
+        "roberta.",
+        _tensors("roberta", "encoder.layer", BERT, BERT_NORMS),
+        _read_roberta,
+        ignored=IGNORED,
+        head=_head("classifier.dense", "classifier.out_proj"),
+        head_inner="tanh",
         token_head=TOKEN_HEAD,
     ),
     "distilbert": Family(
-        "DistilBertModel", "distilbert.", _tensors("distilbert", "transformer.layer", DISTILBERT, DISTILBERT_NORMS),
-        _read_distilbert, ignored=IGNORED, head=_head("pre_classifier", "classifier"), head_inner="relu", token_head=TOKEN_HEAD,
+        "DistilBertModel",
+        "distilbert.",
+        _tensors("distilbert", "transformer.layer", DISTILBERT, DISTILBERT_NORMS),
+        _read_distilbert,
+        ignored=IGNORED,
+        head=_head("pre_classifier", "classifier"),
+        head_inner="relu",
+        token_head=TOKEN_HEAD,
     ),
-}  # fmt: skip
+}

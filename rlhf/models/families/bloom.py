@@ -34,6 +34,7 @@ TENSORS = (
     Tensor("transformer.word_embeddings.weight", "embedding"),
     *vectors("transformer.", {"embed_norm": "word_embeddings_layernorm"}, to=""),
     *vectors(LAYER, NORMS),
+    # Head by head: a head's query, key and value lie side by side (`grouped`).
     Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, grouped=True),
     Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", grouped=True),
     *matrices(LAYER, PROJECTIONS),

@@ -9,7 +9,10 @@ PROJECTIONS = {"o": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "
 
 
 def _read(hf) -> TransformerConfig:
-    new, shared = hf.new_decoder_architecture, 1 if hf.multi_query else hf.num_attention_heads
+    # Three layouts in one family: 7B has one key head (`multi_query`), 40B groups of them (the new
+    # architecture), and the oldest one a key head for each query head.
+    new = hf.new_decoder_architecture
+    shared = 1 if hf.multi_query else hf.num_attention_heads
     norms = (2 if new else 1) if hf.num_ln_in_parallel_attn is None else hf.num_ln_in_parallel_attn
     return TransformerConfig(
         vocab_size=hf.vocab_size,
@@ -32,7 +35,11 @@ def _read(hf) -> TransformerConfig:
 
 
 def _tensors(c) -> tuple[Tensor, ...]:
-    names = ("ln_attn", "ln_mlp") if c.parallel == 2 else ("input_layernorm", "post_attention_layernorm")
+    names = (
+        ("ln_attn", "ln_mlp")
+        if c.parallel == 2
+        else ("input_layernorm", "post_attention_layernorm")
+    )
     return (
         Tensor("transformer.word_embeddings.weight", "embedding"),
         *vectors(LAYER, dict(zip(("attention_norm", "mlp_norm"), names, strict=True))),
@@ -44,4 +51,6 @@ def _tensors(c) -> tuple[Tensor, ...]:
     )
 
 
-FAMILIES = {"falcon": Family("FalconForCausalLM", "transformer.", _tensors, _read, only={"alibi": (False,)})}
+FAMILIES = {
+    "falcon": Family("FalconForCausalLM", "transformer.", _tensors, _read, only={"alibi": (False,)})
+}

@@ -24,6 +24,7 @@ TENSORS = (
     Tensor("transformer.wte.weight", "embedding"),
     Tensor("transformer.wpe.weight", "position_embedding"),
     *vectors(LAYER, {"attention_norm": "ln_1", "mlp_norm": "ln_2"}),
+    # GPT-2's `Conv1D` stores [in, out], as we do: nothing is transposed.
     *(Tensor(f"{LAYER}{theirs}.weight", _leaves(ours)) for ours, theirs in FUSED.items()),
     *(Tensor(f"{LAYER}{theirs}.bias", _leaves(ours, "_bias")) for ours, theirs in FUSED.items()),
     *vectors("transformer.", {"final_norm": "ln_f"}, to=""),
@@ -33,16 +34,33 @@ TENSORS = (
 
 def _read(hf) -> TransformerConfig:
     fields = {ours: getattr(hf, theirs) for ours, theirs in FIELDS.items()}
-    own: dict = dict(norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, kinds=(LayerKind(rope=None),))
+    fixed: dict = dict(
+        norm="layer",
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        kinds=(LayerKind(rope=None),),
+    )
     return TransformerConfig(
-        **fields, **own, mlp_size=hf.n_inner or 4 * hf.n_embd, activation=activation(hf.activation_function)
+        **fields,
+        **fixed,
+        mlp_size=hf.n_inner or 4 * hf.n_embd,
+        activation=activation(hf.activation_function),
     )
 
 
 def _write(c: TransformerConfig) -> dict:
-    fields = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items() if getattr(c, ours) is not None}
+    fields = {
+        theirs: getattr(c, ours) for ours, theirs in FIELDS.items() if getattr(c, ours) is not None
+    }
+    # Several of their names are our "gelu"; GPT-2's files say this one.
     act = "gelu_new" if c.activation == "gelu" else activation_there(c.activation)
-    return {**fields, "n_inner": None if c.mlp_size == 4 * c.hidden_size else c.mlp_size, "activation_function": act}
+    return {
+        **fields,
+        "n_inner": None if c.mlp_size == 4 * c.hidden_size else c.mlp_size,
+        "activation_function": act,
+    }
 
 
 FAMILIES = {
@@ -52,7 +70,12 @@ FAMILIES = {
         TENSORS,
         _read,
         _write,
+        # Causal masks, which old versions of torch stored as buffers.
         ignored=r"\.attn\.(masked_)?bias$",
-        only={"add_cross_attention": (False,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+        only={
+            "add_cross_attention": (False,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+        },
     ),
 }

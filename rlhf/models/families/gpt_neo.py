@@ -30,6 +30,7 @@ def _read(hf) -> TransformerConfig:
         gated=False,
         out_bias=True,
         mlp_bias=True,
+        # GPT-Neo was trained without the usual 1 / √width.
         attention_scale=1.0,
         tied=hf.tie_word_embeddings,
     )
@@ -44,5 +45,11 @@ TENSORS = (
     Tensor("lm_head.weight", "unembedding", transpose=True),
 )
 FAMILIES = {
-    "gpt_neo": Family("GPTNeoForCausalLM", "transformer.", TENSORS, _read, ignored=r"\.attn\.attention\.(masked_)?bias$")
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        "transformer.",
+        TENSORS,
+        _read,
+        ignored=r"\.attn\.attention\.(masked_)?bias$",
+    )
 }

@@ -1,4 +1,6 @@
-"""GPT-NeoX and Pythia: attention beside the MLP with a norm each, queries, keys and values fused head by head."""
+"""GPT-NeoX and Pythia: attention beside the MLP with a norm each, queries, keys and values fused
+head by head.
+"""
 
 from rlhf.models.config import LayerKind, TransformerConfig
 from rlhf.models.families.table import Family, Tensor, activation, matrices, rope, vectors
@@ -37,5 +39,6 @@ TENSORS = (
     *vectors("gpt_neox.", {"final_norm": "final_layer_norm"}, to=""),
     Tensor("embed_out.weight", "unembedding", transpose=True),
 )
+# Causal masks and frequencies, which old versions of torch stored as buffers.
 IGNORED = r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"
 FAMILIES = {"gpt_neox": Family("GPTNeoXForCausalLM", "gpt_neox.", TENSORS, _read, ignored=IGNORED)}

@@ -26,6 +26,7 @@ def _read(hf) -> TransformerConfig:
         kinds=(LayerKind(rope=Rope(share=(hf.rotary_dim or width) / width, interleaved=True)),),
         norm="layer",
         norm_eps=hf.layer_norm_epsilon,
+        # One norm for both branches, and no second one in its files.
         parallel=1,
         activation=activation(hf.activation_function),
         gated=False,
@@ -42,4 +43,8 @@ TENSORS = (
     *vectors("transformer.", {"final_norm": "ln_f"}, to=""),
     *matrices("", {"unembedding": "lm_head"}, to=""),
 )
-FAMILIES = {"gptj": Family("GPTJForCausalLM", "transformer.", TENSORS, _read, ignored=r"\.attn\.(masked_)?bias$")}
+FAMILIES = {
+    "gptj": Family(
+        "GPTJForCausalLM", "transformer.", TENSORS, _read, ignored=r"\.attn\.(masked_)?bias$"
+    )
+}

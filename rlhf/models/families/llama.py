@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 
 from rlhf.models.config import LayerKind, TransformerConfig
-from rlhf.models.families.table import Family, Tensor, activation, activation_there, kinds, matrices, pattern, rope, vectors
+from rlhf.models.families.table import (
+    Family,
+    Tensor,
+    activation,
+    activation_there,
+    kinds,
+    matrices,
+    pattern,
+    rope,
+    vectors,
+)
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -28,7 +38,9 @@ COMMON = {  # ours -> theirs
 }
 
 
-def tensors(norms: Mapping[str, str] = NORMS, projections: Mapping[str, str] = PROJECTIONS) -> tuple[Tensor, ...]:
+def tensors(
+    norms: Mapping[str, str] = NORMS, projections: Mapping[str, str] = PROJECTIONS
+) -> tuple[Tensor, ...]:
     layer = "model.layers.{}."
     return (
         Tensor("model.embed_tokens.weight", "embedding"),
@@ -40,20 +52,30 @@ def tensors(norms: Mapping[str, str] = NORMS, projections: Mapping[str, str] = P
 
 
 def read(hf, activation_field: str = "hidden_act", **fields) -> TransformerConfig:
+    # `hasattr`: families differ in a few of these fields, and our defaults serve for what is
+    # absent.
     common = {ours: getattr(hf, theirs) for ours, theirs in COMMON.items() if hasattr(hf, theirs)}
-    common |= dict(head_dim=getattr(hf, "head_dim", None), activation=activation(getattr(hf, activation_field)))
+    common |= dict(
+        head_dim=getattr(hf, "head_dim", None), activation=activation(getattr(hf, activation_field))
+    )
     return TransformerConfig(**{**common, "kinds": kinds(hf, ["full_attention"]), **fields})
 
 
 def write(c: TransformerConfig, activation_field: str = "hidden_act") -> dict:
     fields = {theirs: getattr(c, ours) for ours, theirs in COMMON.items()}
-    own = {"num_key_value_heads": c.kv_heads, "head_dim": c.width, activation_field: activation_there(c.activation)}
+    derived = {
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.width,
+        activation_field: activation_there(c.activation),
+    }
     theta = c.kinds[0].rope.theta if c.kinds[0].rope else 10_000.0
-    return {**fields, **own, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    return {**fields, **derived, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
 def read_llama(hf, **fields) -> TransformerConfig:
-    return read(hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias, **fields)
+    return read(
+        hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias, **fields
+    )
 
 
 def _write_llama(c: TransformerConfig) -> dict:
@@ -69,21 +91,39 @@ def _write_mistral(c: TransformerConfig) -> dict:
 
 
 def _read_granite(hf) -> TransformerConfig:
+    # Granite's scalings (µP): `logits_scaling` divides, where ours multiplies.
     scales = dict(embed_scale=hf.embedding_multiplier, residual_scale=hf.residual_multiplier)
-    return read_llama(hf, attention_scale=hf.attention_multiplier, logit_scale=1 / hf.logits_scaling, **scales)
+    return read_llama(
+        hf, attention_scale=hf.attention_multiplier, logit_scale=1 / hf.logits_scaling, **scales
+    )
 
 
 def _read_smollm3(hf) -> TransformerConfig:
-    windows = (hf.sliding_window if kind == "sliding_attention" and hf.use_sliding_window else None for kind in hf.layer_types)
-    turning = (rope(hf) if turns else None for turns in hf.no_rope_layers)  # 1 means that the layer has rotary positions
-    return read_llama(hf, kinds=pattern(tuple(LayerKind(*kind) for kind in zip(windows, turning, strict=True))))
+    windows = (
+        hf.sliding_window if kind == "sliding_attention" and hf.use_sliding_window else None
+        for kind in hf.layer_types
+    )
+    # Despite the field's name, 1 means that the layer has rotary positions.
+    ropes = (rope(hf) if has_rope else None for has_rope in hf.no_rope_layers)
+    return read_llama(
+        hf, kinds=pattern(tuple(LayerKind(*kind) for kind in zip(windows, ropes, strict=True)))
+    )
 
 
 def _read_olmo2(hf) -> TransformerConfig:
-    return read(hf, norm_place="branch", qk_norm="heads", qkv_bias=hf.attention_bias, out_bias=hf.attention_bias)
+    return read(
+        hf,
+        norm_place="branch",
+        qk_norm="heads",
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+    )
 
 
-OLMO2_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+OLMO2_NORMS = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "model.", tensors(), read_llama, _write_llama),

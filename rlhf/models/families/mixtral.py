@@ -12,7 +12,11 @@ EXPERTS = {"gate": "w1", "down": "w2", "up": "w3"}  # ours -> theirs
 
 def _read(hf) -> TransformerConfig:
     kind = dataclasses.replace(kinds(hf, ["sliding_attention"])[0], sparse=True)
-    sizes = dict(experts=hf.num_local_experts, experts_per_token=hf.num_experts_per_tok, expert_size=hf.intermediate_size)
+    sizes = dict(
+        experts=hf.num_local_experts,
+        experts_per_token=hf.num_experts_per_tok,
+        expert_size=hf.intermediate_size,
+    )
     return read(hf, kinds=(kind,), **sizes)
 
 

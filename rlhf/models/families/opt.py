@@ -1,4 +1,6 @@
-"""OPT: learned positions from row 2 on; the 350m model norms after the sum and has a narrower embedding."""
+"""OPT: learned positions from row 2 on; the 350m model norms after the sum and has a narrower
+embedding.
+"""
 
 from rlhf.models.config import LayerKind, TransformerConfig
 from rlhf.models.families.table import Family, Tensor, activation, matrices, vectors
@@ -25,6 +27,7 @@ def _read(hf) -> TransformerConfig:
         embed_size=None if hf.word_embed_proj_dim == hf.hidden_size else hf.word_embed_proj_dim,
         kinds=(LayerKind(rope=None),),
         max_positions=hf.max_position_embeddings,
+        # As in BART, rows 0 and 1 of the table are unused.
         position_offset=2,
         norm="layer",
         norm_eps=1e-5,
@@ -47,4 +50,8 @@ TENSORS = (
     *vectors("model.decoder.", {"final_norm": "final_layer_norm"}, to=""),
     Tensor("lm_head.weight", "unembedding", transpose=True),
 )
-FAMILIES = {"opt": Family("OPTForCausalLM", "model.", TENSORS, _read, only={"layer_norm_elementwise_affine": (True,)})}
+FAMILIES = {
+    "opt": Family(
+        "OPTForCausalLM", "model.", TENSORS, _read, only={"layer_norm_elementwise_affine": (True,)}
+    )
+}

@@ -12,6 +12,7 @@ PHI = {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
+# Parts of a fused tensor in the order in which they lie in it.
 PHI3 = {
     "q k v": "self_attn.qkv_proj",
     "o": "self_attn.o_proj",
@@ -55,6 +56,8 @@ PHI_TENSORS = (
 )
 
 FAMILIES = {
-    "phi": Family("PhiForCausalLM", "model.", PHI_TENSORS, _read_phi, only={"qk_layernorm": (False,)}),
+    "phi": Family(
+        "PhiForCausalLM", "model.", PHI_TENSORS, _read_phi, only={"qk_layernorm": (False,)}
+    ),
     "phi3": Family("Phi3ForCausalLM", "model.", tensors(NORMS, PHI3), _read_phi3),
 }

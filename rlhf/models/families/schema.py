@@ -1,6 +1,7 @@
 """What a config.json may say: kind and range of every field that is read of it, checked at once.
 
-A field means the same in every family that has it, so one table serves all; what a family has otherwise stands in OF_FAMILY.
+A field means the same in every family that has it, so one table serves all; what a family has
+otherwise stands in OF_FAMILY.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +34,19 @@ FIELDS: Mapping[str, Any] = {
     "vocab_size": Annotated[int, between(1, 10**7)],
     **_all("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers", Layers),
     "num_decoder_layers": Layers | None,
-    **_all("num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads", Heads),
+    **_all(
+        "num_attention_heads n_head n_heads num_heads encoder_attention_heads "
+        "decoder_attention_heads",
+        Heads,
+    ),
     **_all("num_key_value_heads num_kv_heads", Heads | None),
     **_all("hidden_size n_embd d_model dim d_kv", Width),
     **_all("n_embed head_dim word_embed_proj_dim", Width | None),
-    **_all("intermediate_size ffn_dim hidden_dim d_ff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size", Inner),
+    **_all(
+        "intermediate_size ffn_dim hidden_dim d_ff encoder_ffn_dim decoder_ffn_dim "
+        "moe_intermediate_size",
+        Inner,
+    ),
     **_all("n_inner ffn_hidden_size", Inner | None),
     **_all("max_position_embeddings n_positions original_max_position_embeddings", Count),
     "type_vocab_size": Annotated[int, between(1, 10**5)],
@@ -46,7 +55,11 @@ FIELDS: Mapping[str, Any] = {
     "attention_layers": list[Literal["global", "local"]],
     "no_rope_layers": list[Annotated[int, between(0, 1)]] | None,
     "mlp_only_layers": list[Id] | None,
-    **_all("no_rope_layer_interval decoder_sparse_step sliding_window_pattern _sliding_window_pattern window_size", Count),
+    **_all(
+        "no_rope_layer_interval decoder_sparse_step sliding_window_pattern _sliding_window_pattern "
+        "window_size",
+        Count,
+    ),
     "max_window_layers": Id,
     "sliding_window": Count | None,
     # experts
@@ -54,7 +67,11 @@ FIELDS: Mapping[str, Any] = {
     "num_experts_per_tok": Annotated[int, between(1, 4096)],
     # numbers in the equations
     **_all("rms_norm_eps layer_norm_eps layer_norm_epsilon", Epsilon),
-    **_all("attention_multiplier embedding_multiplier logits_scaling residual_multiplier query_pre_attn_scalar", Positive),
+    **_all(
+        "attention_multiplier embedding_multiplier logits_scaling residual_multiplier "
+        "query_pre_attn_scalar",
+        Positive,
+    ),
     **_all("attn_logit_softcapping final_logit_softcapping", Positive | None),
     "relative_attention_num_buckets": Annotated[int, between(4, 10**5)],
     "relative_attention_max_distance": Count,
@@ -67,9 +84,19 @@ FIELDS: Mapping[str, Any] = {
     **_all("hidden_act activation_function activation dense_act_fn", Activation),
     "hidden_activation": Activation | None,
     "feed_forward_proj": Gated,
-    **_all("tie_word_embeddings attention_bias mlp_bias enable_bias bias use_sliding_window scale_embedding", bool),
-    **_all("multi_query new_decoder_architecture parallel_attn alibi use_parallel_residual norm_topk_prob", bool),
-    **_all("do_layer_norm_before _remove_final_layer_norm is_gated_act scale_decoder_outputs", bool),
+    **_all(
+        "tie_word_embeddings attention_bias mlp_bias enable_bias bias use_sliding_window "
+        "scale_embedding",
+        bool,
+    ),
+    **_all(
+        "multi_query new_decoder_architecture parallel_attn alibi use_parallel_residual "
+        "norm_topk_prob",
+        bool,
+    ),
+    **_all(
+        "do_layer_norm_before _remove_final_layer_norm is_gated_act scale_decoder_outputs", bool
+    ),
     "num_ln_in_parallel_attn": Annotated[int, between(1, 2)] | None,
     **_all("dtype torch_dtype", Literal["float32", "bfloat16", "float16", "float64"] | None),
     # ids of tokens, and labels
@@ -86,7 +113,7 @@ OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
         "original_max_position_embeddings": Annotated[int, at_least(2)],  # its logarithm divides
         "partial_rotary_factor": Annotated[float, between(0, 1, above=True)],
     },
-    "roberta": {"pad_token_id": Id},  # positions begin after it
+    "roberta": {"pad_token_id": Id},  # positions start after it
     "mixtral": {"num_local_experts": Annotated[int, between(1, 4096)]},
 }
 ROPE: Mapping[str, Any] = {  # of rope_parameters, and of each layer type's where they differ
@@ -108,8 +135,18 @@ NEEDED: Mapping[str, tuple[str, ...]] = {  # rope_type -> keys without which it 
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-LAYERS, HEADS, WIDTH = "num_hidden_layers", "num_attention_heads", "hidden_size"  # as transformers' objects have them all
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+# Names that transformers' objects have in every family, whatever the file calls the fields.
+LAYERS = "num_hidden_layers"
+HEADS = "num_attention_heads"
+WIDTH = "hidden_size"
+IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 
 
 def check(raw: Mapping[str, Any], model_type: str) -> None:
@@ -134,7 +171,8 @@ def check(raw: Mapping[str, Any], model_type: str) -> None:
 
 
 def check_ids(raw: Mapping[str, Any], vocab_size: int) -> None:
-    """The ids of tokens that a config.json or generation_config.json names: of the right kind, and in the vocabulary.
+    """The ids of tokens that a config.json or generation_config.json names: of the right kind, and
+    in the vocabulary.
 
     Raises: ValueError naming the field and both numbers.
 
@@ -147,11 +185,14 @@ def check_ids(raw: Mapping[str, Any], vocab_size: int) -> None:
         value = raw.get(field)
         for token in value if isinstance(value, list) else [value]:
             if token is not None and token >= vocab_size:
-                last = f"the model has {vocab_size} tokens (vocab_size), of which the last is {vocab_size - 1}"
+                last = (
+                    f"the model has {vocab_size} tokens (vocab_size), of which the last is "
+                    f"{vocab_size - 1}"
+                )
                 raise ValueError(f"{field} is {token}, but {last}")
 
 
-def check_together(hf, config: Config) -> None:
+def check_consistency(hf, config: Config) -> None:
     """Fields that must fit one another, once defaults are filled in.
 
     Args:
@@ -161,17 +202,33 @@ def check_together(hf, config: Config) -> None:
     Raises: ValueError naming the fields and both sides.
     """
     _check_lengths(vars(hf), hf.num_hidden_layers, _said(hf, LAYERS))
-    if "sliding_attention" in (getattr(hf, "layer_types", None) or ()) and hf.sliding_window is None:
-        raise ValueError("layer_types has 'sliding_attention', but sliding_window is null, or use_sliding_window is false")
-    if hf.model_type == "t5" and hf.relative_attention_max_distance <= hf.relative_attention_num_buckets // 2:
-        far, buckets = hf.relative_attention_max_distance, hf.relative_attention_num_buckets
+    if (
+        "sliding_attention" in (getattr(hf, "layer_types", None) or ())
+        and hf.sliding_window is None
+    ):
         raise ValueError(
-            f"relative_attention_max_distance {far} must be above half of relative_attention_num_buckets {buckets}"
+            "layer_types has 'sliding_attention', but sliding_window is null, or "
+            "use_sliding_window is false"
         )
-    for half in (config,) if isinstance(config, TransformerConfig) else (config.encoder, config.decoder):
+    if (
+        hf.model_type == "t5"
+        and hf.relative_attention_max_distance <= hf.relative_attention_num_buckets // 2
+    ):
+        far = hf.relative_attention_max_distance
+        buckets = hf.relative_attention_num_buckets
+        raise ValueError(
+            f"relative_attention_max_distance {far} must be above half of "
+            f"relative_attention_num_buckets {buckets}"
+        )
+    for half in (
+        (config,) if isinstance(config, TransformerConfig) else (config.encoder, config.decoder)
+    ):
         _check_turning(hf, half)
         if half.max_positions is not None and half.max_positions < 1:
-            raise ValueError(f"max_position_embeddings {hf.max_position_embeddings} leaves no position after the padding's")
+            raise ValueError(
+                f"max_position_embeddings {hf.max_position_embeddings} leaves no position after "
+                "the padding's"
+            )
 
 
 def check_heads(raw: Mapping[str, Any], hf) -> None:
@@ -179,17 +236,27 @@ def check_heads(raw: Mapping[str, Any], hf) -> None:
 
     Raises: ValueError naming the fields and both sides.
     """
-    own = raw.get("head_dim") or getattr(type(hf), "head_dim", None)  # a class has its default, if it is not hidden / heads
-    halves = ("encoder_attention_heads", "decoder_attention_heads") if hf.model_type == "bart" else (HEADS,)
+    # A family's class has a default where it is not hidden / heads (Gemma), in files that say none.
+    head_dim = raw.get("head_dim") or getattr(type(hf), "head_dim", None)
+    halves = (
+        ("encoder_attention_heads", "decoder_attention_heads")
+        if hf.model_type == "bart"
+        else (HEADS,)
+    )
     for field in halves:
         heads = getattr(hf, field)
-        if not isinstance(own, int) and hf.model_type != "t5" and hf.hidden_size % heads:
-            raise ValueError(f"{_said(hf, field)} {heads} does not divide {_said(hf, WIDTH)} {hf.hidden_size}")
+        if not isinstance(head_dim, int) and hf.model_type != "t5" and hf.hidden_size % heads:
+            raise ValueError(
+                f"{_said(hf, field)} {heads} does not divide {_said(hf, WIDTH)} {hf.hidden_size}"
+            )
     for field in ("num_key_value_heads", "num_kv_heads"):
         groups = getattr(hf, field, None)
         if groups is not None and hf.num_attention_heads % groups:
-            raise ValueError(f"{field} {groups} does not divide {_said(hf, HEADS)} {hf.num_attention_heads}")
-    experts, chosen = getattr(hf, "num_local_experts", None), getattr(hf, "num_experts_per_tok", 0)
+            raise ValueError(
+                f"{field} {groups} does not divide {_said(hf, HEADS)} {hf.num_attention_heads}"
+            )
+    experts = getattr(hf, "num_local_experts", None)
+    chosen = getattr(hf, "num_experts_per_tok", 0)
     if experts and chosen > experts:
         raise ValueError(f"num_experts_per_tok {chosen} of {experts} experts (num_local_experts)")
 
@@ -214,13 +281,17 @@ def _problem(hint: Any, value: Any) -> str | None:
 def _check_labels(raw: Mapping[str, Any]) -> None:
     labels = raw.get("id2label")
     if labels is not None and (not labels or not all(name.isdecimal() for name in labels)):
-        raise ValueError(f"id2label must have an entry for each label, by its number, but is {labels!r:.80}")
+        raise ValueError(
+            f"id2label must have an entry for each label, by its number, but is {labels!r:.80}"
+        )
 
 
 def _check_attention_types(types: Any, layers: Any) -> None:
     """`[[["global", "local"], 12]]`: kinds of layers, and how often."""
-    whole = isinstance(types, list) and all(isinstance(entry, list) and len(entry) == 2 for entry in types)
-    for kinds, times in types if whole else [(None, None)]:
+    well_formed = isinstance(types, list) and all(
+        isinstance(entry, list) and len(entry) == 2 for entry in types
+    )
+    for kinds, times in types if well_formed else [(None, None)]:
         if problem(list[Literal["global", "local"]], kinds) or problem(Layers, times):
             form = 'a list such as [[["global", "local"], 12]]'
             raise ValueError(f"attention_types must be {form}, but is {types!r:.80}")
@@ -233,13 +304,19 @@ def _check_lengths(fields: Mapping[str, Any], layers: int, named: str) -> None:
     for field in ("layer_types", "attention_layers", "no_rope_layers"):
         entries = fields.get(field)
         if entries is not None and len(entries) != layers:
-            raise ValueError(f"{field} has {len(entries)} entries, but there are {layers} layers ({named})")
+            raise ValueError(
+                f"{field} has {len(entries)} entries, but there are {layers} layers ({named})"
+            )
 
 
 def _ropes(rope: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The parameters themselves, and those of each layer type."""
     yield name, rope
-    yield from ((f"{name}.{layer_type}", entry) for layer_type, entry in rope.items() if isinstance(entry, dict))
+    yield from (
+        (f"{name}.{layer_type}", entry)
+        for layer_type, entry in rope.items()
+        if isinstance(entry, dict)
+    )
 
 
 def _check_rope(rope: Mapping[str, Any], name: str) -> None:
@@ -248,26 +325,32 @@ def _check_rope(rope: Mapping[str, Any], name: str) -> None:
     if missing := [key for key in NEEDED.get(kind, ()) if not rope.get(key)]:
         raise ValueError(f"{name} with rope_type {kind!r} lacks {', '.join(missing)}")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         raise ValueError(f"{name}.high_freq_factor {high} must be above low_freq_factor {low}")
 
 
 def _check_turning(hf, config: TransformerConfig) -> None:
-    """Entries of a head turn in pairs, and a scaling that has a number for each pair has as many."""
+    """Entries of a head rotate in pairs, and a scaling with a number for each has as many."""
     for kind in config.kinds:
         if kind.rope is None:
             continue
         size = kind.rope.size(config.width)
+        # Dynamic scaling divides by size - 2.
         least = 4 if isinstance(kind.rope.scaling, Dynamic) else 2
         if size % 2 or not least <= size <= config.width:
             share = "rotary_dim" if hf.model_type == "gptj" else "partial_rotary_factor"
             raise ValueError(
-                f"{size} entries of a head of {config.width} turn ({share}; head_dim is {config.width}), "
+                f"{size} entries of a head of {config.width} turn ({share}; head_dim is "
+                f"{config.width}), "
                 f"but they turn in pairs: give an even number from {least} to {config.width}"
             )
         for name, factors in _by_pair(kind.rope.scaling):
             if len(factors) != size // 2:
-                raise ValueError(f"rope_parameters.{name} has {len(factors)} numbers, but {size // 2} pairs of entries turn")
+                raise ValueError(
+                    f"rope_parameters.{name} has {len(factors)} numbers, but {size // 2} pairs of "
+                    "entries turn"
+                )
 
 
 def _by_pair(scaling) -> Iterator[tuple[str, Sequence[float]]]:

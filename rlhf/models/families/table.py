@@ -1,4 +1,6 @@
-"""What a family of Hugging Face models is to us: a table of tensors, and its config read and, for some, written."""
+"""What a family of Hugging Face models is to us: a table of tensors, and its config read and, for
+some, written.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +20,11 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: there; {} is the layer's number, a second {} the expert's.
-      leaves: here, `layers.q`; several names: parts of the tensor, side by side along our last axis.
+      leaves: here, `layers.q`; several names: parts of the tensor, side by side along our last
+        axis.
       transpose: there [out, in], here [in, out].
-      grouped: q, k and v by groups of heads: a group's queries, its key, its value, then the next group.
+      grouped: q, k and v by groups of heads: a group's queries, its key, its value, then the next
+        group.
       lead: there with an axis of size 1 before all others.
     """
 
@@ -33,7 +37,8 @@ class Tensor(NamedTuple):
 
 @documented
 class Family(NamedTuple):
-    """How a family writes what we hold.  Rows whose leaves a model lacks (biases, a tied output matrix) do not count.
+    """How a family writes what we hold.  Rows whose leaves a model lacks (biases, a tied output
+    matrix) do not count.
 
     Attributes:
       architecture: the name of transformers' class.
@@ -53,9 +58,13 @@ class Family(NamedTuple):
     tensors: tuple[Tensor, ...] | Callable[[Any], tuple[Tensor, ...]]
     read: Callable[[Any], TransformerConfig | EncoderDecoderConfig]
     write: Callable[[TransformerConfig], dict] | None = None
+    # Frequencies of rotary positions: computed from the config, stored by old versions.
     ignored: str = r"\.rotary_emb\.inv_freq$"
     only: Mapping[str, tuple] = NOTHING
-    head: tuple[Tensor, ...] = (Tensor("score.weight", "weight", transpose=True), Tensor("score.bias", "bias"))
+    head: tuple[Tensor, ...] = (
+        Tensor("score.weight", "weight", transpose=True),
+        Tensor("score.bias", "bias"),
+    )
     head_inner: str | None = None
     token_head: tuple[Tensor, ...] | None = None
 
@@ -66,7 +75,7 @@ class Family(NamedTuple):
         return self.token_head if of_tokens and self.token_head else self.head
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------
 
 
 def matrices(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple[Tensor, ...]:
@@ -75,7 +84,11 @@ def matrices(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple
         row
         for ours, theirs in names.items()
         for row in (
-            Tensor(f"{layer}{theirs}.weight", " ".join(to + part for part in ours.split()), transpose=True),
+            Tensor(
+                f"{layer}{theirs}.weight",
+                " ".join(to + part for part in ours.split()),
+                transpose=True,
+            ),
             Tensor(f"{layer}{theirs}.bias", " ".join(f"{to}{part}_bias" for part in ours.split())),
         )
     )
@@ -86,13 +99,17 @@ def vectors(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple[
     return tuple(
         row
         for ours, theirs in names.items()
-        for row in (Tensor(f"{layer}{theirs}.weight", f"{to}{ours}"), Tensor(f"{layer}{theirs}.bias", f"{to}{ours}_bias"))
+        for row in (
+            Tensor(f"{layer}{theirs}.weight", f"{to}{ours}"),
+            Tensor(f"{layer}{theirs}.bias", f"{to}{ours}_bias"),
+        )
     )
 
 
-# --- configs -----------------------------------------------------------------------------------------------------------
+# --- configs ----------------------------------------------------------------------
 
-ACTIVATIONS = {  # theirs -> ours; the first of several is what we write
+# Theirs -> ours; the first of several is what we write.  Their "gelu" is the exact form.
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu",
@@ -118,11 +135,16 @@ def activation_there(ours: str) -> str:
 def rope(hf, parameters: Mapping[str, Any] | None = None) -> Rope:
     """Rotary positions as a config's `rope_parameters` describe them."""
     p = hf.rope_parameters if parameters is None else parameters
-    return Rope(theta=float(p["rope_theta"]), share=float(p.get("partial_rotary_factor") or 1.0), scaling=_scaling(hf, p))
+    return Rope(
+        theta=float(p["rope_theta"]),
+        share=float(p.get("partial_rotary_factor") or 1.0),
+        scaling=_scaling(hf, p),
+    )
 
 
 def _scaling(hf, p: Mapping[str, Any]) -> Scaling | None:
-    kind, length = p.get("rope_type", "default"), hf.max_position_embeddings
+    kind = p.get("rope_type", "default")
+    length = hf.max_position_embeddings
     original = int(p.get("original_max_position_embeddings") or length)
     if kind == "default":
         return None
@@ -131,30 +153,58 @@ def _scaling(hf, p: Mapping[str, Any]) -> Scaling | None:
     if kind == "dynamic":
         return Dynamic(float(p["factor"]), length)
     if kind == "llama3":
-        return Llama3(float(p["factor"]), float(p["low_freq_factor"]), float(p["high_freq_factor"]), original)
+        return Llama3(
+            float(p["factor"]), float(p["low_freq_factor"]), float(p["high_freq_factor"]), original
+        )
+    # Without a factor: how many times longer than in pretraining.
     factor = float(p.get("factor") or length / original)
     if kind == "longrope":
+        # Longer texts spread attention over more keys; the factor on cos and sin sharpens it.
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        return LongRope(tuple(p["short_factor"]), tuple(p["long_factor"]), original, float(p.get("attention_factor") or grown))
+        return LongRope(
+            tuple(p["short_factor"]),
+            tuple(p["long_factor"]),
+            original,
+            float(p.get("attention_factor") or grown),
+        )
     if kind == "yarn":
         ends = dict(fast=float(p.get("beta_fast") or 32), slow=float(p.get("beta_slow") or 1))
-        return Yarn(factor, original, _yarn_attention(p, factor), **ends, truncate=bool(p.get("truncate", True)))
+        return Yarn(
+            factor,
+            original,
+            _yarn_attention(p, factor),
+            **ends,
+            truncate=bool(p.get("truncate", True)),
+        )
     known = "default, linear, dynamic, yarn, longrope, llama3"
     raise ValueError(f"rotary scaling {kind!r} (rope_type) is not supported; known: {known}")
 
 
 def _yarn_attention(p: Mapping[str, Any], factor: float) -> float:
-    of = lambda mscale: 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-    whole = of(p["mscale"]) / of(p["mscale_all_dim"]) if p.get("mscale") and p.get("mscale_all_dim") else of(1.0)
-    return float(p.get("attention_factor") or whole)
+    """YaRN's factor on cos and sin, `0.1 log(factor) + 1`; DeepSeek divides two of them."""
+
+    def of(mscale):
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    computed = (
+        of(p["mscale"]) / of(p["mscale_all_dim"])
+        if p.get("mscale") and p.get("mscale_all_dim")
+        else of(1.0)
+    )
+    return float(p.get("attention_factor") or computed)
 
 
 def kinds(hf, layer_types: Sequence[str]) -> tuple[LayerKind, ...]:
-    """A kind for every layer type, with the window and the rotary positions that the config gives it."""
+    """A kind for every layer type, with the window and the rotary positions that the config gives
+    it.
+    """
 
     def kind(layer_type):
         if layer_type not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layer type {layer_type!r} is not supported; known: 'full_attention', 'sliding_attention'")
+            raise ValueError(
+                f"layer type {layer_type!r} is not supported; known: 'full_attention', "
+                "'sliding_attention'"
+            )
         window = hf.sliding_window if layer_type == "sliding_attention" else None
         return LayerKind(window, rope(hf, hf.rope_parameters.get(layer_type, hf.rope_parameters)))
 
@@ -162,5 +212,10 @@ def kinds(hf, layer_types: Sequence[str]) -> tuple[LayerKind, ...]:
 
 
 def pattern(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
-    """The shortest beginning that repeats to all of them."""
-    return next(kinds[:n] for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    """The shortest start that repeats to all of them."""
+    # The scan over layers compiles one repeat: the shorter it is, the smaller the program.
+    return next(
+        kinds[:n]
+        for n in range(1, len(kinds) + 1)
+        if all(k == kinds[i % n] for i, k in enumerate(kinds))
+    )

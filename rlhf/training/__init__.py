@@ -1,0 +1,1 @@
+"""What recipes share, one topic a module; no recipe imports a recipe."""

@@ -1,0 +1,80 @@
+"""The mesh that options ask for, and rows on it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf.sharding import make_mesh, shard_batch
+from rlhf.training.options import MeshOptions
+
+
+def devices() -> Sequence[jax.Device]:
+    """The devices that a run takes: all that this process sees, with those of other hosts."""
+    return jax.devices()
+
+
+def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 1) -> Mesh:
+    """The mesh of a run.
+
+    Args:
+      options: its sizes.
+      rows: of an optimizer step; None: they are not known.
+      micro_batches: parts that they are taken in.
+
+    Raises: ValueError where the sizes do not multiply to the devices, or the devices cannot share a
+    micro-batch's rows equally.
+    """
+    sizes = options.sizes()
+    number = len(devices())
+    if -1 in sizes.values():
+        # The axis given as -1 gets what the others leave, as in a reshape.
+        others = int(np.prod([size for size in sizes.values() if size > 0]))
+        rest = number // others
+        if rest * others != number:
+            given = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 0)
+            raise ValueError(
+                f"{given} = {others} does not divide {number} devices; change --data, --fsdp or "
+                "--tensor"
+            )
+        sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
+    try:
+        mesh = make_mesh(**sizes, devices=devices())
+    except ValueError as error:
+        raise ValueError(f"{error}; change --data, --fsdp or --tensor") from None
+    # Rows are split over both axes, of every micro-batch: found here, before a model loads, and not
+    # by XLA at the first step.
+    ways = sizes["data"] * sizes["fsdp"]
+    if rows is not None and (rows // micro_batches) % ways:
+        parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+        raise ValueError(
+            f"a step's {rows} rows{parts} cannot be shared by data {sizes['data']} × fsdp "
+            f"{sizes['fsdp']} = {ways} devices; "
+            "change --batch_size, or the mesh"
+        )
+    return mesh
+
+
+def place(batch: Any, mesh: Mesh) -> Any:
+    """A batch's rows over `data` and `fsdp`; on every device where they do not divide, such as a
+    few prompts.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = {np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)}
+    if any(size % ways for size in rows):
+        # Every device computes all rows: slower than a split, and right for any number of them.
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(lambda x: jax.device_put(x, replicated), batch)
+    return shard_batch(batch, mesh)
+
+
+def on(mesh: Mesh, fn: Callable) -> Callable:
+    """`fn`, which sees the mesh while it is called: activations are constrained to it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return fn(*args, **kwargs)
+
+    return call

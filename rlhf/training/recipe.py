@@ -1,0 +1,96 @@
+"""What makes a function a recipe: options one by one or as their dataclasses, each held against its
+type and range.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any
+
+from rlhf.ranges import checked, hints_of
+
+
+def recipe(main: Callable) -> Callable:
+    """`main(model: ModelOptions, …, *, …)`, whose options may also be given one by one, as the
+    command line takes them.
+
+    `main(ModelOptions("m"), …)` and `main(model="m", learning_rate=1e-4, …)` are the same.
+
+    Args:
+      main: a function some of whose parameters are option dataclasses.
+
+    Raises: when called, ValueError for an option that is not known (with the nearest that is) or
+    missing, or of another type or
+      range.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class ModelOptions:
+    ...     model: str
+    ...     dtype: str = "float32"
+    >>> @recipe
+    ... def main(model: ModelOptions, *, steps: int = 1):
+    ...     return model, steps
+    >>> main(model="m", steps=2)
+    (ModelOptions(model='m', dtype='float32'), 2)
+    """
+    hints = hints_of(main)
+    signature = inspect.signature(main)
+    groups = {
+        name: hints[name] for name in signature.parameters if dataclasses.is_dataclass(hints[name])
+    }
+    fields = {
+        group: [field.name for field in dataclasses.fields(kind)] for group, kind in groups.items()
+    }
+    # Checked once all is in place: plain options by the ranges in `main`'s own annotations.
+    run = checked(main)
+
+    @wraps(main)
+    def call(*args: Any, **given: Any) -> Any:
+        arguments = dict(signature.bind_partial(*args).arguments)
+        # Fields of different dataclasses have different names, so that a flat call is not
+        # ambiguous.
+        plain_names = {name for name in signature.parameters if name not in groups}
+        known = plain_names.union(groups, *fields.values())
+        for name in given:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = (
+                    f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+                )
+                raise ValueError(f"{name} is no option of {main.__module__}{hint}")
+        for group, kind in groups.items():
+            if group in arguments:
+                continue
+            # `main(model=ModelOptions(…))` and `main(model="m")` share a name: the type decides.
+            if isinstance(given.get(group), kind):
+                arguments[group] = given.pop(group)
+                continue
+            values = {name: given.pop(name) for name in fields[group] if name in given}
+            arguments[group] = kind(**_complete(kind, values))
+        arguments |= given
+        missing = [
+            name
+            for name, x in signature.parameters.items()
+            if x.default is inspect.Parameter.empty and name not in arguments
+        ]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        return run(**arguments)
+
+    return call
+
+
+def _complete(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields, once none is missing."""
+    # Found here, since a dataclass would say `__init__() missing 1 required positional argument`.
+    empty = dataclasses.MISSING
+    needed = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is empty and f.default_factory is empty
+    ]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{', '.join(missing)} must be given")
+    return values
