@@ -86,18 +86,26 @@ def one_device():
 
 @pytest.fixture(autouse=True)
 def eight_devices(request, monkeypatch):
-    if "mesh" in request.keywords:
-        from rlhf.training import meshes
+    if "mesh" not in request.keywords:
+        yield
+        return
+    from rlhf.training import meshes
 
-        monkeypatch.setattr(meshes, "devices", jax.devices)
+    monkeypatch.setattr(meshes, "devices", jax.devices)
+    yield
+    forget_programs(beyond=20_000)  # whole commands, each of dozens of programs for eight devices
 
 
 @pytest.fixture(autouse=True, scope="module")
 def memory_maps():
-    """Every compiled program holds memory maps, of which a process has 65,530: beyond, XLA crashes.  Forgets them in time."""
     yield
+    forget_programs(beyond=30_000)
+
+
+def forget_programs(beyond: int) -> None:
+    """Every compiled program holds memory maps, of which a process has 65,530: beyond, XLA crashes.  Forgets them in time."""
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
+    if maps.exists() and len(maps.read_text().splitlines()) > beyond:
         jax.clear_caches()
 
 
