@@ -218,7 +218,7 @@ def main(
         metrics = {
             **mean,
             **reward_metrics,
-            **sample_of.completion_metrics(rollout),
+            **sample_of.completion_metrics(on_host),
             "selected": np.mean(shares),
         }
         # In the place and type of the old one: another sharding would compile the step again.

@@ -43,7 +43,7 @@ def of_loss(loss_fn: LossFn, held_out: Any, size: int, mesh: Mesh) -> Evaluate |
         found = []
         for part, real in datasets.parts(held_out, size):
             part = _without_filling(part, size, real)
-            found.append(one(state.params, state.context, meshes.place(part, mesh)))
+            found.append(jax.device_get(one(state.params, state.context, meshes.place(part, mesh))))
         # Weights are those of all rows together, so that parts add up; a mean of means would weigh
         # the last, smaller part too much.
         return jax.tree.map(lambda *values: sum(values), *found)
@@ -131,7 +131,7 @@ def of_completions(
             "reason": pyarrow.array(scored.reasons, pyarrow.string()),
         }
         run.samples(int(state.step), table)
-        metrics = completion_metrics(rollout)
+        metrics = completion_metrics(jax.device_get(rollout))
         # `tokens` is for the speed of training steps.
         del metrics["tokens"]
         return {**scored.metrics, **metrics}

@@ -348,7 +348,8 @@ class Loaded(NamedTuple):
             # Merged at the end alone: it takes the memory of a second copy of the model.
             if not over:
                 return
-            lm = adapters.merge(lm)
+            # One program on a mesh: many small ones, each with its collectives, would overlap.
+            lm = jax.jit(adapters.merge)(lm) if self.mesh.size > 1 else adapters.merge(lm)
         with files.renewed(folder / "model") as new:
             # Masters are float32; written so, a bfloat16 model would come back twice as large.
             dtype = huggingface.stored_dtype(self.source) if self.source else None

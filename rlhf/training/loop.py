@@ -117,6 +117,9 @@ def fit(
     """
     average = AVERAGES[training.average](training)
     averaged = average.init(state.params) if average else None
+    # XLA's collectives among CPU devices may wait for each other for ever where two programs are
+    # under way at once: there the next step begins when this one has ended.
+    waits = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     checkpoints = Checkpoints(run.path / "checkpoints", keep=training.keep)
 
     def split_context(state: TrainState) -> TrainState:
@@ -204,6 +207,8 @@ def fit(
         def step_and_count(state: TrainState, number: int) -> tuple[TrainState, dict]:
             nonlocal taken, averaged
             state, metrics = step(state, batches(number))
+            if waits:
+                jax.block_until_ready((state, metrics))
             # Below 1: a mean over several updates, of which some were skipped, still moved.
             taken = taken + (metrics.get("skipped", 0.0) < 1)
             # Hooks before the average: one of them may alter the parameters.

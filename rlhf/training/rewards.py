@@ -177,19 +177,21 @@ class RewardScorer:
             # No weight and no metrics: it is the only reward, which is logged as `reward`.
             found = [(1.0, self._task_score(rollout), {})]
         # `[B, rewards]`; a completion that one of them could not score has no total (NaN).
-        scores = jnp.stack([jnp.asarray(values) for _, values, _ in found], axis=1)
+        # On the host from here on: small numbers, and on a mesh every operation by itself would be a
+        # program with collectives of its own.
+        scores = jnp.stack([np.asarray(values) for _, values, _ in found], axis=1)
         total = losses.groups.weighted_rewards(
             scores, jnp.array([weight for weight, _, _ in found])
         )
         if (clip := self._options.reward_clip) is not None:
             total = jnp.clip(total, -clip, clip)
         # After clipping: a penalty beyond the bound still counts.
-        total = total - self._options.missing_end_penalty * ~rollout.finished
+        total = total - self._options.missing_end_penalty * ~np.asarray(rollout.finished)
         metrics = {"reward": jnp.nanmean(total)}
         for _, _, of_part in found:
             metrics |= of_part
         if self._task_score and (self._models or self._texts):
-            metrics["task_score"] = self._task_score(rollout).mean()
+            metrics["task_score"] = np.asarray(self._task_score(rollout)).mean()
         return Rewarded(total, metrics, reasons)
 
     def _count_failures(self, scored: Rewards) -> None:
