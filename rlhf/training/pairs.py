@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import data, losses, rollouts
+from rlhf import data
 from rlhf.data import Tokenized
 from rlhf.data.types import Row
 from rlhf.losses import preference
@@ -147,27 +147,6 @@ def _common(pairs: Pairs) -> int:
     same = np.all([(x == x[:, :1]).all((0, 1)) for x in arrays], axis=0)
     # Ones up to the first column that differs, zeros after it.
     return int(np.cumprod(same).sum())
-
-
-def sums(per_token, pairs: Pairs, mask=None, *, max_segments: int = 1):
-    """Sums over the trained tokens of each completion, chosen and rejected: `[R * K, T]` ->
-    `[R, N, 2]`; of triples 3.
-
-    Args:
-      mask: `[R * K, T]` bool, where other tokens count.
-    """
-    rows = rollouts.pair_rows(pairs)
-    of_sequences = losses.segment_sum(
-        per_token, rows.mask if mask is None else mask, rows.segment_ids, max_segments=max_segments
-    )
-    return of_sequences.reshape(pairs.tokens.shape[0], -1, max(pairs.tokens.shape[1], 2))
-
-
-def lengths(pairs: Pairs, *, max_segments: int = 1):
-    """`[R, N, 2]` float32: the trained tokens of each completion."""
-    return sums(
-        rollouts.pair_rows(pairs).mask.astype(jnp.float32), pairs, max_segments=max_segments
-    )
 
 
 def segments(*several: Pairs | None) -> int:
