@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -26,10 +27,14 @@ from rlhf.lm import LM, Head
 from rlhf.models import TransformerConfig, huggingface, scalar_head, transformer
 from rlhf.ranges import Seed, Steps, checked
 from rlhf.recipes import dpo, grpo, ppo, reward, sft
+from rlhf.sharding import jit_step, shardings
 from rlhf.tasks import reviews
 from rlhf.train import TrainState, init_state, reference
+from rlhf.training import meshes
 from rlhf.training import preference as pair_losses
+from rlhf.training.loading import one_device
 from rlhf.training.loop import run_steps
+from rlhf.training.options import MeshOptions
 from rlhf.training.policy import Policy
 from rlhf.training.runs import RunFolder
 
@@ -73,12 +78,14 @@ class Models(NamedTuple):
       lm: the policy.
       value_head: of the critic.
       reward_head: of the reward model.
+      mesh: where all parameters, states and batches are.
     """
 
     config: TransformerConfig
     lm: LM
     value_head: Head
     reward_head: Head
+    mesh: Mesh
 
 
 def make_task(
@@ -120,8 +127,14 @@ def make_task(
     )
 
 
-def make_models(vocab_size: int, *, hidden_size: int = 192, num_layers: int = 2) -> Models:
-    """A Llama-shaped decoder of about a million parameters, and the heads."""
+def make_models(
+    vocab_size: int,
+    *,
+    hidden_size: int = 192,
+    num_layers: int = 2,
+    mesh: Mesh | None = None,
+) -> Models:
+    """A Llama-shaped decoder of about a million parameters, and the heads; on one device without a mesh."""
     config = TransformerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -133,7 +146,23 @@ def make_models(vocab_size: int, *, hidden_size: int = 192, num_layers: int = 2)
     # A reward head with a random start: at 0 both sides of every pair would be equal, and the trunk
     # would get no gradient at first.  A value head starts at 0: it must say nothing yet.
     reward_head = scalar_head(hidden_size, scale=(hidden_size + 1) ** -0.5)
-    return Models(config, transformer(config), scalar_head(hidden_size), reward_head)
+    mesh = one_device() if mesh is None else mesh
+    return Models(config, transformer(config), scalar_head(hidden_size), reward_head, mesh)
+
+
+def on_mesh(models: Models, state: TrainState, step: Callable) -> tuple[TrainState, Callable]:
+    """The state with every array in its place on the mesh, and the step `(state, batch, …)` for it."""
+    lm_axes = models.lm.axes()
+    axes = {"lm": lm_axes, "head": models.value_head.axes(), **lm_axes}
+    # A vocabulary of 90 words divides by few meshes: it is kept whole where it does not.
+    where = shardings(state, axes, models.mesh, say=lambda text: None)
+    state = jax.tree.map(jax.device_put, state, where)
+    jitted = jit_step(step, models.mesh, state)
+
+    def on_devices(state: TrainState, batch: Any, *more: Any) -> tuple[TrainState, dict]:
+        return jitted(state, meshes.place(batch, models.mesh), *more)
+
+    return state, on_devices
 
 
 def batches(source: Any, seed: int, rows: int, total: int) -> Iterator[tuple]:
@@ -153,7 +182,7 @@ def train_lm(task: Task, models: Models, seed: int, steps: int, rows: int, show:
     update = sft.make_update(Policy(models.lm), optimizer)
     init_key, key = jax.random.split(jax.random.key(seed))
     state = init_state(models.lm.init(init_key), optimizer, key)
-    step = jax.jit(update, donate_argnums=0)
+    state, step = on_mesh(models, state, update)
     return show("1 supervised", step, state, batches(task.corpus, seed, rows, steps), steps).params
 
 
@@ -169,10 +198,11 @@ def train_reward(
     # A copy: the state is donated, and the language model is needed again in phase 3.
     params = {"lm": reference(lm_params), "head": models.reward_head.init(init_key)}
     state = init_state(params, optimizer, key)
+    state, step = on_mesh(models, state, update)
     inputs = batches(task.pairs, seed, rows, steps)
     return show(
         "2 reward model",
-        jax.jit(update, donate_argnums=0),
+        step,
         state,
         inputs,
         steps,
@@ -257,11 +287,11 @@ def align_online(
         for step, (batch,) in enumerate(batches(task.prompts, seed, rows // num_samples, steps)):
             yield batch, jax.random.fold_in(run_key, step)
 
-    state = init_state(params, optimizer, key, context)
+    state, step = on_mesh(models, init_state(params, optimizer, key, context), iterate)
     shown = ("reward", "objective/kl")
     return show(
         f"3 {algorithm.upper()}",
-        jax.jit(iterate, donate_argnums=0),
+        step,
         state,
         prompts(),
         steps,
@@ -293,10 +323,11 @@ def align_dpo(
     state = init_state(
         reference(lm_params), optimizer, jax.random.key(seed), {"reference": reference(lm_params)}
     )
+    state, step = on_mesh(models, state, update)
     inputs = batches(pairs, seed, rows, steps)
     return show(
         "3 DPO",
-        jax.jit(update, donate_argnums=0),
+        step,
         state,
         inputs,
         steps,
@@ -348,6 +379,7 @@ def run(
     rows: int = 128,
     corpus: int = CORPUS,
     pairs: int = PAIRS,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """The whole demo; returns what `summary.json` holds.
 
@@ -357,6 +389,7 @@ def run(
       steps: of every phase; None: each phase's own number.
       control: "none", or "shuffled": rewards (or preferences) dealt out at random, so that nothing
         can be learned.
+      mesh: where it runs; None: on one device.
 
     Raises: ValueError for an output folder in use.
     """
@@ -369,7 +402,7 @@ def run(
 
     show = partial(run_steps, log=folder.log, console=console)
     task = make_task(seed, corpus=corpus, pairs=pairs)
-    models = make_models(len(task.tokenizer), hidden_size=hidden_size)
+    models = make_models(len(task.tokenizer), hidden_size=hidden_size, mesh=mesh)
 
     lm_params = train_lm(task, models, seed, length("sft"), rows // 4, show)
     console.print(f"{sum(x.size for x in jax.tree.leaves(lm_params)):,} parameters")
@@ -504,6 +537,7 @@ def _plot(folder: RunFolder, algorithm: str) -> None:
 
 @checked
 def main(
+    mesh: MeshOptions,
     *,
     algorithm: Literal["ppo", "grpo", "dpo"] = "ppo",
     seed: Seed = 0,
@@ -523,4 +557,5 @@ def main(
     """
     suffix = "" if control == "none" else f"-{control}"
     output = output or f"runs/demo-{algorithm}-{seed}{suffix}"
-    run(algorithm=algorithm, seed=seed, output=output, steps=steps, control=control)
+    devices = meshes.make(mesh, rows=32)  # the fewest rows of a step
+    run(algorithm=algorithm, seed=seed, output=output, steps=steps, control=control, mesh=devices)

@@ -182,7 +182,25 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> Callable:
+class MeshStep:
+    """What `jit_step` returns: a jitted step that sees the mesh while it is called."""
+
+    def __init__(self, jitted: Any, mesh: Mesh):
+        self._jitted = jitted
+        self._mesh = mesh
+
+    def __call__(self, state: Any, *inputs: Any) -> tuple[Any, dict]:
+        with jax.set_mesh(self._mesh):
+            return self._jitted(state, *inputs)
+
+    def lower(self, state: Any, *inputs: Any) -> jax.stages.Lowered:
+        """Its program, to be compiled ahead of time, from arrays or their shapes with places."""
+        # Lowering needs the mesh's axes alone: its devices may be elsewhere.
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            return self._jitted.lower(state, *inputs)
+
+
+def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> MeshStep:
     """Jits `step(state, *inputs) -> (state, metrics)` for a mesh; the state stays where it is and
     its memory is reused.
 
@@ -195,12 +213,7 @@ def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> 
     # again.
     where = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, out_shardings=(where, None), donate_argnums=0 if donate else ())
-
-    def run(state, *inputs):
-        with jax.set_mesh(mesh):
-            return jitted(state, *inputs)
-
-    return run
+    return MeshStep(jitted, mesh)
 
 
 def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES) -> jax.Array:

@@ -190,7 +190,10 @@ NOT_HERE: dict[str, tuple] = {  # why, and the values that say the same as leavi
     ),
     "lora_modules_to_save": ("with adapters all else is frozen; leave it out", None),
     "lora_target_parameters": ("adapters are on matrices by --lora_targets; leave it out", None),
-    "max_tool_calling_iterations": ("no command calls tools; from Python rollouts do", None),
+    "max_tool_calling_iterations": (
+        "tools are those of an --environment; give --max_turns, one more than this",
+        None,
+    ),
     "model_init_kwargs": ("give --dtype, and a folder for another revision", None),
     "model_revision": ("download that revision, and give its folder as --model", "main"),
     "multi_objective_aggregation": (SIDE, "sum_then_normalize"),
@@ -848,8 +851,8 @@ def _batch(command: Command, found: Mapping[str, Given]) -> dict[str, Given]:
                 f"that {group} divides, or --batch_size, which counts prompts"
             )
         command.notes.append(
-            f"{size * cuts} completions a step are {size * cuts // group} prompts here, "
-            "--batch_size"
+            f"{size * cuts} completions a step are {size * cuts // group} prompts here: "
+            f"--batch_size {size * cuts // group}"
         )
         size = size * cuts // group
     out = {"batch_size": Given(written, size)}

@@ -57,15 +57,13 @@ class SampleFn(Protocol):
 
 
 class RewardFn(Protocol):
-    """Rewards of the completions of a step, on the host: `(rewards [B], metrics)`.
+    """Rewards of the completions of a step, on the host: an `rlhf.training.rewards.Rewarded`.
 
     `columns` are those of the prompts' rows, one entry a prompt; `num_samples` completions of a prompt
     stand side by side in the rollout.
     """
 
-    def __call__(
-        self, rollout: Any, columns: Mapping[str, list], num_samples: int, /
-    ) -> tuple[Any, dict[str, Any]]: ...
+    def __call__(self, rollout: Any, columns: Mapping[str, list], num_samples: int, /) -> Any: ...
 
 
 class TextReward(Protocol):

@@ -22,6 +22,10 @@ from rlhf.rollouts.samplers import Sampler
 from rlhf.rollouts.types import Array, Prompts, Rollout
 
 
+class EnvironmentFailed(RuntimeError):
+    """No conversation can start."""
+
+
 @documented
 class Turn(NamedTuple):
     """What an environment returns for a completion.
@@ -142,7 +146,7 @@ def play(
 
     Raises: ValueError on limits that are not above 0, a prompt without tokens, prompts that leave
     no room in `max_tokens`, and
-      unequal numbers of prompts and rows; RuntimeError where `reset` failed on every row.
+      unequal numbers of prompts and rows; EnvironmentFailed where `reset` failed on every row.
 
     >>> from rlhf.models import TransformerConfig, transformer
     >>> from rlhf.tasks import reviews
@@ -314,7 +318,7 @@ def _start(played: Played, outcomes: list[Outcome]) -> np.ndarray:
             _no_score(played, b, f"reset: {error}")
     # Where no row can start the environment itself is at fault: that is no data to train on.
     if all(played.errors):
-        raise RuntimeError(
+        raise EnvironmentFailed(
             f"environment.reset failed on all {len(outcomes)} rows; row 0: {outcomes[0][1]}"
         )
     return np.array([error is None for _, error in outcomes])
@@ -408,7 +412,15 @@ def _reply(outcome: Outcome, state: Any, encode: Callable) -> tuple[Turn, list[i
             return turn, [] if turn.done else encode(turn.observation)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
-    return Turn(state, error=error), encode(f"error: {error}")
+    return Turn(state, error=error), _encoded_or_nothing(encode, f"error: {error}")
+
+
+def _encoded_or_nothing(encode: Callable, text: str) -> list[int]:
+    try:
+        return encode(text)
+    # A toy tokenizer has no words for a message, and `render` is code of a user's.
+    except Exception:
+        return []
 
 
 def _encode(

@@ -57,12 +57,15 @@ def completions(tokenizer, rollout: Rollout) -> list[str]:
     """The text that was sampled in each row of a rollout `[B, T]`, without special tokens: B
     strings.
     """
-    tokens = np.asarray(rollout.tokens)
-    mask = np.asarray(rollout.mask)
-    return [
-        tokenizer.decode(row[keep], skip_special_tokens=True)
-        for row, keep in zip(tokens, mask, strict=True)
-    ]
+    return _decoded(tokenizer, rollout.tokens, rollout.mask)
+
+
+def continuations(tokenizer, rollout: Rollout) -> list[str]:
+    """The text after each row's prompt: what was sampled, and what an environment said in between:
+    B strings.
+    """
+    after = np.asarray(rollout.segment_ids != 0) & _after_prompt(rollout)
+    return _decoded(tokenizer, rollout.tokens, after)
 
 
 def prompts(tokenizer, rollout: Rollout) -> list[str]:
@@ -70,14 +73,20 @@ def prompts(tokenizer, rollout: Rollout) -> list[str]:
     special tokens: B strings.
     """
     if rollout.inputs is not None and "tokens" in rollout.inputs:
-        tokens = np.asarray(rollout.inputs["tokens"])
-        keep = np.asarray(rollout.inputs["segment_ids"] != 0)
-    else:
-        tokens = np.asarray(rollout.tokens)
-        keep = np.asarray((rollout.segment_ids != 0) & ~rollout.mask)
+        return _decoded(tokenizer, rollout.inputs["tokens"], rollout.inputs["segment_ids"] != 0)
+    before = np.asarray(rollout.segment_ids != 0) & ~_after_prompt(rollout)
+    return _decoded(tokenizer, rollout.tokens, before)
+
+
+def _after_prompt(rollout: Rollout) -> np.ndarray:
+    """Which columns are the first sampled token or after it.  `[B, T]` bool."""
+    return np.maximum.accumulate(np.asarray(rollout.mask), axis=1)
+
+
+def _decoded(tokenizer, tokens, keep) -> list[str]:
     return [
-        tokenizer.decode(row[k], skip_special_tokens=True)
-        for row, k in zip(tokens, keep, strict=True)
+        tokenizer.decode(row[chosen], skip_special_tokens=True)
+        for row, chosen in zip(np.asarray(tokens), np.asarray(keep), strict=True)
     ]
 
 

@@ -255,8 +255,15 @@ class InWorker:
             if failure.hopeless or number < 2:
                 return [Failed(str(failure))] * number
             return self._row_by_row(given, number)
-        complete = isinstance(returned, list) and len(returned) == number
-        return returned if complete or number < 2 else self._row_by_row(given, number)
+        if number < 2 or (isinstance(returned, list) and len(returned) == number):
+            return returned
+        found = self._row_by_row(given, number)
+        if any(isinstance(one, Failed) for one in found):
+            return found
+        # No row is to blame: a function that always returns one number is right for single rows.
+        what = f"{len(returned)} rewards" if isinstance(returned, list) else f"{returned!r:.80}"
+        wrong = f"returned {what} for {number} completions; give one number a completion"
+        return [Failed(wrong)] * number
 
     def close(self) -> None:
         """Ends the process."""

@@ -96,7 +96,15 @@ def finished(ask: list[str], output: Path) -> None:
 def outcome(output: Path) -> tuple[list[dict], bytes]:
     """What a run comes to: its metrics, without times, and its weights."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "mfu", "compilations", "time/sampling", "time/rewards")
+    timed = (
+        "seconds",
+        "tokens_per_second",
+        "sequences_per_second",
+        "mfu",
+        "compilations",
+        "time/sampling",
+        "time/rewards",
+    )
     metrics = [{key: value for key, value in row.items() if key not in timed} for row in rows]
     return metrics, (output / "model" / "model.safetensors").read_bytes()
 

@@ -80,7 +80,7 @@ def one_device():
     from rlhf.training import meshes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meshes, "devices", lambda: jax.devices()[:1])
+        patch.setattr(meshes, "local_devices", lambda: jax.devices()[:1])
         yield
 
 
@@ -91,7 +91,7 @@ def eight_devices(request, monkeypatch):
         return
     from rlhf.training import meshes
 
-    monkeypatch.setattr(meshes, "devices", jax.devices)
+    monkeypatch.setattr(meshes, "local_devices", jax.devices)
     yield
     forget_programs(beyond=20_000)  # whole commands, each of dozens of programs for eight devices
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from marks import exhaustive
 
 from rlhf import losses
 
@@ -65,7 +66,9 @@ def value_and_gradient(fn, name="logits"):
 def each_case(topic):
     """Runs a test of `(name, precision)` for every case of the topic's families."""
     names = [name for name in CASES if name.split("/")[0] in FAMILIES[topic]]
-    both = pytest.mark.parametrize("precision", ["float64", "float32"])
+    both = pytest.mark.parametrize(
+        "precision", exhaustive(["float64", "float32"], quick=["float64"])
+    )
     return lambda test: both(pytest.mark.parametrize("name", names)(test))
 
 

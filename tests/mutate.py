@@ -154,7 +154,7 @@ def green(*tests: str) -> bool:
     if child == 0:
         status = 1
         try:
-            status = int(pytest.main(["-n0", "-qx", "-p", "no:cacheprovider", *tests]))
+            status = int(pytest.main(["-n0", "-qx", "-m", "", "-p", "no:cacheprovider", *tests]))
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, 5)

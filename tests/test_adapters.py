@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 from safetensors.numpy import load_file, save_file
 
 import rlhf
@@ -224,6 +225,7 @@ def assert_the_step_was_the_same(params):
     )
 
 
+@pytest.mark.exhaustive
 def test_micro_batches_and_a_dropout_of_nothing_give_the_same_step():
     step = rlhf.train_step(functools.partial(on_adapters, rate=0.0), OPTIMIZER, micro_batches=2)
     assert_the_step_was_the_same(jax.jit(step)(state_at_start(jax.random.key(0)), TOKENS)[0].params)
@@ -620,13 +622,16 @@ def peft_logits(model):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        ("llama", "lora"),
-        ("llama", "dora"),
-        ("llama", "rslora"),
-        ("gpt2", "lora"),
-        ("falcon_new", "dora"),
-    ],
+    exhaustive(
+        [
+            ("llama", "lora"),
+            ("llama", "dora"),
+            ("llama", "rslora"),
+            ("gpt2", "lora"),
+            ("falcon_new", "dora"),
+        ],
+        quick=[("llama", "lora")],
+    ),
 )
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_peft_reads_ours_and_we_read_peft_s(name, kind, tmp_path):
@@ -700,6 +705,7 @@ PATTERNS = {  # what an adapter may say of layers and modules; two modules of th
 
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.exhaustive
 def test_ranks_by_layer_and_some_layers_alone_are_peft_s(kind, tmp_path):
     """PEFT's logits from PEFT's files, from ours after a step, and no layer has an adapter that had none."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")

@@ -22,6 +22,7 @@ from rlhf import cli, tasks, trl_names
 from rlhf.checkpoint import Checkpoints
 from rlhf.command_line import options_of
 from rlhf.models import huggingface
+from rlhf.recipes import sft
 from rlhf.training import datasets, q_heads, runs, track
 from rlhf.training.options import DatasetOptions
 
@@ -40,6 +41,7 @@ SMALL = [
 UNSTEADY = (
     "seconds",
     "tokens_per_second",
+    "sequences_per_second",
     "compilations",
     "time/sampling",
     "time/rewards",
@@ -171,6 +173,7 @@ def test_reward_and_dpo_with_adapters(base, tmp_path):
     assert np.linalg.matrix_rank(np.asarray(after - before)[0], tol=1e-6) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_reference_follows_its_policy(base, tmp_path):
     ask = ["dpo", "--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "3"]
     assert cli.main([*ask, "--output", str(tmp_path / "stays")]) == 0
@@ -288,6 +291,7 @@ def shorter(prompts, completions, others):
     ]
 
 
+@pytest.mark.exhaustive
 def test_a_model_wins_against_another(base, tmp_path, capsys):
     other = str(tmp_path / "other")
     assert cli.main(["new", other, "--hidden_size", "16", "--num_heads", "2", "--seed", "1"]) == 0
@@ -316,6 +320,7 @@ def test_a_model_wins_against_another(base, tmp_path, capsys):
     assert by_judge == pytest.approx(1 - rate(other, base, "--preference", f"{__name__}:shorter"))
 
 
+@pytest.mark.exhaustive
 def test_a_run_of_ilql_samples_by_its_values(base, tmp_path):
     """Both Qs of one token are far above all others, and the run leaned to them: every completion is that token."""
     (tmp_path / "run").mkdir()
@@ -515,3 +520,19 @@ def test_a_mistake_in_a_process_of_its_own(argv):
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_a_run_s_own_config_makes_the_run_again(base, tmp_path):
+    argv = ["sft", "--model", base, "--dataset", "task:reverse", "--dataset_size", "8"]
+    first = [*argv, "--steps", "1", "--batch_size", "4", "--output", str(tmp_path / "first")]
+    assert cli.main(first) == 0
+    config = str(tmp_path / "first" / "config.yaml")
+    assert cli.main(["sft", "--config", config, "--output", str(tmp_path / "again")]) == 0
+    rows = [runs.metrics_of(tmp_path / name)[0]["loss"] for name in ("first", "again")]
+    assert rows[0] == rows[1]
+
+
+def test_a_callback_alone_is_refused_at_once(base, tmp_path):
+    with pytest.raises(ValueError, match=r"callbacks is a function, but takes a list"):
+        sft.main(model=base, dataset="task:reverse", output=str(tmp_path / "run"), callbacks=print)
+    assert not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ def example():
     return module
 
 
+@pytest.mark.exhaustive
 def test_a_small_run(example, monkeypatch):
     monkeypatch.setattr(example, "OBJECTIVES", {"saturating": example.mine})
     monkeypatch.setattr(example.demo, "SAMPLES", 32)

@@ -8,11 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from marks import exhaustive
 from rich.console import Console
 
 from rlhf import cli, demo
 from rlhf.checkpoint import Checkpoints
 from rlhf.models import huggingface
+from rlhf.training import meshes
+from rlhf.training.options import MeshOptions
 
 SMALL = dict(hidden_size=32, rows=32, corpus=64, pairs=64, steps=2)
 KEYS = {
@@ -27,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "make_models", functools.partial(demo.make_models, num_layers=1))
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("algorithm", exhaustive(["ppo", "grpo", "dpo"], quick=["ppo"]))
 @pytest.mark.usefixtures("small")
 def test_demo_writes_everything(algorithm, tmp_path):
     folder = tmp_path / algorithm
@@ -94,3 +97,25 @@ def test_help_as_a_process_needs_no_jax():
         [sys.executable, "-m", "rlhf"], capture_output=True, text=True, check=False
     )
     assert module.returncode == 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.mesh
+@pytest.mark.usefixtures("small")
+def test_the_demo_runs_on_a_mesh(tmp_path):
+    losses = {}
+    for name, mesh in (("one", None), ("eight", meshes.make(MeshOptions(fsdp=4, tensor=2)))):
+        console = Console(quiet=True)
+        output = str(tmp_path / name)
+        demo.run(
+            algorithm="grpo",
+            seed=0,
+            output=output,
+            control="none",
+            console=console,
+            mesh=mesh,
+            **SMALL,
+        )
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row)["loss"] for row in rows[:4]]
+    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-3)

@@ -50,6 +50,7 @@ def test_every_path_in_the_pages_exists():
             assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+@pytest.mark.exhaustive
 def test_the_blocks_of_recipes_from_python_run(tmp_path, monkeypatch):
     from rlhf import cli
 

@@ -219,6 +219,7 @@ def test_penalties_equal_those_of_generate(server, model):
 
 
 @pytest.mark.parametrize("filters", [{}, dict(min_p=0.01, top_k=6, top_p=0.97)])
+@pytest.mark.exhaustive
 def test_logits_are_edited_in_vllms_order(filters):
     """Bias, end tokens, penalties, then temperature, then filters; by definition, on logits of every kind."""
     rng = np.random.default_rng(0)
@@ -431,6 +432,7 @@ def test_new_weights_answer(server, model, folder, tmp_path):
     assert_same(ask(server, temperature=0, num_samples=2), greedily(model))
 
 
+@pytest.mark.exhaustive
 def test_an_adapter_answers_under_its_name(server, model, tmp_path):
     lm, params = model
 

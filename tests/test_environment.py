@@ -234,6 +234,7 @@ def test_a_guessing_game_is_won_by_halving(tokenizer, ids):
         assert last.tolist() == [*ids(str(secret)), EOS]
 
 
+@pytest.mark.exhaustive
 def test_gae_passes_over_observations(tokenizer, ids):
     generate, _ = player(lambda turn, b, said: [[4, 5, EOS], [6, EOS], [7, 4, 4, EOS]][turn])
     env = Environment(

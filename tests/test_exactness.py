@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 
 import rlhf
 from rlhf import losses, rollouts
@@ -42,7 +43,7 @@ def assert_equal(a, b, tolerance=1e-10):
         )
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", exhaustive(STEPS, quick=["grpo"]))
 def test_gradient_is_the_same_for_any_micro_batches_padding_and_packing(name, float64_steps):
     with jax.enable_x64(True):
         step = float64_steps[name]
@@ -75,6 +76,7 @@ def coupled(lm, max_segments):
     return scores_fn, objective
 
 
+@pytest.mark.exhaustive
 def test_coupled_gradient_is_the_same_for_any_micro_batches_padding_and_packing(float64_steps):
     with jax.enable_x64(True):
         step = float64_steps["dpo"]

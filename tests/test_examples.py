@@ -4,10 +4,12 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.exhaustive
 def test_calculator():
     metrics = runpy.run_path(str(EXAMPLES / "calculator.py"))["main"](
         ["--steps", "1", "--sft-steps", "2"]
@@ -16,6 +18,7 @@ def test_calculator():
     assert all(0 <= share <= 1 for share in metrics["after"].values())
 
 
+@pytest.mark.exhaustive
 def test_guess():
     curves = runpy.run_path(str(EXAMPLES / "guess.py"))["main"](
         ["--seeds", "2", "--iterations", "20"]

@@ -161,6 +161,7 @@ def test_generate_stops_at_every_end_token(base, tmp_path):
         assert said[0, batch["input_ids"].shape[1] :].tolist() == [end]
 
 
+@pytest.mark.exhaustive
 def test_generate_says_what_ours_says(base, tmp_path):
     model = run("sft", base, tmp_path / "run", "text")
     theirs, batch = auto(model), batch_of(model, ["abc"])
@@ -209,6 +210,7 @@ def test_a_model_comes_out_in_the_dtype_it_had(half, more, tmp_path):
         assert str(auto(model).dtype) == "torch.bfloat16"
 
 
+@pytest.mark.exhaustive
 def test_float32_stays(base, tmp_path):
     model = run("sft", base, tmp_path / "run", "text", "--dtype", "bfloat16")
     assert dtypes(model) == {"float32"}

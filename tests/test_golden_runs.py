@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from marks import exhaustive
 
 from rlhf import cli
 from rlhf.training.runs import metrics_of
@@ -73,7 +74,7 @@ def test_a_run_compiles_its_programs_once(base, tmp_path):
     assert compiled[-1] == compiled[1], compiled
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", exhaustive(GOLDEN, quick=["grpo"]))
 def test_every_metric_is_in_the_table_of_the_docs(name, base, tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     argv = [*GOLDEN[name]["argv"], "--eval_split", "train", "--model", base]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 
 import rlhf
 from rlhf import losses, rollouts
@@ -64,7 +65,10 @@ def gradients(length, importance):
 
 @pytest.mark.parametrize(
     ("length", "importance"),
-    [(1, "token_truncate"), (1, "sequence_mask"), (3, "sequence_truncate")],
+    exhaustive(
+        [(1, "token_truncate"), (1, "sequence_mask"), (3, "sequence_truncate")],
+        quick=[(1, "token_truncate")],
+    ),
 )
 def test_weighted_samples_give_the_policy_gradient(length, importance):
     ours, truth = gradients(length, importance)

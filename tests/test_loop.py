@@ -377,4 +377,7 @@ def test_mfu_is_of_the_devices_that_the_run_uses(monkeypatch):
         for tree in ({"a": one}, {"a": four}, {"a": one, "b": four}, {"a": np.ones(1)})
     ]
     assert used == [1, 4, 4, 1]
-    assert [loop._speed(1000.0, 1, devices)["mfu"] for devices in (1, 4)] == [1.0, 0.25]
+    assert [loop._speed([{"tokens": 1000}], 1.0, 1, devices)["mfu"] for devices in (1, 4)] == [
+        1.0,
+        0.25,
+    ]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from marks import exhaustive
 from safetensors.numpy import load_file
 
 from rlhf import cli
@@ -34,9 +35,23 @@ MESHES = {
     "fsdp8": ["--fsdp", "8"],
     "fsdp2tensor4": ["--fsdp", "2", "--tensor", "4"],
 }
-UNSTEADY = ("seconds", "tokens_per_second", "mfu", "compilations", "time/sampling", "time/rewards")
-CASES = [(command, adapters) for command in COMMANDS for adapters in (False, True)]
-IDS = [f"{command}{'-lora' if adapters else ''}" for command, adapters in CASES]
+UNSTEADY = (
+    "seconds",
+    "tokens_per_second",
+    "sequences_per_second",
+    "mfu",
+    "compilations",
+    "time/sampling",
+    "time/rewards",
+)
+CASES = [
+    (command, adapters, mesh)
+    for command in COMMANDS
+    for adapters in (False, True)
+    for mesh in MESHES
+]
+IDS = [f"{command}{'-lora' if adapters else ''}-{mesh}" for command, adapters, mesh in CASES]
+QUICK = [("sft", False, "fsdp2tensor4")]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +96,7 @@ def of_one_device(model, tmp_path_factory):
         if (command, adapters) not in made:
             output = tmp_path_factory.mktemp("one") / "run"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(meshes, "devices", lambda: jax.devices()[:1])
+                patch.setattr(meshes, "local_devices", lambda: jax.devices()[:1])
                 run(command, model, adapters, output)
             made[command, adapters] = output
         return made[command, adapters]
@@ -112,8 +127,7 @@ def assert_equal_runs(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("command", "adapters"), CASES, ids=IDS)
+@pytest.mark.parametrize(("command", "adapters", "mesh"), exhaustive(CASES, quick=QUICK), ids=IDS)
 def test_a_mesh_gives_what_one_device_gives(
     command, adapters, mesh, model, of_one_device, tmp_path, monkeypatch
 ):
@@ -139,6 +153,7 @@ def test_a_mesh_gives_what_one_device_gives(
             )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.mesh
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(

@@ -41,6 +41,7 @@ def test_adapters_stand_where_targets_say_and_go_on_from_a_folder(base, tmp_path
     assert after[0]["loss"] != before[0]["loss"]
 
 
+@pytest.mark.exhaustive
 def test_dropout_is_of_training_alone(base, tmp_path):
     lora = [
         "--lora_rank",
@@ -62,6 +63,7 @@ def test_dropout_is_of_training_alone(base, tmp_path):
     assert first[2]["loss"] != second[2]["loss"]
 
 
+@pytest.mark.exhaustive
 def test_a_reference_model_from_elsewhere(base, tmp_path):
     run("sft", base, tmp_path / "other", "--learning_rate", "0.1", "--optimizer", "sgd")
     run("dpo", base, tmp_path / "own")
@@ -96,6 +98,7 @@ def test_sampling_options_hold(base, tmp_path):
         assert not any(letter in text[:-1] for letter in letters), text
 
 
+@pytest.mark.exhaustive
 def test_grpo_s_further_options_train(base, tmp_path):
     options = [
         "--max_new_tokens",
@@ -171,6 +174,7 @@ def test_the_best_evaluation_is_kept_and_exported(base, tmp_path):
     assert metrics_of(tmp_path / "again")[0]["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_rewards_with_arguments(base, tmp_path, capsys):
     options = ["--max_new_tokens", "6", "--num_samples", "2"]
     reward = ["--reward", "soft_overlong(max_length=4, cache=2)", "length"]
@@ -188,6 +192,7 @@ def test_rewards_with_arguments(base, tmp_path, capsys):
         assert "soft_over" in (said := capsys.readouterr().err) or "length(1" in said
 
 
+@pytest.mark.exhaustive
 def test_quantised_matrices_lie_under_adapters(tmp_path):
     pytest.importorskip("qwix")
     new = [

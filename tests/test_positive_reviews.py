@@ -43,6 +43,7 @@ def data(tmp_path):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_a_small_run_measures_before_and_after(example, data, tmp_path, capsys):
     summary = example.main(["--data", str(data), "--output", str(tmp_path / "out"), *SMALL])
     assert summary["judge_accuracy"] > 0.8

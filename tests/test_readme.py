@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import objectives_table
+import pytest
 from run_commands import commands, run, shortened
 
 import rlhf
@@ -42,6 +43,7 @@ def test_the_first_program_trains():
     assert float(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.exhaustive
 def test_the_mesh_program_runs():
     names: dict = {}
     exec(PROGRAMS[1], names)
@@ -146,6 +148,7 @@ def test_quoted_speed_of_training_is_the_committed_result():
     )
 
 
+@pytest.mark.exhaustive
 def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for argv in commands(README):
@@ -155,6 +158,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert "pass@2" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_commands_for_gsm8k_run(tmp_path, monkeypatch):
     """On rows of the same form."""
     page = (ROOT / "examples" / "gsm8k.md").read_text()

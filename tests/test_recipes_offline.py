@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 
 import rlhf
 from rlhf import cli, rollouts, tasks
@@ -150,7 +151,9 @@ def test_gkd_is_the_divergence_of_each_token(beta, temperature, size):
     places = [(b, t - 1) for b, t in np.argwhere(batch.mask)]  # what is said before a trained token
     each = [slow_jsd(*(x[place] for x in logits), beta) for place in places]
     agree = [logits[0][place].argmax() == logits[1][place].argmax() for place in places]
-    loss_fn = gkd.make_loss(Policy(lm), wider, vocab_size=size, beta=beta, temperature=temperature)
+    loss_fn = gkd.make_loss(
+        Policy(lm), wider, vocab_size=size, beta=beta, loss_temperature=temperature
+    )
     loss, metrics = jax.jit(loss_fn)(
         params, {"teacher": taught}, supervised.with_weights(batch), None
     )
@@ -405,6 +408,7 @@ def rows_of(folder, phase="train"):
     return [row for row in runs.metrics_of(folder) if row["phase"] == phase]
 
 
+@pytest.mark.exhaustive
 def test_prm_writes_what_transformers_calls_a_token_classifier(base, tmp_path):
     ask = [
         "prm",
@@ -435,6 +439,7 @@ def test_prm_writes_what_transformers_calls_a_token_classifier(base, tmp_path):
     assert rollouts.classify(lm, head, params, tokens, **where).shape == (*tokens.shape, 2)
 
 
+@pytest.mark.exhaustive
 def test_gkd_learns_on_rows_and_on_what_is_sampled(base, teacher, tmp_path):
     ask = [
         "gkd",
@@ -469,7 +474,7 @@ def test_gkd_learns_on_rows_and_on_what_is_sampled(base, teacher, tmp_path):
     assert np.abs(before - after).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["rft", "ilql"])
+@pytest.mark.parametrize("name", exhaustive(["rft", "ilql"], quick=["rft"]))
 def test_a_resumed_run_ends_with_the_same_bits(name, base, tmp_path):
     extra = {
         "rft": ["--improve_steps", "2", "--mini_batches", "4", "--start_percentile", "0.5"],

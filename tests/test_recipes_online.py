@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pyarrow.parquet
 import pytest
+from marks import exhaustive
 
 import rlhf
 from rlhf import cli, losses, rollouts, train
@@ -41,6 +42,7 @@ TASK = [
 UNSTEADY = (
     "seconds",
     "tokens_per_second",
+    "sequences_per_second",
     "compilations",
     "time/sampling",
     "time/rewards",
@@ -191,6 +193,7 @@ def test_xpo_is_dpo_and_optimism_about_the_reference_s_completion(loss):
     assert 0 <= metrics["rewards/accuracies"] <= 1
 
 
+@pytest.mark.exhaustive
 def test_nash_md_follows_the_gradient_of_the_regularised_game():
     lm, params, reference = two_models()
     rollout, rewards = a_rollout(6), jnp.array([1.0, 0.0, 0.5, 2.0, jnp.nan, 1.0])
@@ -297,11 +300,11 @@ def test_a_reward_model_reads_the_policy_s_tokens(base, reward_model):
     )  # `reward.scores` computes log-probs beside, by the output matrix
     params = {"lm": {**of_policy, **params["lm"]}, "head": params["head"]}
     of_model = np.asarray(reward.scores(lm, head, params, rollout))
-    scores, metrics = rewards.load(options, source, tokenizer)(rollout, {}, 2)
+    scores, metrics, _ = rewards.load(options, source, tokenizer)(rollout, {}, 2)
     lengths = np.asarray(rollout.mask.sum(1))
     want = np.clip(2 * of_model + 0.5 * lengths, -0.7, 0.7) - 0.25 * np.array([0, 1, 0, 1])
     np.testing.assert_allclose(scores, want, atol=1e-5)
-    alone, of_one = rewards.load(RewardOptions([f"{reward_model}/model"]), source, tokenizer)(
+    alone, of_one, _ = rewards.load(RewardOptions([f"{reward_model}/model"]), source, tokenizer)(
         rollout, {}, 2
     )
     np.testing.assert_allclose(alone, of_model, atol=1e-5)
@@ -331,7 +334,7 @@ def weights(folder: Path) -> Any:
     return huggingface.load(folder / "model")[1]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", exhaustive(COMMANDS, quick=["ppo"]))
 def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(
     name, base, reward_model, tmp_path
 ):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 
 import rlhf
 from rlhf import cli
@@ -256,7 +257,7 @@ def recipes(lm, other):
     }
 
 
-@pytest.mark.parametrize("name", ["kto", "bco", "orpo", "aot"])
+@pytest.mark.parametrize("name", exhaustive(["kto", "bco", "orpo", "aot"], quick=["kto"]))
 def test_micro_batches_change_nothing(tiny_lm, name):
     lm, params, other = tiny_lm
     make, batch, context = recipes(lm, other)[name]
@@ -316,7 +317,7 @@ COMMANDS = {  # name -> its data, its options, and metrics of its first step tha
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", exhaustive(COMMANDS, quick=["dpo"]))
 def test_a_command_from_data_to_a_model(name, base, rows, tmp_path):
     kind, options, known = COMMANDS[name]
     file = str(rows / f"{kind}.jsonl")
@@ -336,6 +337,7 @@ def test_a_command_from_data_to_a_model(name, base, rows, tmp_path):
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 0
 
 
+@pytest.mark.exhaustive
 def test_bco_from_data_to_a_model_in_two_runs_with_one_mean(base, rows, tmp_path, monkeypatch):
     original = rlhf.training.runs.RunFolder.log
 

@@ -14,7 +14,6 @@ from test_bad_inputs import load
 from rlhf import cli
 from rlhf.training import loading, runs
 from rlhf.training import rewards as scoring
-from rlhf.training.options import RewardOptions
 
 CASES = load(Path(__file__).parent / "bad_inputs" / "cases_rewards.py")
 GRPO = ["--batch_size", "4", "--num_samples", "2", "--max_new_tokens", "4"]
@@ -42,6 +41,7 @@ def some(completions, **kw):
     return [None if i else "odd" for i, c in enumerate(completions)] if len(completions) > 1 else [1.0]
 
 def fails(completions, **kw): return 1 / 0
+def short(completions, **kw): return [1.0]
 def exits(completions, **kw): raise SystemExit(3)
 def nothing(completions, **kw): return [0.0] * len(completions)
 def needs(completions, answer): return [0.0] * len(completions)
@@ -116,6 +116,10 @@ def test_a_reward_that_fails_from_the_start_is_one_line(base, tmp_path, capfd, a
             "reward 'mine:fails' failed on every completion: ZeroDivisionError: division by zero (mine.py:",
         ),
         (
+            ["mine:short"],
+            "reward 'mine:short' failed on every completion: returned 1 rewards for 8 completions; give one",
+        ),
+        (
             ["mine:exits", "length"],
             "reward 'mine:exits' failed on every completion: SystemExit: 3 (mine.py:",
         ),
@@ -155,6 +159,7 @@ def test_rows_without_a_reward_have_a_reason(here):
     assert np.isnan(found["reward"]).all()
 
 
+@pytest.mark.exhaustive
 def test_that_rewards_teach_nothing_is_said_once(here, capsys):
     assert grpo("--reward", "mine:nothing", "--steps", "21") == 0
     assert (
@@ -176,13 +181,10 @@ def test_that_rewards_teach_nothing_is_said_once(here, capsys):
     ],
 )
 def test_what_there_is_to_learn(rewards, message, capsys):
-    reward_fn = scoring.RewardScorer(RewardOptions(), None, [], None, None)
+    warn_if_equal = scoring.EqualRewards()
     of_steps = iter(rewards * scoring.RECENT)
-    reward_fn.explained = lambda *args: scoring.Rewarded(
-        np.array(next(of_steps), np.float32), {}, []
-    )
     for _ in range(scoring.RECENT):
-        reward_fn(None, {}, 2)
+        warn_if_equal(np.array(next(of_steps), np.float32), 2)
     said = capsys.readouterr().err
     assert (message in said) if message else not said
 
@@ -228,6 +230,7 @@ def test_rewards_that_cannot_be_are_refused_before_the_model_loads(
     assert not Path("out").exists() or not any(Path("out").iterdir())
 
 
+@pytest.mark.exhaustive
 def test_completions_are_compared_by_a_function_of_the_user_s(here, capsys):
     ask = [
         "eval",

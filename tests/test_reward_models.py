@@ -108,7 +108,7 @@ def trained(tmp):
         *SHORT,
     ]
     with pytest.MonkeyPatch.context() as patch:  # before the fixture `one_device` of each test
-        patch.setattr(meshes, "devices", lambda: jax.devices()[:1])
+        patch.setattr(meshes, "local_devices", lambda: jax.devices()[:1])
         assert cli.main([*argv, "--output", str(tmp / f"run_{ENCODERS[0]}")]) == 0
     for name in ENCODERS[1:]:
         lm, _, params, tokenizer = huggingface.load_for_classification(tmp / name, 1)
@@ -291,6 +291,7 @@ def test_a_decoder_reads_the_policys_tokens_where_they_are_its_own(tmp):
     np.testing.assert_allclose(own, scores, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_policy_is_trained_by_a_reward_model_of_another_tokenizer(trained):
     argv = [
         "grpo",

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import exhaustive
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -94,6 +95,7 @@ def test_a_large_vocabulary_is_drawn_from_as_a_whole():
     assert ((counts - expected) ** 2 / expected).sum() < 1143  # 999 degrees of freedom, p = 0.001
 
 
+@pytest.mark.exhaustive
 def test_penalties_and_minimum_length_in_a_rollout():
     """Against the sampler applied by hand to the rollout's own prefixes."""
     lm = tiny.models(num_layers=1)[0]
@@ -180,7 +182,7 @@ def test_ilql_samples_by_its_shift():
     assert abs(r.sampling_logprobs - r.logprobs).max() > 0.1
 
 
-@pytest.mark.parametrize("coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("coef", exhaustive([0.0, 0.3, 1.0], quick=[0.3]))
 def test_a_geometric_mixture_is_sampled_by_the_token(coef):
     """Nash-MD's other player: policy and reference, each with its own cache."""
     lm = tiny.models(num_layers=2)[0]

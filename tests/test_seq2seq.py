@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 
 from rlhf import classic, cli, data, rollouts, tasks
 from rlhf.models import huggingface, scalar_head
@@ -116,11 +117,10 @@ def test_the_loss_is_that_of_transformers(name, folders):
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [
-        *(("t5", command) for command in COMMANDS),
-        ("bart", "sft"),
-        ("bart", "grpo"),
-    ],  # from there on they share a path
+    exhaustive(
+        [*(("t5", command) for command in COMMANDS), ("bart", "sft"), ("bart", "grpo")],
+        quick=[("t5", "sft")],
+    ),  # from there on they share a path
 )
 def test_a_command_trains_and_exports(name, command, folders, tmp_path):
     options = [
@@ -146,6 +146,7 @@ def test_a_command_trains_and_exports(name, command, folders, tmp_path):
         assert max(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.exhaustive
 def test_what_reads_an_encoder_decoder_says_what_it_read(folders, tmp_path, capsys):
     completions = tmp_path / "completions.jsonl"
     ask = [
@@ -210,6 +211,7 @@ def test_pairs_keep_their_inputs(folders):
     np.testing.assert_array_equal(flat.inputs["tokens"][0], flat.inputs["tokens"][1])
 
 
+@pytest.mark.exhaustive
 def test_classic_steps_take_queries_and_responses(folders):
     lm, params, _ = huggingface.load(folders / "t5")
     head = scalar_head(32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import exhaustive
 
 import rlhf
 from rlhf import demo, rollouts, sharding
@@ -91,7 +92,7 @@ def three(step, state, inputs):
     return jax.device_get((state.params, metrics))
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", exhaustive(["dpo", "grpo", "ppo"], quick=["dpo"]))
 def test_steps_on_meshes_equal_one_device(name, task, models):
     init, axes, step, inputs = steps(task, models)[name]
     start = init(jax.random.key(0))
@@ -119,6 +120,7 @@ def test_steps_on_meshes_equal_one_device(name, task, models):
             )
 
 
+@pytest.mark.exhaustive
 def test_rollouts_on_every_mesh_are_the_same_tokens(task, models, created):
     eos = (task.tokenizer.eos_token_id,)
     sample = lambda params, prompts: rollouts.generate(

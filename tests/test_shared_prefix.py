@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import exhaustive
 
 from rlhf import data, rollouts, sharding
 from rlhf.data import Tokenized
@@ -48,7 +49,7 @@ def sampled(rng, prompts=2):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", exhaustive(CONFIGS, quick=["rotary, grouped queries, windows"]))
 def test_values_and_gradients_are_those_of_rows_by_themselves(name):
     lm = transformer(TransformerConfig(**SIZES, **CONFIGS[name]))
     assert lm.shares

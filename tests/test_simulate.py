@@ -140,6 +140,7 @@ def test_a_greedy_conversation_is_the_one_that_play_has():
     np.testing.assert_array_equal(here.turns, there.turns)
 
 
+@pytest.mark.exhaustive
 def test_a_row_does_not_depend_on_its_company():
     keys = jax.random.split(jax.random.key(2), 4)
     all_four = go(PARAMS, prompts=PROMPTS, states=STATES, key=keys)
@@ -171,6 +172,7 @@ def test_every_turn_draws_its_own_numbers():
     assert max(alike) < 0.1
 
 
+@pytest.mark.exhaustive
 def test_seeds_vmap():
     keys = jax.random.split(jax.random.key(3), 2)
     one = lambda early_end: (

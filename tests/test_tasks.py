@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import jax
 import numpy as np
 import pytest
+from marks import exhaustive
 
 from rlhf import rollouts, tasks
 from rlhf.models import TransformerConfig, transformer
@@ -186,7 +187,7 @@ def test_judges_agree_with_definitions_on_text(name):
         assert not right[i, ~rollout.mask[i]].any()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", exhaustive(NAMES, quick=NAMES[:1]))
 def test_a_whole_run_jits_and_vmaps_over_seeds(name):
     task = tasks.find(name)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from marks import exhaustive
 
 from rlhf import cli, trl_names
 from rlhf.command_line import options_of
@@ -435,7 +436,7 @@ def resolved(node, fn):
     return None
 
 
-@pytest.mark.parametrize("command", MAINS)
+@pytest.mark.parametrize("command", exhaustive(MAINS, quick=["sft", "dpo", "grpo"]))
 def test_every_option_of_every_command_is_read(command):
     trees = [tree_of(f) for f in reached(MAINS[command])]
     attributes = {

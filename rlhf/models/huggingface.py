@@ -48,6 +48,7 @@ def load(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     say: Callable | None = None,
+    shapes_only: bool = False,
     **fields,
 ) -> tuple[LM, Params, Any]:
     """A language model, its parameters and its tokenizer, from a folder or a name of the Hugging
@@ -62,6 +63,7 @@ def load(
       dtype: of the computation, and of the parameters.
       mesh: every parameter is born where its axes say on this mesh; None: on the default device.
       say: as in `rlhf.sharding.shardings`, for sizes that the mesh does not divide.
+      shapes_only: shapes with their places instead of parameters; of the weights only the files' headers are read.
       fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`;
         `param_dtype=jnp.float32` keeps float32 master copies beside a computation in bfloat16.
 
@@ -87,7 +89,8 @@ def load(
         path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}
     )
     lm = configs.lm_of(config)
-    params = _read(folder, family, config, tensors, {"lm": (lm, family.rows(config))}, mesh, say)
+    parts = {"lm": (lm, family.rows(config))}
+    params = _read(folder, family, config, tensors, parts, mesh, say, shapes_only)
     return lm, params["lm"], _tokenizer(folder)
 
 
@@ -131,6 +134,7 @@ def load_for_classification(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     say: Callable | None = None,
+    shapes_only: bool = False,
     **fields,
 ):
     """A trunk and a `Head` to train: of the head what the files have is taken, and the rest is new.
@@ -194,6 +198,7 @@ def load_for_classification(
         {"lm": (lm, family.rows(config)), "head": (head, stored)},
         mesh,
         say,
+        shapes_only,
     )
     fresh = head.init(jax.random.key(0) if key is None else key)
     # Zeros: all labels start equally likely, and rewards at 0, whatever the key.
@@ -565,6 +570,7 @@ def _read(
     parts: Mapping[str, tuple[Any, Any]],
     mesh,
     say,
+    shapes_only: bool = False,
 ) -> dict[str, Params]:
     """The parameters of each part, `(LM or Head, rows)`, once all tensors are known to fit."""
     last = configs.decoder_of(config)
@@ -602,6 +608,15 @@ def _read(
             if mesh
             else {}
         )
+
+        if shapes_only:
+            out[name] = mapping.nested(
+                {
+                    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.get(path))
+                    for path, leaf in leaves[name].items()
+                }
+            )
+            continue
 
         # The default binds this part's shardings; a closure would see the last part's.
         def put(path, x, where=where):

@@ -83,6 +83,8 @@ def make_update(
     """BCO: a classifier of good and bad completions, the reward from the mean of all rewards so far
     (arXiv:2404.04656).
 
+    The default beta is that of TRL 1.13, the last with this trainer.
+
     Args:
       policy: what is trained; `initial_context()` is in the state's context.
       optimizer: any optax transformation.

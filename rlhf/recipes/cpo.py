@@ -61,6 +61,8 @@ def make_update(
     """CPO and its kin: `loss(chosen, rejected) + nll_coef · NLL of the chosen completion`
     (arXiv:2401.08417).
 
+    Defaults are TRL 1.16's, which are the paper's.
+
     Args:
       policy: what is trained.
       optimizer: any optax transformation.
@@ -122,7 +124,9 @@ def main(
     """Preference pairs without a reference: CPO, SimPO, AlphaPO, TPO.
 
     Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the
-    prompt; for tpo and tpo_l also `reference`, the completion to imitate.
+    prompt; for tpo and tpo_l also `reference`, the completion to imitate.  Defaults are TRL 1.16's,
+    but for simpo and alphapo: beta and nll_coef are those of SimPO's own code, alpha is that of
+    AlphaPO's paper.
 
     Args:
       output: a new folder for the run.

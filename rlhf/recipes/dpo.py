@@ -48,6 +48,8 @@ def make_update(
     """DPO: `-log σ(β (log π/π_ref of chosen - log π/π_ref of rejected))`, or another loss on pairs
     (arXiv:2305.18290).
 
+    Defaults are TRL 1.16's; beta is the paper's too.
+
     Args:
       policy: what is trained.
       optimizer: any optax transformation.
@@ -238,9 +240,10 @@ def with_reference(loaded: Loaded, pairs: Pairs, size: int, **shape: Any) -> Pai
     """
     context = loaded.reference_context()
     # The context is an argument: closed over, the parameters would be constants in the program.
-    jitted = jax.jit(partial(pair_losses.with_reference, loaded.policy, **shape))
 
-    def ref_logprobs(part):
-        return jitted(context, part).ref_logprobs
+    @jax.jit
+    def ref_logprobs(context, part):
+        return pair_losses.with_reference(loaded.policy, context, part, **shape).ref_logprobs
 
-    return pairs._replace(ref_logprobs=datasets.in_parts(ref_logprobs, pairs, size, loaded.mesh))
+    found = datasets.in_parts(ref_logprobs, pairs, size, loaded.mesh, context)
+    return pairs._replace(ref_logprobs=found)

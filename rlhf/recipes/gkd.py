@@ -20,7 +20,7 @@ from rlhf.models.huggingface_config import decoder_of
 from rlhf.ranges import Length, Share, Temperature
 from rlhf.rollouts import Batch, Prompts
 from rlhf.train import train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline
+from rlhf.training import collecting, datasets, evaluation, loading, meshes, offline
 from rlhf.training import prompts as prompt_sets
 from rlhf.training.loading import load_policy, load_tokenizer
 from rlhf.training.loop import fit
@@ -34,6 +34,7 @@ from rlhf.training.options import (
     TrainingOptions,
 )
 from rlhf.training.policy import Policy
+from rlhf.training.programs import Step
 from rlhf.training.recipe import recipe
 from rlhf.training.runs import RunFolder, model_of
 from rlhf.training.sampling import make_sampler, policy_sampler, stop_criteria
@@ -48,7 +49,7 @@ def make_loss(
     *,
     vocab_size: int | None = None,
     beta: float = 0.5,
-    temperature: float = 1.0,
+    loss_temperature: float = 1.0,
 ) -> Callable:
     """The `loss_fn` of a batch with weights: the generalised Jensen-Shannon divergence of teacher
     and student, a token's mean.
@@ -60,14 +61,14 @@ def make_loss(
       teacher: the teacher's language model.
       vocab_size: tokens that both know, the first ones of each; None: all.
       beta: of `losses.distillation.jsd`; 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher).
-      temperature: divides both models' logits.
+      loss_temperature: divides both models' logits.
     """
 
     def per_position(params, teacher_params, hidden, teacher_hidden):
         # Embeddings may be padded to different sizes: only tokens that both have are compared.
-        logits = policy.lm.unembed(params, hidden)[..., :vocab_size] / temperature
+        logits = policy.lm.unembed(params, hidden)[..., :vocab_size] / loss_temperature
         teacher_logits = (
-            teacher.unembed(teacher_params, teacher_hidden)[..., :vocab_size] / temperature
+            teacher.unembed(teacher_params, teacher_hidden)[..., :vocab_size] / loss_temperature
         )
         agrees = losses.logits.is_top1(logits, jnp.argmax(teacher_logits, axis=-1))
         divergence = losses.distillation.jsd(logits, teacher_logits, beta=beta)
@@ -106,11 +107,13 @@ def make_update(
     teacher: LM,
     vocab_size: int | None = None,
     beta: float = 0.5,
-    temperature: float = 1.0,
+    loss_temperature: float = 1.0,
     micro_batches: int = 1,
 ) -> StepFn:
     """GKD: a student near its teacher's distribution over every next token, on rows or on samples
     (arXiv:2306.13649).
+
+    Defaults are TRL 1.16's, which samples at 0.9 but leaves the loss at a temperature of 1.
 
     Args:
       policy: the student; the teacher's parameters are `context["teacher"]`.
@@ -119,12 +122,14 @@ def make_update(
       vocab_size: tokens that both know, the first ones of each; None: all.
       beta: between the two directions of the divergence: 0 is KL(teacher ‖ student), 1 KL(student ‖
         teacher).
-      temperature: divides both models' logits.
+      loss_temperature: divides both models' logits.
       micro_batches: parts of a step, taken one after the other; the result is the same.
 
     Returns: `update(state, batch) -> (state, metrics)`, pure.  The batch needs no weights.
     """
-    loss_fn = make_loss(policy, teacher, vocab_size=vocab_size, beta=beta, temperature=temperature)
+    loss_fn = make_loss(
+        policy, teacher, vocab_size=vocab_size, beta=beta, loss_temperature=loss_temperature
+    )
     step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
 
     def update(state, batch):
@@ -263,7 +268,11 @@ def main(
     # masters.
     teacher_options = ModelOptions(teacher, dtype=model.dtype, lora_rank=1)
     teacher_lm, teacher_params, _ = huggingface.load(
-        teacher, mesh=devices, say=run.say, **loading.precision(teacher_options)
+        teacher,
+        mesh=devices,
+        say=run.say,
+        shapes_only=loading.is_planned(),
+        **loading.precision(teacher_options),
     )
     optimizer = make_optimizer(training, total)
     context = {**loaded.context(), "teacher": teacher_params}
@@ -273,7 +282,7 @@ def main(
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "beta": beta,
-        "temperature": loss_temperature,
+        "loss_temperature": loss_temperature,
     }
     update = offline.make_step(
         make_update(
@@ -297,6 +306,14 @@ def main(
         state, metrics = update(state, meshes.place(batch, devices))
         return state, {**metrics, "on_policy": float(rows.on_policy)}
 
+    def lower(state, rows: DistillationBatch):
+        found = update.lower(state, meshes.place(rows.batch, devices))
+        if lmbda:
+            found["sample"] = collecting.lower_sample(
+                of_student, devices, state, rows.prompts, rows.key
+            )
+        return found
+
     loss_fn = make_loss(policy, teacher_lm, **options)
     weighted = held_out and with_weights(held_out)
     evaluate = evaluation.of_loss(loss_fn, weighted, training.batch_size, devices)
@@ -306,7 +323,7 @@ def main(
         run,
         training,
         state,
-        step,
+        Step(step, lower),
         lambda number: take(train, training.seed, number, training.batch_size, lmbda),
         total=total,
         # The teacher is loaded again on resuming, and in no checkpoint.

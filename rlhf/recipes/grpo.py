@@ -13,24 +13,25 @@ from rlhf.losses import presets
 from rlhf.losses.presets import Objective
 from rlhf.ranges import Coefficient, Count, Every, between
 from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
-from rlhf.training import evaluation, loading, online, policy_gradient
+from rlhf.training import loading, online, policy_gradient
 from rlhf.training.importance import ImportanceOptions, Weigh, weighted
 from rlhf.training.loading import load_policy
-from rlhf.training.loop import fit
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
+    EnvironmentOptions,
     GroupSamplingOptions,
     MeshOptions,
     ModelOptions,
     PromptOptions,
     RewardOptions,
+    SelectionOptions,
     TrainingOptions,
 )
 from rlhf.training.policy import Policy
 from rlhf.training.recipe import recipe
 from rlhf.training.runs import RunFolder
-from rlhf.training.sampling import group_metrics, policy_sampler, rollout_metrics
+from rlhf.training.sampling import group_metrics, rollout_metrics
 from rlhf.training.trained import Trained, result
 from rlhf.typing import UpdateFn
 
@@ -55,6 +56,8 @@ def make_update(
 ) -> UpdateFn:
     """GRPO: rewards normalised within a prompt's samples, then clipped policy-gradient steps
     (arXiv:2402.03300).
+
+    Defaults are TRL 1.16's, but for the algorithm, which is the paper's: TRL's is dapo.
 
     Args:
       policy: what is trained; with a `kl_coef` its reference is in the state's context.
@@ -137,6 +140,8 @@ def main(
     sampling: GroupSamplingOptions,
     reward: RewardOptions,
     importance: ImportanceOptions,
+    environment: EnvironmentOptions,
+    selection: SelectionOptions,
     output: str,
     *,
     loss: str = "grpo",
@@ -185,7 +190,7 @@ def main(
     run = RunFolder(output, options=locals())
     algorithm = policy_gradient.named(
         loss,
-        sampling.max_new_tokens,
+        online.completion_tokens(sampling, environment),
         scale_rewards=scale_rewards,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -208,6 +213,8 @@ def main(
         mesh,
         rows=training.batch_size * sampling.num_samples,
         num_minibatches=mini_batches,
+        environment=environment,
+        selected=selection,
     )
 
     # 2. The policy, its reference and its optimizer state, born sharded.
@@ -217,8 +224,8 @@ def main(
     optimizer = make_optimizer(training, inputs.total * updates)
     state = loaded.init_state(optimizer, training.seed, loaded.context(with_reference=kl_coef > 0))
 
-    # 3. The step: sample, score, update.
-    sample = policy_sampler(loaded, sampling, inputs.stop, sampling.num_samples)
+    # 3. The step: sample or play, score, update.
+    collector = online.collector(loaded, inputs, sampling, environment, sampling.num_samples)
     update = make_update(
         loaded.policy,
         optimizer,
@@ -231,34 +238,27 @@ def main(
         epochs=updates_per_batch,
         num_minibatches=mini_batches,
         micro_batches=training.micro_batches,
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=online.completion_tokens(sampling, environment),
         importance=importance.weigh(sampling.sampler(inputs.stop.eos_ids)),
     )
 
-    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, updates)
-
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
-    evaluate = evaluation.of_completions(
-        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
-    )
-    state = fit(
+    state = online.train(
         run,
+        dataset,
         training,
+        inputs,
         state,
-        online.make_step(
-            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
-        ),
-        inputs.batch,
-        total=inputs.total,
+        collector,
+        update,
+        selected=selection,
         updates=updates,
         # A reference that moves belongs to the checkpoint; one that stays is loaded again.
         fixed=("frozen",) if hooks else ("frozen", "reference"),
         hooks=hooks,
         callbacks=callbacks,
         shown=("reward", "completions/mean_length"),
-        evaluate=evaluate,
         export=partial(loaded.export, run.path, inputs.tokenizer),
-        mesh=inputs.mesh,
     )
     return result(run, model, loaded, inputs.tokenizer, state)
 

@@ -17,8 +17,8 @@ from rlhf.fields import documented
 from rlhf.losses import offline
 from rlhf.ranges import Coefficient, Length, Share, Steps, between
 from rlhf.rollouts.types import Array
-from rlhf.train import reference, train_step
-from rlhf.training import datasets, evaluation, loading, meshes, prompts, q_heads
+from rlhf.train import train_step
+from rlhf.training import collecting, datasets, evaluation, loading, meshes, prompts, q_heads
 from rlhf.training import offline as offline_steps
 from rlhf.training import rewards as reward_functions
 from rlhf.training.loading import load_policy, load_tokenizer
@@ -161,6 +161,8 @@ def make_update(
 ) -> StepFn:
     """ILQL: which tokens lead to a higher reward, from logged completions of any quality
     (arXiv:2206.11871).
+
+    Defaults are those of trlX.
 
     Args:
       policy: what is trained; `params` is `{"lm": …, "q": …, "v": …}`, `context["target"]` the slow
@@ -308,7 +310,7 @@ def main(
     fresh = loaded.place(heads.init(jax.random.key(training.seed)), heads.axes())
     optimizer = make_optimizer(training, total)
     # A copy: a donated state frees each array once.
-    context = {**loaded.context(), "target": reference(fresh["q"])}
+    context = {**loaded.context(), "target": loading.copied(fresh["q"])}
     # Heads beside the model's parameters: one optimizer trains all, the slow Qs follow in the
     # context.
     with_heads = loaded._replace(params={"lm": loaded.params, **fresh})
@@ -333,7 +335,11 @@ def main(
     if reward_fn is not None:
         sample = q_heads.make_sampler(loaded, heads, sampling, stop, beta)
         evaluate = evaluation.of_completions(
-            run, sample, reward_fn, held_out, training, tokenizer, devices
+            run,
+            collecting.sampled(sample, reward_fn, devices),
+            held_out,
+            training,
+            tokenizer,
         )
 
     def of_policy(state):

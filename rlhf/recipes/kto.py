@@ -66,6 +66,8 @@ def make_update(
     """KTO: each completion against how far the policy is from the reference, on average
     (arXiv:2402.01306).
 
+    Defaults are TRL 1.16's.
+
     Args:
       policy: what is trained.
       optimizer: any optax transformation.

@@ -17,11 +17,10 @@ from rlhf.mixture import geometric_mixture
 from rlhf.ranges import Share, Strength
 from rlhf.rollouts import Batch, Rollout
 from rlhf.train import minibatches, run_minibatches, train_step
-from rlhf.training import datasets, evaluation, loading, online
+from rlhf.training import collecting, datasets, loading, online
 from rlhf.training import sampling as sample_of
 from rlhf.training.importance import ImportanceOptions, Weigh, weighted
 from rlhf.training.loading import load_policy
-from rlhf.training.loop import fit
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -120,6 +119,8 @@ def make_update(
     """Nash-MD: the policy plays against a geometric mixture of itself and the reference
     (arXiv:2312.00886).
 
+    The default beta is that of TRL 1.13, the last with this trainer.
+
     Args:
       policy: what is trained; its reference is in the state's context.
       optimizer: any optax transformation.
@@ -214,32 +215,21 @@ def main(
         policy, optimizer, beta=beta, micro_batches=training.micro_batches, importance=weigh
     )
 
-    on_rollout = online.log_completions(run, dataset, inputs.tokenizer)
+    collector = collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
 
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
-    evaluate = evaluation.of_completions(
-        # Evaluations are of the policy alone: the opponent is a device of training.
+    state = online.train(
         run,
-        of_policy,
-        inputs.reward_fn,
-        inputs.held_out,
+        dataset,
         training,
-        inputs.tokenizer,
-        inputs.mesh,
-    )
-    state = fit(
-        run,
-        training,
+        inputs,
         state,
-        online.make_step(
-            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
-        ),
-        inputs.batch,
-        total=inputs.total,
+        collector,
+        update,
+        # The opponent is a device of training: evaluations are of the policy alone.
+        evaluated=collecting.sampled(of_policy, inputs.reward_fn, inputs.mesh),
         callbacks=callbacks,
         shown=("reward", "opponent_reward"),
-        evaluate=evaluate,
         export=partial(loaded.export, run.path, inputs.tokenizer),
-        mesh=inputs.mesh,
     )
     return result(run, model, loaded, inputs.tokenizer, state)

@@ -14,11 +14,10 @@ from rlhf.losses import preference
 from rlhf.ranges import Count, Strength
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.train import minibatches, run_minibatches, train_step
-from rlhf.training import evaluation, online
+from rlhf.training import collecting, online
 from rlhf.training import pairs as pair_rows
 from rlhf.training import preference as pair_losses
 from rlhf.training.loading import load_policy
-from rlhf.training.loop import fit
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -52,6 +51,8 @@ def make_update(
     max_new_tokens: int | None = None,
 ) -> UpdateFn:
     """Online DPO: the best completion of a prompt is preferred to its worst  (arXiv:2402.04792).
+
+    Defaults are TRL 1.16's.
 
     Args:
       policy: what is trained; its reference is in the state's context.
@@ -151,26 +152,20 @@ def main(
         max_new_tokens=sampling.max_new_tokens,
     )
 
-    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, mini_batches)
+    collector = collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
 
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
-    evaluate = evaluation.of_completions(
-        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
-    )
-    state = fit(
+    state = online.train(
         run,
+        dataset,
         training,
+        inputs,
         state,
-        online.make_step(
-            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
-        ),
-        inputs.batch,
-        total=inputs.total,
+        collector,
+        update,
         updates=mini_batches,
         callbacks=callbacks,
         shown=("reward", "rewards/accuracies"),
-        evaluate=evaluate,
         export=partial(loaded.export, run.path, inputs.tokenizer),
-        mesh=inputs.mesh,
     )
     return result(run, model, loaded, inputs.tokenizer, state)

@@ -16,13 +16,13 @@ from rlhf.models import scalar_head
 from rlhf.ranges import Coefficient, Count, Share, Strength, between
 from rlhf.rollouts import Batch
 from rlhf.train import minibatches, run_minibatches, train_step
-from rlhf.training import evaluation, online
+from rlhf.training import online
 from rlhf.training.importance import ImportanceOptions, Weigh, weighted
 from rlhf.training.loading import load_with_head
-from rlhf.training.loop import fit
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
+    EnvironmentOptions,
     MeshOptions,
     ModelOptions,
     PromptOptions,
@@ -33,7 +33,7 @@ from rlhf.training.options import (
 from rlhf.training.policy import HEAD, Policy
 from rlhf.training.recipe import recipe
 from rlhf.training.runs import RunFolder
-from rlhf.training.sampling import policy_sampler, rollout_metrics
+from rlhf.training.sampling import rollout_metrics
 from rlhf.training.trained import Trained, result
 from rlhf.typing import UpdateFn
 
@@ -176,6 +176,8 @@ def make_update(
     """PPO with a value head on the policy's trunk, and the KL to the reference in the reward
     (arXiv:1909.08593).
 
+    Defaults are those of TRL 1.12, the last with this trainer.
+
     Args:
       policy: with a value head; `state.params` is `{"lm": …, "head": …}`, its reference is in the
         state's context.
@@ -263,6 +265,7 @@ def main(
     sampling: SamplingOptions,
     reward: RewardOptions,
     importance: ImportanceOptions,
+    environment: EnvironmentOptions,
     output: str,
     *,
     num_samples: Count = 1,
@@ -328,6 +331,7 @@ def main(
         mesh,
         rows=training.batch_size * num_samples,
         num_minibatches=mini_batches,
+        environment=environment,
     )
 
     # 2. The policy with its value head, the reference and the optimizer state, born sharded.
@@ -337,8 +341,8 @@ def main(
     context = {**loaded.context(with_reference=True), **initial_context(controller)}
     state = loaded.init_state(optimizer, training.seed, context)
 
-    # 3. The step: sample, score, update.
-    sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
+    # 3. The step: sample or play, score, update.
+    collector = online.collector(loaded, inputs, sampling, environment, num_samples)
     update = make_update(
         loaded.policy,
         optimizer,
@@ -362,26 +366,18 @@ def main(
     def export(state, over):
         actor.export(run.path, inputs.tokenizer, state._replace(params=state.params["lm"]), over)
 
-    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, updates)
-
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
-    evaluate = evaluation.of_completions(
-        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
-    )
-    state = fit(
+    state = online.train(
         run,
+        dataset,
         training,
+        inputs,
         state,
-        online.make_step(
-            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
-        ),
-        inputs.batch,
-        total=inputs.total,
+        collector,
+        update,
         updates=updates,
         callbacks=callbacks,
         shown=("reward", "objective/kl"),
-        evaluate=evaluate,
         export=export,
-        mesh=inputs.mesh,
     )
     return result(run, model, actor, inputs.tokenizer, state._replace(params=state.params["lm"]))

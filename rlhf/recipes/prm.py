@@ -103,6 +103,8 @@ def make_update(
 ) -> StepFn:
     """Process reward modelling: a verdict after every step of a solution.
 
+    The default is that of TRL 1.13, the last with this trainer.
+
     Args:
       policy: with a head of two classes that reads every token.
       optimizer: any optax transformation.

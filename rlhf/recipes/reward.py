@@ -107,6 +107,8 @@ def make_update(
 ) -> StepFn:
     """Reward modelling on preference pairs  (Bradley and Terry; arXiv:2203.02155, eq. 1).
 
+    The default center_coef is TRL 1.16's, which has no such term unless it is given.
+
     Args:
       policy: with a head.
       optimizer: any optax transformation.

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf import losses
+from rlhf import losses, rollouts
 from rlhf.ranges import Count, Share
 from rlhf.rollouts import Batch, Rollout
 from rlhf.train import train_step
-from rlhf.training import datasets, evaluation, meshes, offline, online, supervised
+from rlhf.training import collecting, datasets, evaluation, meshes, offline, online, supervised
 from rlhf.training import sampling as sample_of
 from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
@@ -28,6 +28,7 @@ from rlhf.training.options import (
     TrainingOptions,
 )
 from rlhf.training.policy import Policy
+from rlhf.training.programs import Step
 from rlhf.training.prompts import PromptBatch
 from rlhf.training.recipe import recipe
 from rlhf.training.runs import RunFolder
@@ -136,6 +137,7 @@ def main(
 
     Rows have `prompt`, and the columns that the reward functions read.  A step samples once and
     passes over the completions `improve_steps` times, each time over fewer and better ones.
+    Defaults are trlX's, but for num_samples, which is 32 there.
 
     Args:
       output: a new folder for the run.
@@ -177,6 +179,7 @@ def main(
 
     # 3. The step: sample, score, and one update after the other on what is selected.
     sample = policy_sampler(loaded, sampling, inputs.stop, sampling.num_samples)
+    collector = collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
     update = offline.make_step(
         make_update(loaded.policy, optimizer, micro_batches=training.micro_batches),
         inputs.mesh,
@@ -189,15 +192,14 @@ def main(
         # Where the step ends, also if a pass selects nothing and takes no optimizer steps: the
         # schedule and resuming count on the same number a step.
         end = int(state.step) + updates
-        rollout = sample(state, meshes.place(batch.prompts, inputs.mesh), batch.key)
-        rewards, reward_metrics = inputs.reward_fn(rollout, batch.columns, sampling.num_samples)
+        scored = collector.collect(state, batch)
         if on_rollout is not None:
-            on_rollout(state, rollout, rewards)
-        grouped = rewards.reshape(-1, sampling.num_samples)
+            on_rollout(state, scored.rollout, scored.rewards)
+        grouped = scored.rewards.reshape(-1, sampling.num_samples)
         # From the batch's key: a resumed run shuffles as the first would have.
         order = np.random.default_rng(np.asarray(jax.random.key_data(batch.key)))
         # How many rows are selected is only known on the host, which cuts batches of that size.
-        on_host = jax.device_get(rollout)
+        on_host = jax.device_get(scored.rollout)
         shares = []
         of_updates = []
         for percentile in percentiles:
@@ -217,23 +219,30 @@ def main(
         )
         metrics = {
             **mean,
-            **reward_metrics,
+            **scored.metrics,
             **sample_of.completion_metrics(on_host),
+            **scored.times,
             "selected": np.mean(shares),
         }
         # In the place and type of the old one: another sharding would compile the step again.
         step_number = jax.device_put(jnp.asarray(end, state.step.dtype), state.step.sharding)
         return state._replace(step=step_number), metrics
 
+    def lower(state, batch: PromptBatch):
+        # A step's batches have few sizes, powers of two: the largest holds all completions.
+        rows = jax.eval_shape(rollouts.token_rows, collector.shapes(state, batch))
+        lowered = update.lower(state, meshes.place(rows, inputs.mesh))
+        return {**collector.lower(state, batch), **lowered}
+
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
     evaluate = evaluation.of_completions(
-        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
+        run, collector, inputs.held_out, training, inputs.tokenizer
     )
     state = fit(
         run,
         training,
         state,
-        step,
+        Step(step, lower),
         inputs.batch,
         total=inputs.total,
         updates=updates,

@@ -13,25 +13,26 @@ from rlhf.losses import presets
 from rlhf.ranges import Coefficient, Count, between
 from rlhf.rollouts import Batch, Rollout
 from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
-from rlhf.training import evaluation, online, policy_gradient
+from rlhf.training import online, policy_gradient
 from rlhf.training.importance import ImportanceOptions, Weigh, weighted
 from rlhf.training.loading import load_policy
-from rlhf.training.loop import fit
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
+    EnvironmentOptions,
     MeshOptions,
     ModelOptions,
     NumSamples,
     PromptOptions,
     RewardOptions,
     SamplingOptions,
+    SelectionOptions,
     TrainingOptions,
 )
 from rlhf.training.policy import Policy
 from rlhf.training.recipe import recipe
 from rlhf.training.runs import RunFolder
-from rlhf.training.sampling import policy_sampler, rollout_metrics
+from rlhf.training.sampling import rollout_metrics
 from rlhf.training.trained import Trained, result
 from rlhf.typing import UpdateFn
 
@@ -53,6 +54,8 @@ def make_update(
 ) -> UpdateFn:
     """RLOO: advantages `r_i - mean of the other r_j`, with `r = reward - kl_coef · k1` of a
     completion  (arXiv:2402.14740).
+
+    Defaults are TRL 1.16's.
 
     Args:
       policy: what is trained; its reference is in the state's context.
@@ -159,6 +162,8 @@ def main(
     sampling: SamplingOptions,
     reward: RewardOptions,
     importance: ImportanceOptions,
+    environment: EnvironmentOptions,
+    selection: SelectionOptions,
     output: str,
     *,
     num_samples: NumSamples = 2,
@@ -200,6 +205,8 @@ def main(
         mesh,
         rows=training.batch_size * num_samples,
         num_minibatches=mini_batches,
+        environment=environment,
+        selected=selection,
     )
 
     # 2. The policy, its reference and its optimizer state, born sharded.
@@ -208,8 +215,8 @@ def main(
     optimizer = make_optimizer(training, inputs.total * updates)
     state = loaded.init_state(optimizer, training.seed, loaded.context(with_reference=True))
 
-    # 3. The step: sample, score, update.
-    sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
+    # 3. The step: sample or play, score, update.
+    collector = online.collector(loaded, inputs, sampling, environment, num_samples)
     update = make_update(
         loaded.policy,
         optimizer,
@@ -221,30 +228,23 @@ def main(
         epochs=updates_per_batch,
         num_minibatches=mini_batches,
         micro_batches=training.micro_batches,
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=online.completion_tokens(sampling, environment),
         importance=importance.weigh(sampling.sampler(inputs.stop.eos_ids)),
     )
 
-    on_rollout = online.log_completions(run, dataset, inputs.tokenizer, updates)
-
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
-    evaluate = evaluation.of_completions(
-        run, sample, inputs.reward_fn, inputs.held_out, training, inputs.tokenizer, inputs.mesh
-    )
-    state = fit(
+    state = online.train(
         run,
+        dataset,
         training,
+        inputs,
         state,
-        online.make_step(
-            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
-        ),
-        inputs.batch,
-        total=inputs.total,
+        collector,
+        update,
+        selected=selection,
         updates=updates,
         callbacks=callbacks,
         shown=("reward", "objective/kl"),
-        evaluate=evaluate,
         export=partial(loaded.export, run.path, inputs.tokenizer),
-        mesh=inputs.mesh,
     )
     return result(run, model, loaded, inputs.tokenizer, state)

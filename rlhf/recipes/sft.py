@@ -113,7 +113,8 @@ def main(
 ) -> Trained:
     """Supervised fine-tuning: teaches a model to write what the rows of a data set say.
 
-    Rows have `text` or `messages`, or `prompt` and `completion`.
+    Rows have `text` or `messages`, or `prompt` and `completion`.  Defaults are TRL 1.16's, which
+    trains on the completion alone too where rows have a prompt.
 
     Args:
       output: a new folder for the run.

@@ -16,12 +16,11 @@ from rlhf.ranges import Coefficient, Strength
 from rlhf.rollouts import Pairs
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.train import minibatches, run_minibatches, train_step
-from rlhf.training import evaluation, online
+from rlhf.training import collecting, online
 from rlhf.training import pairs as pair_rows
 from rlhf.training import preference as pair_losses
 from rlhf.training import sampling as sample_of
 from rlhf.training.loading import load_policy
-from rlhf.training.loop import fit
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -106,6 +105,8 @@ def make_update(
 ) -> UpdateFn:
     """XPO: a completion of the policy against one of the reference, with optimism about what is new
     (arXiv:2405.21046).
+
+    Defaults are those of TRL 1.13, the last with this trainer.
 
     Args:
       policy: what is trained; its reference is in the state's context.
@@ -209,32 +210,21 @@ def main(
         max_new_tokens=sampling.max_new_tokens,
     )
 
-    on_rollout = online.log_completions(run, dataset, inputs.tokenizer)
+    collector = collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
 
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
-    evaluate = evaluation.of_completions(
-        # Evaluations are of the policy alone.
+    state = online.train(
         run,
-        of_policy,
-        inputs.reward_fn,
-        inputs.held_out,
+        dataset,
         training,
-        inputs.tokenizer,
-        inputs.mesh,
-    )
-    state = fit(
-        run,
-        training,
+        inputs,
         state,
-        online.make_step(
-            sample, inputs.reward_fn, update, inputs.mesh, state, on_rollout=on_rollout
-        ),
-        inputs.batch,
-        total=inputs.total,
+        collector,
+        update,
+        # The opponent is a device of training: evaluations are of the policy alone.
+        evaluated=collecting.sampled(of_policy, inputs.reward_fn, inputs.mesh),
         callbacks=callbacks,
         shown=("reward", "opponent_reward"),
-        evaluate=evaluate,
         export=partial(loaded.export, run.path, inputs.tokenizer),
-        mesh=inputs.mesh,
     )
     return result(run, model, loaded, inputs.tokenizer, state)

@@ -117,8 +117,7 @@ def main(
             prompt_set.prompts,
             max_new_tokens=sampling.max_new_tokens,
         )
-    # `explained`: lines of the output say why a completion has no reward.
-    score = rewards.load(reward, dataset, tokenizer, prompt_set.rows).explained
+    score = rewards.load(reward, dataset, tokenizer, prompt_set.rows)
     strings = rollouts.stop_strings(tokenizer, sampling.stop) if sampling.stop else None
     devices = meshes.make(mesh)
     policy = saved.load(model, devices, eos_token)

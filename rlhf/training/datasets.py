@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rlhf import data, tasks
 from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
-from rlhf.training import meshes
+from rlhf.training import meshes, programs
 from rlhf.training.options import DatasetOptions, SourceOptions, TrainingOptions
 
 
@@ -136,17 +136,22 @@ def batches(arrays: Any, training: TrainingOptions, mesh: Mesh) -> Callable[[int
     return batch
 
 
-def in_parts(fn: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
-    """`fn` of all rows, `size` at a time, as arrays of NumPy.
+def in_parts(fn: Callable, arrays: Any, size: int, mesh: Mesh, *fixed: Any) -> Any:
+    """`fn(*fixed, part)` of all rows, `size` at a time, as arrays of NumPy.
 
     Every part has `size` rows, so that one program serves all: the last one is filled up, and what
     is found for the filling is left out.
     """
+    if programs.devices() is not None:  # zeros of the right shapes stand for what would be found
+        part, _ = parts(arrays, size)[0]
+        shapes = jax.eval_shape(fn, *fixed, programs.shaped(part, None))
+        rows = number_of_rows(arrays)
+        return jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), shapes)
     found = []
     # Activations are constrained to the mesh that is set; without it they are replicated.
     with jax.set_mesh(mesh):
         for part, real in parts(arrays, size):
-            out = jax.device_get(fn(meshes.place(part, mesh)))
+            out = jax.device_get(fn(*fixed, meshes.place(part, mesh)))
             # `real=real` binds the value now: a closure would read the last part's.
             found.append(jax.tree.map(lambda x, real=real: x[:real], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *found)

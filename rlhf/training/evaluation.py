@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from rlhf import rollouts
 from rlhf.train import TrainState
 from rlhf.training import datasets, meshes
+from rlhf.training.collecting import Collector
 from rlhf.training.options import TrainingOptions
 from rlhf.training.prompts import PromptSet
-from rlhf.training.rewards import RewardScorer
 from rlhf.training.runs import RunFolder
 from rlhf.training.sampling import completion_metrics
-from rlhf.typing import Evaluate, LossFn, SampleFn, ScoresFn, ScoresObjective
+from rlhf.typing import Evaluate, LossFn, ScoresFn, ScoresObjective
 
 
 def of_loss(loss_fn: LossFn, held_out: Any, size: int, mesh: Mesh) -> Evaluate | None:
@@ -98,12 +98,10 @@ def of_scores(
 
 def of_completions(
     run: RunFolder,
-    sample: SampleFn,
-    reward_fn: RewardScorer,
+    collector: Collector,
     held_out: PromptSet | None,
     training: TrainingOptions,
     tokenizer: Any,
-    mesh: Mesh,
 ) -> Evaluate | None:
     """`(state) -> metrics` of completions of held-out prompts, which go to `samples/`; None where
     there are none.
@@ -119,21 +117,19 @@ def of_completions(
     def evaluate(state: TrainState) -> dict[str, Any]:
         # The same prompts and the same key every time: evaluations differ by the parameters alone.
         batch = held_out.select(range(number), jax.random.key(training.seed))
-        rollout = sample(state, meshes.place(batch.prompts, mesh), batch.key)
-        num_samples = len(rollout.tokens) // number
-        scored = reward_fn.explained(rollout, batch.columns, num_samples)
+        scored = collector.collect(state, batch)
         table = {
-            "prompt": rollouts.text.prompts(tokenizer, rollout),
-            "completion": rollouts.text.completions(tokenizer, rollout),
+            "prompt": rollouts.text.prompts(tokenizer, scored.rollout),
+            "completion": rollouts.text.continuations(tokenizer, scored.rollout),
             "reward": np.asarray(scored.rewards, float).tolist(),
             # Typed: a column of None alone would get Arrow's null type, and files of a run would
             # differ.
             "reason": pyarrow.array(scored.reasons, pyarrow.string()),
         }
         run.samples(int(state.step), table)
-        metrics = completion_metrics(jax.device_get(rollout))
-        # `tokens` is for the speed of training steps.
-        del metrics["tokens"]
+        metrics = completion_metrics(jax.device_get(scored.rollout))
+        # These are for the speed of training steps.
+        del metrics["tokens"], metrics["sequences"]
         return {**scored.metrics, **metrics}
 
     return evaluate

@@ -4,6 +4,7 @@ written again.
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from rlhf.models.vocabulary import resized
 from rlhf.rollouts import Batch, Prompts
 from rlhf.sharding import make_mesh, shardings
 from rlhf.train import TrainState, init_state, reference
-from rlhf.training import averages
+from rlhf.training import averages, programs
 from rlhf.training.options import ModelOptions
 from rlhf.training.policy import Policy
 from rlhf.training.runs import model_of
@@ -273,7 +274,7 @@ class Loaded(NamedTuple):
             context["reference"] = self.reference
         elif with_reference and self.frozen is None:
             # A copy: a donated state frees the parameters.
-            context["reference"] = reference(self._lm_params)
+            context["reference"] = copied(self._lm_params)
         return context
 
     def reference_context(self) -> dict[str, Any]:
@@ -293,6 +294,8 @@ class Loaded(NamedTuple):
     def place(self, tree: Any, axes: Any = None) -> Any:
         """Arrays moved to their places on the mesh, by the axes of the parameters or by others."""
         where = shardings(tree, self.axes if axes is None else axes, self.mesh, say=_silent)
+        if is_planned():
+            return programs.shaped(tree, where)
         return jax.tree.map(jax.device_put, tree, where)
 
     def init_state(
@@ -313,6 +316,13 @@ class Loaded(NamedTuple):
           axes: of entries of the state that are not the model's, such as further heads.
         """
         names = {**self.axes, **(axes or {})}
+        context = self.context() if context is None else dict(context)
+        if is_planned():
+
+            def start(params, context):
+                return init_state(params, optimizer, jax.random.key(seed), context)
+
+            return self.place(jax.eval_shape(start, self.params, context), names)
 
         # Moments are born sharded: made on one device first, Adam's two would need twice the
         # model's memory there.
@@ -324,7 +334,6 @@ class Loaded(NamedTuple):
         # Scalars and keys on every device: an array on one device alone beside a mesh's makes jit
         # raise.
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        context = self.context() if context is None else dict(context)
         state = init_state(self.params, sharded, jax.random.key(seed), context)
         return state._replace(
             step=jax.device_put(state.step, everywhere),
@@ -445,10 +454,11 @@ def load_classifier(
         key=jax.random.key(seed),
         mesh=mesh,
         say=without_repeats(say),
+        shapes_only=is_planned(),
         **precision(options),
     )
     if options.resize_embeddings:
-        lm, trunk = resized(lm, params["lm"], len(tokenizer))
+        lm, trunk = _resized(lm, params["lm"], len(tokenizer))
         params = params | {"lm": trunk}
     return _with_adapters(Loaded(lm, params, None, options.model, mesh, head), options, seed)
 
@@ -474,19 +484,46 @@ def hidden_size(lm: LM, params: Any) -> int:
     return jax.eval_shape(hidden, params, one).shape[-1]
 
 
+def is_planned() -> bool:
+    """Whether only programs are wanted, and parameters are shapes."""
+    return programs.devices() is not None
+
+
+def copied(params: Any) -> Any:
+    """A copy, which a donated state does not free; of shapes the same."""
+    return params if is_planned() else reference(params)
+
+
+def _resized(lm: LM, params: Any, size: int) -> tuple[LM, Any]:
+    """`resized`, also of shapes."""
+    if not is_planned():
+        return resized(lm, params, size)
+    larger: list[LM] = []
+
+    def grow(params):
+        grown_lm, grown = resized(lm, params, size)
+        larger.append(grown_lm)
+        return grown
+
+    shapes = jax.eval_shape(grow, params)
+    return larger[0], shapes
+
+
 def _language_model(options: ModelOptions, mesh: Mesh, say: Callable) -> tuple[LM, Any]:
     """The model with all its parameters, and with embeddings for all tokens where the options
     want them.
     """
     if isinstance(options.model, str):
         lm, params, tokenizer = huggingface.load(
-            options.model, mesh=mesh, say=say, **precision(options)
+            options.model, mesh=mesh, say=say, shapes_only=is_planned(), **precision(options)
         )
     else:
         lm, params, tokenizer = options.model
         # A donated state would free the caller's arrays.
-        params = reference(params)
-    return resized(lm, params, len(tokenizer)) if options.resize_embeddings else (lm, params)
+        params = copied(params)
+    if not options.resize_embeddings:
+        return lm, params
+    return _resized(lm, params, len(tokenizer))
 
 
 def _with_adapters(loaded: Loaded, options: ModelOptions, seed: int) -> Loaded:
@@ -496,25 +533,31 @@ def _with_adapters(loaded: Loaded, options: ModelOptions, seed: int) -> Loaded:
     # Adapters sit on the language model alone; a head is small, and always trained in full.
     params = loaded.params if loaded.head is None else loaded.params["lm"]
     frozen = None
-    if options.adapter:
-        params, frozen = peft_files.load(options.adapter, loaded.lm, params, _family(loaded))
-    elif options.lora_rank:
-        # Before adapters are added: they go on the quantised base, as in QLoRA.
-        if options.quantize:
-            params = quantized.quantize(params, options.quantize)
-        params, frozen = adapters.add(
-            params,
-            jax.random.key(seed),
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            targets=[_target(name) for name in options.lora_targets or [adapters.BLOCKS]],
-            rank_stabilised=options.rslora,
-            dora=options.dora,
-        )
+    if options.has_adapters:
+        add = partial(_added, loaded, options, seed)
+        params, frozen = jax.eval_shape(add, params) if is_planned() else add(params)
     trainable = params if loaded.head is None else {"lm": params, "head": loaded.params["head"]}
     loaded = loaded._replace(params=trainable, frozen=frozen, dropout=options.lora_dropout)
     return loaded._replace(
         params=loaded.place(trainable), frozen=frozen if frozen is None else loaded.place(frozen)
+    )
+
+
+def _added(loaded: Loaded, options: ModelOptions, seed: int, params: Any) -> tuple[Any, Any]:
+    """`(trainable, frozen)`: the adapters of a folder or new ones, and what they sit on."""
+    if options.adapter:
+        return peft_files.load(options.adapter, loaded.lm, params, _family(loaded))
+    # Before adapters are added: they go on the quantised base, as in QLoRA.
+    if options.quantize:
+        params = quantized.quantize(params, options.quantize)
+    return adapters.add(
+        params,
+        jax.random.key(seed),
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        targets=[_target(name) for name in options.lora_targets or [adapters.BLOCKS]],
+        rank_stabilised=options.rslora,
+        dora=options.dora,
     )
 
 
@@ -537,7 +580,11 @@ def _reference(options: ModelOptions, lm: LM, mesh: Mesh, say: Callable) -> Any:
         return None
     of_policy = precision(options)
     reference_lm, params, _ = huggingface.load(
-        model_of(options.reference_model), mesh=mesh, say=say, **of_policy
+        model_of(options.reference_model),
+        mesh=mesh,
+        say=say,
+        shapes_only=is_planned(),
+        **of_policy,
     )
     # Models of one config compare equal; one program then serves policy and reference.
     if reference_lm != lm:

@@ -3,13 +3,12 @@ comes as functions.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +22,7 @@ from rich.progress import (
 
 from rlhf.checkpoint import Checkpoints
 from rlhf.train import TrainState
-from rlhf.training import compilations
+from rlhf.training import compilations, programs
 from rlhf.training.averages import AVERAGES
 from rlhf.training.interrupts import Stopped, stop_requests
 from rlhf.training.options import TrainingOptions
@@ -56,6 +55,9 @@ def in_its_folder(train: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # The folder is made last, when all options are checked and the model is loaded.
         run: Any = kwargs.get("run") or args[0]
+        if programs.devices() is not None:  # the step's programs alone are wanted: nothing is made
+            _, _, state, step, batches = cast(Any, args)
+            raise programs.Planned(step.lower(state, batches(0)))
         with run.at_work():
             return train(*args, **kwargs)
 
@@ -98,7 +100,7 @@ def fit(
       hooks: `(number, state) -> state` after every step, in their order, such as those of
         `rlhf.training.averages`.
       callbacks: `(number, metrics)`, called with every line that is logged; one that returns True
-        ends the run after that step.
+        ends the run, after the step that is under way by then.
       evaluate: `(state) -> metrics`, every `training.eval_every` steps and at the end.
       export: `(state, over) -> None`, with every checkpoint: writes the model as it is; `over` at
         the end of the run.
@@ -396,9 +398,7 @@ def run_steps(
             start_time = time.perf_counter()
             waiting.clear()
             metrics = {name: float(value) for name, value in fetched[-1].items()}
-            # NaN where a step counts no tokens: then no speed is logged.
-            tokens = float(np.sum([one.get("tokens", np.nan) for one in fetched]))
-            metrics |= _speed(tokens / seconds, size, devices)
+            metrics |= _speed(fetched, seconds, size, devices)
             metrics["compilations"] = compilations.count() - compiled_before
             log(phase, number, metrics)
             text = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
@@ -420,17 +420,32 @@ def run_steps(
     return state
 
 
-def _speed(tokens: float, size: int, devices: int) -> dict[str, float]:
-    """Tokens a second, and the share of these devices' peak that 6 operations a parameter and token
-    are, where it is known.
+def _speed(
+    steps: Sequence[Mapping[str, Any]], seconds: float, size: int, devices: int
+) -> dict[str, float]:
+    """Tokens and sequences a second, and the share of these devices' peak that 6 operations a
+    parameter and token are, where it is known.
+
+    Args:
+      steps: the metrics of the steps that took so many seconds together.
+      seconds: of all of them.
+      size: trained parameters.
+      devices: how many the run uses.
     """
-    if np.isnan(tokens):
-        return {}
+    counted = {
+        f"{name}_per_second": float(sum(one[name] for one in steps)) / seconds
+        for name in ("tokens", "sequences")
+        # A step of a demo or a test may count nothing.
+        if all(name in one for one in steps)
+    }
+    if "tokens_per_second" not in counted:
+        return counted
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
     # 6 operations a parameter and token: 2 of the forward pass, 4 of the backward pass.
+    tokens = counted["tokens_per_second"]
     mfu = {"mfu": 6 * size * tokens / (peak * devices)} if peak else {}
-    return {"tokens_per_second": tokens, **mfu}
+    return {**counted, **mfu}
 
 
 def _devices(tree: Any) -> int:

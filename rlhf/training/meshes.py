@@ -7,13 +7,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf.sharding import make_mesh, shard_batch
+from rlhf.sharding import batch_sharding, make_mesh, shard_batch
+from rlhf.training import programs
 from rlhf.training.options import MeshOptions
 
 
-def devices() -> Sequence[jax.Device]:
+def local_devices() -> Sequence[jax.Device]:
     """The devices that a run takes: all that this process sees, with those of other hosts."""
     return jax.devices()
+
+
+def devices() -> Sequence[jax.Device]:
+    """The devices of the mesh: those of the run, or those that programs are made for."""
+    planned = programs.devices()
+    return local_devices() if planned is None else planned
 
 
 def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 1) -> Mesh:
@@ -61,13 +68,34 @@ def place(batch: Any, mesh: Mesh) -> Any:
     """A batch's rows over `data` and `fsdp`; on every device where they do not divide, such as a
     few prompts.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = {np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)}
-    if any(size % ways for size in rows):
+    if programs.devices() is not None:
+        return place_shapes(batch, mesh)
+    if not _divides(batch, mesh):
         # Every device computes all rows: slower than a split, and right for any number of them.
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return jax.tree.map(lambda x: jax.device_put(x, replicated), batch)
+        return everywhere(batch, mesh)
     return shard_batch(batch, mesh)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays on every device of a mesh."""
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    if programs.devices() is not None:
+        return programs.shaped(tree, replicated)
+    return jax.device_put(tree, replicated)
+
+
+def _divides(batch: Any, mesh: Mesh) -> bool:
+    """Whether the devices that share rows can share these equally."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return not any(np.shape(x)[0] % ways for x in jax.tree.leaves(batch) if np.ndim(x))
+
+
+def place_shapes(batch: Any, mesh: Mesh) -> Any:
+    """What `place` gives, as shapes."""
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_rows = batch_sharding(mesh) if _divides(batch, mesh) else replicated
+    where = jax.tree.map(lambda x: by_rows if np.ndim(x) else replicated, batch)
+    return programs.shaped(batch, where)
 
 
 def on(mesh: Mesh, fn: Callable) -> Callable:

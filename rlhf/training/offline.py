@@ -2,16 +2,26 @@
 
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from rlhf import losses
 from rlhf.sharding import jit_step
 from rlhf.train import TrainState
+from rlhf.training.programs import Step
 from rlhf.typing import StepFn
 
 
-def make_step(update: StepFn, mesh: Mesh, state: TrainState) -> StepFn:
-    """`(state, batch) -> (state, metrics)` in one program for a mesh; the metrics gain `tokens`,
-    those of the batch.
+def counts(segment_ids: jax.Array) -> dict[str, jax.Array]:
+    """The `tokens` and `sequences` of a batch `[..., T]`: what the speed is reckoned by."""
+    # Pairs are [P, 2, T]; a packed row holds several sequences.
+    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
+    return {"tokens": (rows != 0).sum(), "sequences": losses.segments.starts(rows).sum()}
+
+
+def make_step(update: StepFn, mesh: Mesh, state: TrainState) -> Step:
+    """`(state, batch) -> (state, metrics)` in one program for a mesh; the metrics gain
+    `counts` of the batch.
 
     Args:
       update: a recipe's `make_update`.
@@ -22,6 +32,11 @@ def make_step(update: StepFn, mesh: Mesh, state: TrainState) -> StepFn:
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         state, metrics = update(state, batch)
         # Counted inside the program: on the host the batch is split over devices.
-        return state, {**metrics, "tokens": (batch.segment_ids != 0).sum()}
+        return state, {**metrics, **counts(batch.segment_ids)}
 
-    return jit_step(step, mesh, state)
+    jitted = jit_step(step, mesh, state)
+
+    def lower(state: TrainState, batch: Any) -> dict[str, jax.stages.Lowered]:
+        return {"update": jitted.lower(state, batch)}
+
+    return Step(jitted, lower)

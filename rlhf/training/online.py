@@ -1,35 +1,53 @@
-"""What recipes that sample share: what is checked and loaded before the policy, and the step from
-prompts to an update.
+"""What recipes that sample share: what is checked and loaded before the policy, the step from
+prompts to an update, and the loop over it.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf import rollouts
 from rlhf.fields import documented
 from rlhf.rollouts import Rollout
+from rlhf.rollouts.environment import Environment
 from rlhf.sharding import jit_step
 from rlhf.train import TrainState
-from rlhf.training import loading, meshes, prompts, rewards
+from rlhf.training import (
+    collecting,
+    environments,
+    evaluation,
+    loading,
+    meshes,
+    programs,
+    prompts,
+    rewards,
+    selection,
+)
+from rlhf.training.collecting import Collector
+from rlhf.training.loading import Loaded
+from rlhf.training.loop import fit
 from rlhf.training.options import (
+    EnvironmentOptions,
     MeshOptions,
     ModelOptions,
     PromptOptions,
     RewardOptions,
     SamplingOptions,
+    SelectionOptions,
     TrainingOptions,
 )
+from rlhf.training.programs import Step
 from rlhf.training.prompts import PromptBatch, PromptSet
-from rlhf.training.rewards import RewardScorer
 from rlhf.training.runs import RunFolder
-from rlhf.training.sampling import StopCriteria, stop_criteria
-from rlhf.typing import RewardFn, SampleFn, StepFn, UpdateFn
+from rlhf.training.sampling import StopCriteria, policy_sampler, stop_criteria
+from rlhf.typing import Export, Hook, RewardFn, UpdateFn
+
+SINGLE_TURN = EnvironmentOptions()
+UNSELECTED = SelectionOptions()
 
 
 @documented
@@ -42,6 +60,7 @@ class Inputs(NamedTuple):
       train: prompts to learn from.
       held_out: prompts to evaluate on; None: there are none.
       reward_fn: rewards of completions.
+      environment: what is talked to instead; None: completions are sampled once.
       mesh: of devices.
       total: steps of the loop.
       batch: `(number) -> PromptBatch` of step `number`, from 0.
@@ -51,7 +70,8 @@ class Inputs(NamedTuple):
     stop: StopCriteria
     train: PromptSet
     held_out: PromptSet | None
-    reward_fn: RewardScorer
+    reward_fn: RewardFn
+    environment: Environment | None
     mesh: Mesh
     total: int
     batch: Callable[[int], PromptBatch]
@@ -68,6 +88,8 @@ def load_inputs(
     *,
     rows: int,
     num_minibatches: int = 1,
+    environment: EnvironmentOptions = SINGLE_TURN,
+    selected: SelectionOptions = UNSELECTED,
 ) -> Inputs:
     """Prompts, rewards and mesh, all of it checked before a model loads.
 
@@ -76,6 +98,7 @@ def load_inputs(
       model, dataset, training, sampling, reward, mesh: options.
       rows: of a step's batch: completions, or pairs of them.
       num_minibatches: optimizer mini-batches that they are cut into.
+      environment, selected: options.
 
     Raises: ValueError for options, prompts and rewards that cannot be.
     """
@@ -86,7 +109,9 @@ def load_inputs(
             f"{training.micro_batches} equal parts; "
             "change --mini_batches or --batch_size"
         )
+    selection.check(selected, training)
     devices = meshes.make(mesh, rows=rows, micro_batches=num_minibatches * training.micro_batches)
+    played = environments.load(environment, reward, sampling)
     tokenizer = loading.load_tokenizer(model)
     seq2seq = loading.load_seq2seq(model, tokenizer)
     stop = stop_criteria(model, sampling, tokenizer)
@@ -94,29 +119,71 @@ def load_inputs(
     total = training.total_steps(len(train.rows), has_held_out=held_out is not None)
     # Prompts and what is sampled after them must fit the model's positions.
     parts = train.prompts, held_out and held_out.prompts
-    loading.check_tokens(model, tokenizer, *parts, max_new_tokens=sampling.max_new_tokens)
-    reward_fn = rewards.load(
-        reward, dataset, tokenizer, train.rows, held_out.rows if held_out else []
+    longest = completion_tokens(sampling, environment)
+    loading.check_tokens(model, tokenizer, *parts, max_new_tokens=longest)
+    reward_fn = (
+        rewards.load(reward, dataset, tokenizer, train.rows, held_out.rows if held_out else [])
+        if played is None
+        else _no_rewards
     )
     batch = partial(train.take, training.seed, size=training.batch_size)
-    return Inputs(tokenizer, stop, train, held_out, reward_fn, devices, total, batch)
+    return Inputs(tokenizer, stop, train, held_out, reward_fn, played, devices, total, batch)
+
+
+def completion_tokens(sampling: SamplingOptions, environment: EnvironmentOptions) -> int:
+    """The most tokens after a prompt."""
+    if environment.environment is None:
+        return sampling.max_new_tokens
+    return environment.max_conversation_tokens
+
+
+def _no_rewards(rollout: Any, columns: Any, num_samples: int) -> Any:
+    raise TypeError("an environment gives the rewards")
+
+
+def collector(
+    loaded: Loaded,
+    inputs: Inputs,
+    sampling: SamplingOptions,
+    environment: EnvironmentOptions,
+    num_samples: int,
+) -> Collector:
+    """Completions of the policy, sampled and scored, or played where there is an environment.
+
+    Args:
+      loaded: the policy.
+      inputs: of the run.
+      sampling, environment: options.
+      num_samples: completions of a prompt.
+    """
+    if inputs.environment is None:
+        sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
+        return collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
+    return environments.played(
+        loaded,
+        inputs.environment,
+        environment,
+        sampling,
+        inputs.stop,
+        inputs.tokenizer,
+        num_samples,
+        inputs.mesh,
+    )
 
 
 def make_step(
-    sample: SampleFn,
-    reward_fn: RewardFn,
+    collector: Collector,
     update: UpdateFn,
     mesh: Mesh,
     state: TrainState,
     *,
     on_rollout: Callable | None = None,
-) -> StepFn:
-    """`(state, PromptBatch) -> (state, metrics)`: samples completions, scores them, updates on
+) -> Step:
+    """`(state, batch) -> (state, metrics)`: collects completions with their rewards, and updates on
     them.
 
     Args:
-      sample: `(state, prompts, key) -> Rollout`.
-      reward_fn: `(rollout, columns, num_samples) -> (rewards [B], metrics)`, on the host.
+      collector: of completions and rewards.
       update: a recipe's `make_update`.
       mesh: where the state is.
       state: of the run; only where its arrays are is read.
@@ -124,30 +191,30 @@ def make_step(
         `log_completions`; None: nothing is.
     """
     jitted = jit_step(update, mesh, state)
+    warn_if_equal = rewards.EqualRewards()
 
-    def step(state: TrainState, batch: PromptBatch) -> tuple[TrainState, dict]:
-        start_time = time.perf_counter()
-        # Waits, so that the times below are true; reward functions on the host would wait anyway.
-        rollout = jax.block_until_ready(sample(state, meshes.place(batch.prompts, mesh), batch.key))
-        sampled = time.perf_counter()
-        # Read off the rollout: pair samplers make two completions a prompt, whatever the options
-        # say.
-        num_samples = len(rollout.tokens) // len(batch.prompts.tokens)
-        scores, reward_metrics = reward_fn(rollout, batch.columns, num_samples)
-        # The update before is done once sampling is, so that the time of sampling holds what was
-        # left of it.
-        times = {
-            "time/sampling": sampled - start_time,
-            "time/rewards": time.perf_counter() - sampled,
-        }
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+        scored = collector.collect(state, batch)
+        # Rewards of groups that fill up are NaN, which would read as if they could not be scored.
+        sampled = scored.rewards if scored.all_rewards is None else scored.all_rewards
+        warn_if_equal(sampled, scored.num_samples)
         if on_rollout is not None:
-            on_rollout(state, rollout, scores)
+            on_rollout(state, scored.rollout, scored.rewards)
+        state = state._replace(context={**state.context, **scored.context})
         # `batch.key` sampled the rollout; a key is used once, so that the update gets one folded
         # from it.
-        state, metrics = jitted(state, rollout, scores, jax.random.fold_in(batch.key, 1))
-        return state, {**reward_metrics, **metrics, **times}
+        update_key = jax.random.fold_in(batch.key, 1)
+        state, metrics = jitted(state, scored.rollout, scored.rewards, update_key)
+        return state, {**scored.metrics, **metrics, **scored.of_all, **scored.times}
 
-    return step
+    def lower(state: TrainState, batch: Any) -> dict[str, jax.stages.Lowered]:
+        rollout = collector.shapes(state, batch)
+        scores = jax.ShapeDtypeStruct((len(rollout.tokens),), np.float32)
+        update_key = programs.shaped(batch.key, NamedSharding(mesh, PartitionSpec()))
+        updated = jitted.lower(state, rollout, meshes.place(scores, mesh), update_key)
+        return {**collector.lower(state, batch), "update": updated}
+
+    return Step(step, lower)
 
 
 def log_completions(
@@ -172,9 +239,70 @@ def log_completions(
             return
         table = {
             "prompt": rollouts.text.prompts(tokenizer, rollout),
-            "completion": rollouts.text.completions(tokenizer, rollout),
+            "completion": rollouts.text.continuations(tokenizer, rollout),
             "reward": np.asarray(scores, float).tolist(),
         }
         run.samples(number, table, phase="train")
 
     return write
+
+
+def train(
+    run: RunFolder,
+    dataset: PromptOptions,
+    training: TrainingOptions,
+    inputs: Inputs,
+    state: TrainState,
+    collector: Collector,
+    update: UpdateFn,
+    *,
+    evaluated: Collector | None = None,
+    selected: SelectionOptions = UNSELECTED,
+    updates: int = 1,
+    fixed: Sequence[str] = ("frozen", "reference"),
+    hooks: Sequence[Hook] = (),
+    callbacks: Sequence[Callable] = (),
+    shown: tuple[str, ...],
+    export: Export,
+) -> TrainState:
+    """The loop: collects, updates, evaluates, saves; what `rlhf.training.loop.fit` makes of it.
+
+    Args:
+      run, dataset, training, inputs: of the recipe.
+      state: at step 0; consumed.
+      collector: of a step's completions.
+      update: `(state, rollout, rewards, key) -> (state, metrics)`.
+      evaluated: of held-out prompts; None: the same collector.
+      selected: options; which prompts and groups a step learns from.
+      updates: optimizer steps of a step.
+      fixed, hooks, callbacks, shown, export: as in `fit`.
+
+    Returns: the last state.
+    """
+    # Before the selection: held-out prompts are evaluated as they are, and none is passed over.
+    evaluate = evaluation.of_completions(
+        run, evaluated or collector, inputs.held_out, training, inputs.tokenizer
+    )
+    chosen = selection.select(
+        selected, training, inputs.train, inputs.mesh, collector, update, state
+    )
+    on_rollout = log_completions(run, dataset, inputs.tokenizer, updates)
+    step = make_step(
+        chosen.collector, chosen.update, inputs.mesh, chosen.state, on_rollout=on_rollout
+    )
+    return fit(
+        run,
+        training,
+        chosen.state,
+        step,
+        chosen.batch,
+        total=inputs.total,
+        updates=updates,
+        fixed=fixed,
+        hooks=hooks,
+        callbacks=callbacks,
+        shown=shown,
+        evaluate=evaluate,
+        export=export,
+        mesh=inputs.mesh,
+    )

@@ -25,6 +25,7 @@ from rlhf.ranges import (
     check_fields,
 )
 from rlhf.rollouts import samplers
+from rlhf.rollouts.environment import Environment
 from rlhf.training import track
 from rlhf.training.optimizers import OptimizerOptions
 from rlhf.training.runs import model_of
@@ -189,7 +190,7 @@ class PromptOptions(DatasetOptions):
     """The rows whose prompts are completed.
 
     Args:
-      max_prompt_length: leave out rows with longer prompts, since all are padded to the longest;
+      max_prompt_length: leave out rows with longer prompts, since a step is as wide as its longest;
         null: none.
       log_completions: steps between tables of sampled completions in samples/; 0: none, but those
         of evaluations.
@@ -385,6 +386,61 @@ class GroupSamplingOptions(SamplingOptions):
     """
 
     num_samples: Count = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionOptions:
+    """Which prompts and completions are learned from.
+
+    Args:
+      dynamic_sampling: rounds in which a step may look for prompts whose completions differ in
+        reward, each among batch_size others (DAPO); 0: there is one, and all of it is taken.
+      replay_groups: groups of completions of earlier steps that stay at hand, and stand in for
+        groups whose rewards are all equal; 0: none.
+      curriculum: prompts are chosen by p (1 - p), p being how often they were solved, by rewards
+        from 0 to 1; none: in random order, each once a pass.
+    """
+
+    dynamic_sampling: Every = 0
+    replay_groups: Every = 0
+    curriculum: Literal["none", "learnability"] = "none"
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.dynamic_sampling and self.curriculum != "none":
+            raise ValueError(
+                f"dynamic_sampling {self.dynamic_sampling} passes over prompts, and curriculum "
+                f"{self.curriculum} chooses them; give one of them"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvironmentOptions:
+    """An environment to talk to, for conversations of several turns.
+
+    Args:
+      environment: a function of your own as file.py:make or module:make, which returns an
+        rlhf.rollouts.environment.Environment, such as tools.tool_environment makes; its rewards
+        are learned from.  null: completions are sampled once.
+      max_turns: the most turns of a conversation, each of max_new_tokens at most.
+      max_conversation_tokens: the most tokens after the prompt: turns and observations.
+      observation_template: the text around an observation, {}, in the words of the chat template.
+      turn_timeout: seconds that the environment has for a turn.
+    """
+
+    environment: str | Callable | Environment | None = None
+    max_turns: Count = 8
+    max_conversation_tokens: Length = 1024
+    observation_template: str = "{}"
+    turn_timeout: Annotated[float, between(0, 86_400, above=True)] = 60.0
+
+    def __post_init__(self):
+        check_fields(self)
+        if "{}" not in self.observation_template:
+            raise ValueError(
+                f"observation_template {self.observation_template!r} has no {{}} where the "
+                "observation goes; write one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rlhf import data, tasks
 from rlhf.data.types import Row
 from rlhf.fields import documented
 from rlhf.rollouts import Prompts
-from rlhf.training import datasets
+from rlhf.training import datasets, programs
 from rlhf.training.options import PromptOptions
 
 
@@ -41,20 +41,44 @@ class PromptSet(NamedTuple):
     prompts: Prompts
     rows: Sequence[Row]
 
-    def take(self, seed: int, number: int, size: int) -> PromptBatch:
+    def take(self, seed: int, number: int, size: int, *, narrow: bool = True) -> PromptBatch:
         """The prompts of step `number`, from 0: a pure function of seed and number."""
         chosen = data.batch_indices(seed, number, len(self.rows), size)
         # Folded from the seed by number: a resumed run samples what the first would have.
-        return self.select(chosen, jax.random.fold_in(jax.random.key(seed), number))
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return self.select(chosen, key, narrow=narrow)
 
-    def select(self, chosen: Any, key: Any) -> PromptBatch:
-        """These prompts, by their numbers."""
+    def select(self, chosen: Any, key: Any, *, narrow: bool = True) -> PromptBatch:
+        """These prompts, by their numbers; `narrow` cuts the padding that all of them have, to one
+        of few widths, since a program is compiled for each.
+        """
         # A row's completion is none of the model's: reward functions must not take it for one.
         rows = [self.rows[i] for i in chosen]
         columns = {
             name: [row.get(name) for row in rows] for name in rows[0] if name != "completion"
         }
-        return PromptBatch(datasets.select(self.prompts, np.asarray(chosen)), columns, key)
+        prompts = datasets.select(self.prompts, np.asarray(chosen))
+        # Programs that are made ahead are those of the widest prompts.
+        narrow = narrow and programs.devices() is None
+        return PromptBatch(_narrowed(prompts) if narrow else prompts, columns, key)
+
+
+def _narrowed(prompts: Prompts) -> Prompts:
+    """The last columns of prompts, as many as the longest needs; a whole, a half, a quarter … of
+    all.
+
+    >>> _narrowed(Prompts(np.ones((1, 80)), np.arange(80)[None] >= 55)).tokens.shape
+    (1, 40)
+    """
+    # An encoder has its own columns, and the decoder's are few.
+    if prompts.inputs is not None:
+        return prompts
+    longest = int(np.asarray(prompts.mask).sum(-1).max())
+    width = prompts.tokens.shape[1]
+    # 32: below that another program costs more than its padding.
+    while width // 2 >= max(longest, 32):
+        width //= 2
+    return prompts._replace(tokens=prompts.tokens[:, -width:], mask=prompts.mask[:, -width:])
 
 
 def tokenize(
@@ -72,7 +96,7 @@ def tokenize(
       rows: with `prompt`.
       seq2seq: how an encoder-decoder reads them; None: the model is none.
       max_prompt_length: rows with more tokens are left out, and how many is said; None: none are,
-        and prompts that make all others far wider than they are is said.
+        and prompts that make others far wider than they are is said.
       say: `(text)`; None: nothing is said.
 
     Raises: ValueError for a row without a prompt or with one that cannot be tokenised, and where no
@@ -89,8 +113,8 @@ def tokenize(
         if say and wide > 4 * max(usual, 64):
             say(
                 f"the longest prompt, row {lengths.argmax()}, has {wide} tokens, 99 of 100 have at "
-                f"most {usual}, and all "
-                f"are padded to the longest; --max_prompt_length {usual} leaves such rows out"
+                f"most {usual}, and steps with it are that wide; --max_prompt_length {usual} leaves "
+                "such rows out"
             )
         return PromptSet(lay_out(prompts), data.filled(rows))
     fitting = np.flatnonzero(lengths <= max_prompt_length)

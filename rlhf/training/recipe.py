@@ -70,6 +70,11 @@ def recipe(main: Callable) -> Callable:
             values = {name: given.pop(name) for name in fields[group] if name in given}
             arguments[group] = kind(**_complete(kind, values))
         arguments |= given
+        # An empty run folder and a compiled step later it would be found as well.
+        if callable(arguments.get("callbacks")):
+            raise ValueError(
+                "callbacks is a function, but takes a list; write callbacks=[function]"
+            )
         missing = [
             name
             for name, x in signature.parameters.items()

@@ -114,11 +114,11 @@ class Rewarded(NamedTuple):
 
 
 class RewardScorer:
-    """`(rollout, columns, num_samples) -> (rewards [B], metrics)` for the completions of a step;
-    `load` makes it.
+    """`(rollout, columns, num_samples) -> Rewarded` for the completions of a step; `load` makes it.
 
-    `columns` are those of the prompts' rows, their own `prompt` among them.  It says on stderr,
-    once, where nothing can be learned because all rewards are equal.
+    `columns` are those of the prompts' rows, their own `prompt` among them.
+
+    Raises: when called, Stopped where a reward fails on too many completions.
     """
 
     def __init__(
@@ -136,30 +136,8 @@ class RewardScorer:
         self._task_score = task_score
         # A step: name -> completions that failed, all completions.
         self._failed: deque[dict[str, tuple[int, int]]] = deque(maxlen=RECENT)
-        # Rewards of the steps since they were last looked at, left on the device: fetching each
-        # would make the host wait at every step.
-        self._recent: list = []
-        self._has_warned = False
 
-    def __call__(
-        self, rollout: Rollout, columns: Mapping[str, list], num_samples: int
-    ) -> tuple[Any, dict[str, Any]]:
-        scored = self.explained(rollout, columns, num_samples)
-        if not self._has_warned:
-            self._recent.append(scored.rewards)
-            if len(self._recent) == RECENT:
-                self._warn_if_equal(
-                    [np.asarray(rewards).reshape(-1, num_samples) for rewards in self._recent]
-                )
-        return scored.rewards, scored.metrics
-
-    def explained(
-        self, rollout: Rollout, columns: Mapping[str, list], num_samples: int
-    ) -> Rewarded:
-        """The same, and why completions have no reward.
-
-        Raises: Stopped where a reward fails on too many completions.
-        """
+    def __call__(self, rollout: Rollout, columns: Mapping[str, list], num_samples: int) -> Rewarded:
         found = [(weight, *model(rollout, columns, num_samples)) for weight, model in self._models]
         reasons: list[str | None] = [None] * len(rollout.tokens)
         if self._texts is not None:
@@ -214,6 +192,27 @@ class RewardScorer:
                 steps = f" in the last {len(self._failed)} steps" if len(self._failed) > 1 else ""
                 bound = f"--max_reward_failures is {self._options.max_reward_failures:g}"
                 raise Stopped(f"reward {name!r} failed on {share}{steps}: {first}; {bound}")
+
+
+class EqualRewards:
+    """Says on stderr, once, where nothing can be learned since the rewards of the last steps are all
+    equal; called with every step's.
+    """
+
+    def __init__(self) -> None:
+        # Left on the device: fetching each would make the host wait at every step.
+        self._recent: list[Any] = []
+        self._has_warned = False
+
+    def __call__(self, scores: Any, num_samples: int) -> None:
+        """Takes the rewards of a step, `[B]`, a prompt's contiguous."""
+        if self._has_warned:
+            return
+        self._recent.append(scores)
+        if len(self._recent) == RECENT:
+            self._warn_if_equal(
+                [np.asarray(of_step).reshape(-1, num_samples) for of_step in self._recent]
+            )
 
     def _warn_if_equal(self, recent: list[np.ndarray]) -> None:
         self._recent.clear()
@@ -272,6 +271,8 @@ def function(given: str | Callable, timeout: float) -> Callable:
     if name.endswith(")"):
         return _from_call(name)
     module, colon, inside = name.partition(":")
+    if not colon and name.endswith(".py"):
+        raise ValueError(f"reward {name!r} names a file; write {name}:function")
     if not colon and name not in REWARDS and "." in name:
         # `package.module.function` is Python's own way to write it: the message shows ours.
         module, _, inside = name.rpartition(".")

@@ -311,6 +311,9 @@ def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     options: dict[str, Any] = {}
     for name, value in arguments.items():
+        # Functions that watch a run: nothing that a file could hold, and others may watch the rest.
+        if name == "callbacks":
+            continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             options |= {
                 field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)

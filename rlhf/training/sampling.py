@@ -98,8 +98,8 @@ def pair_sampler(first: SampleFn, second: SampleFn) -> SampleFn:
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, Any]:
-    """Lengths of completions in tokens, the share of them that was truncated, and all tokens of the
-    batch.
+    """Lengths of completions in tokens, the share of them that was truncated, and the tokens and
+    sequences of the batch.
     """
     # The mask is True on sampled tokens alone: prompts and padding do not count.
     lengths = rollout.mask.sum(-1)
@@ -109,6 +109,7 @@ def completion_metrics(rollout: Rollout) -> dict[str, Any]:
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1.0 - rollout.finished.mean(),
         "tokens": (rollout.segment_ids != 0).sum(),
+        "sequences": len(rollout.tokens),
     }
 
 
@@ -142,5 +143,6 @@ def pair_metrics(rollout: Rollout, rewards: Any) -> dict[str, Any]:
     # Rows of policy and opponent alternate; metrics without a name are of the policy.
     first, first_rewards = datasets.select((rollout, rewards), slice(0, None, 2))
     metrics = rollout_metrics(first, first_rewards)
-    tokens = completion_metrics(rollout)["tokens"]
-    return {**metrics, "opponent_reward": jnp.nanmean(rewards[1::2]), "tokens": tokens}
+    of_both = completion_metrics(rollout)
+    counts = {name: of_both[name] for name in ("tokens", "sequences")}
+    return {**metrics, "opponent_reward": jnp.nanmean(rewards[1::2]), **counts}

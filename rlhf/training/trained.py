@@ -164,6 +164,10 @@ class Trained(NamedTuple):
     metrics: dict[str, list]
     folder: Path
 
+    def __repr__(self) -> str:
+        # Without the arrays: a notebook shows what its last line returns.
+        return f"Trained(folder={str(self.folder)!r}, metrics={list(self.metrics)})"
+
 
 def result(
     run: RunFolder, model: ModelOptions, loaded: Loaded, tokenizer: Any, state: TrainState

@@ -139,7 +139,7 @@ def with_reference(loaded: Loaded, rows: Unpaired, size: int) -> Unpaired:
     def ref_logprobs(context, part):
         return sequence_logprobs(policy.lm, policy.reference_params(context), part)
 
-    found = datasets.in_parts(lambda part: ref_logprobs(context, part), rows, size, loaded.mesh)
+    found = datasets.in_parts(ref_logprobs, rows, size, loaded.mesh, context)
     return rows._replace(ref_logprobs=found)
 
 

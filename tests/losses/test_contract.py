@@ -65,6 +65,7 @@ def test_other_values_and_knobs_do_not_compile(name):
     assert TRACES[name] == before
 
 
+@pytest.mark.exhaustive
 @every_function
 def test_half_precision_is_widened_first(name):
     for half in (jnp.bfloat16, jnp.float16):
@@ -201,6 +202,7 @@ def test_gradients_flow_where_the_docstring_says_and_nowhere_else(name):
     assert {key for key, x in gradients.items() if x.any()} == set(CASES[name].flow)
 
 
+@pytest.mark.exhaustive
 @every_function
 def test_sharded_equals_unsharded(name):
     arrays = inputs_of(name)

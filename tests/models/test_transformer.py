@@ -458,6 +458,7 @@ def test_a_window_is_a_mask_in_value_and_gradient():
     jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-5), windowed, pushed)
 
 
+@pytest.mark.exhaustive
 def test_long_rows_are_read_in_halves():
     """A query sees no later column, so that its half of them is enough: as with keys that are said to be others'."""
     rng = np.random.default_rng(5)

@@ -68,6 +68,7 @@ def added(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [[], ["--lora_rank", "2"]], ids=["whole", "adapters"])
+@pytest.mark.exhaustive
 def test_a_run_that_grows_its_model(added, more, tmp_path):
     folder, size = added
     rows = tmp_path / "rows.jsonl"

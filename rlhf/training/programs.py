@@ -1,0 +1,99 @@
+"""A recipe's programs from shapes alone, so that they can be compiled ahead of time, for any devices.
+
+`of` runs a recipe's own `main` as far as its first step: options, rows and tokens are real, parameters and state are
+shapes with their places.  Nothing is read of the weights but the headers of their files.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_DEVICES: ContextVar[Sequence[jax.Device] | None] = ContextVar("devices", default=None)
+
+
+class Planned(Exception):
+    """Raised where a run would take its first step; holds the programs of that step."""
+
+    def __init__(self, programs: Mapping[str, jax.stages.Lowered]):
+        super().__init__("a run of which only the programs are wanted")
+        self.programs = dict(programs)
+
+
+def devices() -> Sequence[jax.Device] | None:
+    """The devices that programs are made for; None: the run is a real one."""
+    return _DEVICES.get()
+
+
+def of(
+    main: Callable, *, devices: Sequence[jax.Device] | None = None, **options: Any
+) -> dict[str, jax.stages.Lowered]:
+    """The programs of a recipe's step, lowered: `.compile()` makes them, also for devices that are elsewhere.
+
+    Args:
+      main: of a recipe.
+      devices: such as those of `jax.experimental.topologies.get_topology_desc(…).devices`; None: those of this process.
+      options: of the recipe, as it takes them; `output` may be left out, and nothing is written.
+
+    Returns: name -> lowered program: "update", and "sample" where the recipe samples.
+
+    Raises: as the recipe does of its options.
+    """
+    with (
+        _planning(jax.devices() if devices is None else devices),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        try:
+            main(**{"output": str(Path(folder) / "run"), **options})
+        except Planned as plan:
+            return plan.programs
+    raise ValueError(f"{main.__module__} took no step; it is no recipe, or its run is over")
+
+
+@contextmanager
+def _planning(devices: Sequence[jax.Device]) -> Iterator[None]:
+    token = _DEVICES.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _DEVICES.reset(token)
+
+
+def shaped(tree: Any, where: Any) -> Any:
+    """Arrays, or their shapes, as shapes with places.
+
+    Args:
+      tree: arrays or shapes.
+      where: a sharding for each leaf, one for all, or None for none.
+    """
+    if where is None or isinstance(where, jax.sharding.Sharding):
+        return jax.tree.map(lambda x: _shape(x, where), tree)
+    return jax.tree.map(_shape, tree, where)
+
+
+def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    # As jit would take it: without x64 NumPy's float64 is float32 there.
+    on_device = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+    dtype = x.dtype if on_device else jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
+    return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=where)
+
+
+class Step:
+    """A step of the loop, and the programs that it runs.
+
+    Args:
+      call: `(state, batch) -> (state, metrics)`.
+      lower: `(state, batch) -> {name: lowered program}`, of shapes.
+    """
+
+    def __init__(self, call: Callable, lower: Callable):
+        self._call = call
+        self.lower = lower
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        return self._call(state, batch)
