@@ -71,6 +71,8 @@ class Played(NamedTuple):
       turns: [B] int32, turns that were sampled.
       states: B states, the last of each conversation.
       errors: B lists of what went wrong, and in which turn.
+      failures: [B] int32, turns whose step raised, took too long or returned no `Turn`; an `error`
+        that the environment itself tells of, such as a call that cannot be read, is none.
     """
 
     rollout: Rollout
@@ -78,6 +80,7 @@ class Played(NamedTuple):
     turns: Array
     states: list
     errors: list[list[str]]
+    failures: Array
 
 
 def play(
@@ -292,6 +295,7 @@ def _empty(starts, width, length, pad_id, sampler, inputs) -> Played:
         turns=np.zeros(number, np.int32),
         states=[None] * number,
         errors=[[] for _ in starts],
+        failures=np.zeros(number, np.int32),
     )
 
 
@@ -381,7 +385,8 @@ def _write_reply(
     """Takes what a step returned, and tells whether the conversation goes on."""
     rollout = played.rollout
     end = _end(played.rollout, b)
-    reply, observed = _reply(outcome, played.states[b], encode)
+    reply, observed, failed = _reply(outcome, played.states[b], encode)
+    played.failures[b] += failed
     played.states[b] = reply.state
     played.rewards[b, end - 1] = reply.reward
     if reply.error is not None:
@@ -395,9 +400,9 @@ def _write_reply(
     return goes_on
 
 
-def _reply(outcome: Outcome, state: Any, encode: Callable) -> tuple[Turn, list[int]]:
-    """The turn of a step with its observation's tokens; where anything failed, with an observation
-    that says so.
+def _reply(outcome: Outcome, state: Any, encode: Callable) -> tuple[Turn, list[int], bool]:
+    """The turn of a step with its observation's tokens, and whether the step failed; then the
+    observation says so.
     """
     turn, error = outcome
     if error is None:
@@ -409,10 +414,10 @@ def _reply(outcome: Outcome, state: Any, encode: Callable) -> tuple[Turn, list[i
             turn = turn._replace(
                 reward=np.nan if turn.reward is None else float(turn.reward), done=bool(turn.done)
             )
-            return turn, [] if turn.done else encode(turn.observation)
+            return turn, [] if turn.done else encode(turn.observation), False
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
-    return Turn(state, error=error), _encoded_or_nothing(encode, f"error: {error}")
+    return Turn(state, error=error), _encoded_or_nothing(encode, f"error: {error}"), True
 
 
 def _encoded_or_nothing(encode: Callable, text: str) -> list[int]:

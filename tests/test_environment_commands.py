@@ -31,6 +31,11 @@ def no_row():
 def wrong():
     return Environment(lambda row: row, lambda state, ids, text: ("x", 0.0, True))
 
+def mistakes():
+    def step(state, ids, text):
+        return Turn(state, reward=float(ids[0] % 2), done=True, error="no such call")
+    return Environment(lambda row: row, step)
+
 def number():
     return 3
 
@@ -63,6 +68,12 @@ def test_turns_are_played_and_learned_from(command, base, talk, tmp_path):
     # The step's samples: what the environment said stands between two turns.
     table = pyarrow.parquet.read_table(next((tmp_path / "run" / "samples").glob("*train*")))
     assert all("-ab-" in text for text in table["completion"].to_pylist())
+
+
+def test_mistakes_of_the_policy_are_no_failures_of_the_environment(base, talk, tmp_path):
+    argv = ["grpo", "--model", base, *TASK, *SHORT, "--environment", f"{talk}:mistakes"]
+    assert cli.main([*argv, "--num_samples", "2", "--output", str(tmp_path / "run")]) == 0
+    assert [row["environment/errors"] for row in metrics_of(tmp_path / "run")] == [1, 1]
 
 
 def test_an_environment_from_python(base, tmp_path):

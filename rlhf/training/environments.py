@@ -132,11 +132,9 @@ def played(
             )
         except EnvironmentFailed as error:
             raise Stopped(f"environment {_name(options.environment)}: {error}") from None
-        failed = [
-            len(of_row) >= max(turns, 1)
-            for of_row, turns in zip(found.errors, found.turns, strict=True)
-        ]
-        if all(failed):
+        # Failures of the environment's code; a policy's mistakes, which it tells of, are to be learned
+        # from.
+        if found.failures.sum() == found.turns.sum():
             raise Stopped(
                 f"environment {_name(options.environment)} failed in every turn of a step: "
                 f"{found.errors[0][0]}"
