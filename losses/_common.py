@@ -5,14 +5,23 @@ import jax.numpy as jnp
 
 Array = jax.Array
 MAX_LOG_RATIO = 20.0  # nats; exp(20) = 4.9e8, far beyond any trust region and far from overflow
+# Arrays that an objective can do without.
+OPTIONAL = ("segment_ids", "margin", "entropy", "log_importance")
 
 
 def check_shapes(**arrays) -> None:
-    """Raises unless all arrays have the shape of the last one named; `None` is skipped.
+    """Raises unless all arrays have the shape of the last one named; of those that are `OPTIONAL`
+    `None` is skipped.
 
     A `mask`, where there is one, must also be boolean.
     """
-    given = {name: x for name, x in arrays.items() if x is not None}
+    given = {name: x for name, x in arrays.items() if x is not None or name not in OPTIONAL}
+    # A field of a batch that nobody has set is None.
+    if missing := [name for name, x in given.items() if x is None]:
+        raise ValueError(
+            f"{missing[0]} is None; give an array, or set it in the batch: "
+            f"batch._replace({missing[0]}=...)"
+        )
     # Keyword arguments keep their order: the caller chooses the reference by naming it last.
     reference = list(given)[-1]
     expected = jnp.shape(given[reference])

@@ -4,7 +4,6 @@ say what may be given.
 
 import copy
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -78,13 +77,15 @@ def options_of(fn: Any) -> dict[str, Option]:
     }
     for name, kind in groups_of(fn).items():
         of_kind = ranges.hints_of(kind)
+        of_function = inspect.signature(fn).parameters[name].default
         # Base classes first, without `object`: a subclass may say something else of a field.
         texts = _documented(*reversed(kind.__mro__[:-1]))
         for field in dataclasses.fields(kind):
-            option = Option(
-                of_kind[field.name], _default(field), texts[field.name], _summary(kind), name
+            # A function's own default for the dataclass goes before those of its fields.
+            default = getattr(of_function, field.name, _default(field))
+            found[field.name] = Option(
+                of_kind[field.name], default, texts[field.name], _summary(kind), name
             )
-            found[field.name] = option
     return found
 
 
@@ -299,11 +300,10 @@ def _unknown(command: str, options: Mapping[str, Option], written: str, name: st
         return (
             f"{written} (here --{name}) is no option of rlhf {command}; see rlhf {command} --help"
         )
-    near = difflib.get_close_matches(typed, [*options, *trl_names.known(options)], n=1)
     mark = "--" if written.startswith("--") else ""
-    return f"{written} is not known; " + (
-        f"did you mean {mark}{near[0]}?" if near else "see --help"
-    )
+    near = trl_names.suggestions(typed, [*options, *trl_names.known(options)])
+    meant = " or ".join(f"{mark}{name}" for name in near)
+    return f"{written} is not known; " + (f"did you mean {meant}?" if near else "see --help")
 
 
 def _held(called: str, hint: Any, given: Any) -> Any:

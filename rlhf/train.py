@@ -109,8 +109,7 @@ def train_step(
 
     def gradients(state, batch):
         def one(params, rows, key):
-            loss, metrics = loss_fn(params, state.context, rows, key)
-            _check_loss(loss, metrics, "loss_fn")
+            loss, metrics = _checked(loss_fn(params, state.context, rows, key), "loss_fn")
             # The loss is a metric too: micro-batches add it up like all others.
             return loss, {"loss": loss, **metrics}
 
@@ -180,8 +179,7 @@ def coupled_train_step(
         scores = jax.lax.stop_gradient(_merge(scores))
 
         def of_scores(scores):
-            loss, metrics = objective(scores, state.context, batch)
-            _check_loss(loss, metrics, "objective")
+            loss, metrics = _checked(objective(scores, state.context, batch), "objective")
             return loss, {"loss": loss, **metrics}
 
         # The objective sees all scores at once, of which there are few: this is where rows couple.
@@ -390,9 +388,16 @@ def _merge(pieces):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
 
 
-def _check_loss(loss, metrics, name) -> None:
-    if jnp.shape(loss) != () or not isinstance(metrics, dict):
-        raise ValueError(
-            f"{name} must return (loss [], metrics dict), but returned {list(jnp.shape(loss))}, "
-            f"{type(metrics).__name__}"
-        )
+def _checked(returned, name) -> tuple[Array, dict]:
+    """What a user's function returned, if it is a loss and its metrics."""
+    if isinstance(returned, tuple) and len(returned) == 2:
+        loss, metrics = returned
+        if jnp.shape(loss) == () and isinstance(metrics, dict):
+            return loss, metrics
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    shown = ", ".join(_shown(part) for part in parts)
+    raise ValueError(f"{name} must return (loss [], metrics dict), but returned {shown}")
+
+
+def _shown(part) -> str:
+    return f"an array {list(part.shape)}" if hasattr(part, "shape") else type(part).__name__

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rlhf import cli, tasks, trl_names
+from rlhf import cli, tasks, trl_tables
 from rlhf.checkpoint import Checkpoints
 from rlhf.command_line import options_of
 from rlhf.models import huggingface
@@ -394,7 +394,7 @@ def test_every_name_of_trl_is_an_option_here():
         if ".recipes." in module
     ):
         known |= set(options_of(fn))
-    names = trl_names.RENAMED | trl_names.TARGETS
+    names = trl_tables.RENAMED | trl_tables.TARGETS
     assert set(names.values()) <= known, set(names.values()) - known
 
 
@@ -490,7 +490,7 @@ def test_help_all_explains_every_option(name, capsys, monkeypatch):
     } == needed
     assert all(option.text for option in options.values())
     if "--learning_rate" in shown:
-        assert shown["--learning_rate"] == "1e-05"
+        assert shown["--learning_rate"] == str(options["learning_rate"].default)
         assert shown["--patience"] == "0"
         assert shown["--track"] == "[]"
         choices = (

@@ -121,6 +121,10 @@ def test_a_reward_of_another_number_is_found_before_the_model_loads(base, tmp_pa
         ValueError, match="learning_rat is no option .*; did you mean learning_rate"
     ):
         grpo.main(reward=one_for_all, learning_rat=1.0, **options)
+    with pytest.raises(
+        ValueError, match="num_generations is no option .*; TRL's name is num_samples here"
+    ):
+        grpo.main(reward=one_for_all, num_generations=4, **options)
     with pytest.raises(ValueError, match="output must be given"):
         grpo.main(model=base, dataset=[{"prompt": "ab="}], reward=one_for_all)
     assert not any(tmp_path.iterdir())

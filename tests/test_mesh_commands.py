@@ -213,6 +213,7 @@ def test_a_mesh_that_cannot_be_is_told_before_the_model_loads(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.mesh
 def test_axes_that_do_not_divide_are_kept_whole_and_told_of_once(model, tmp_path, capsys):
     vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]

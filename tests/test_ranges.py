@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import exhaustive
 
 from rlhf import adapters, cli, ranges, yaml_files
 from rlhf.command_line import Mistake, options_of, parsed
@@ -189,7 +190,7 @@ def test_every_option_from_the_command_line(command):
     assert seen >= len(WORDS) // 3 or command in ("export", "help", "plot")
 
 
-@pytest.mark.parametrize("command", MAINS)
+@pytest.mark.parametrize("command", exhaustive(MAINS, quick=["sft", "grpo", "eval"]))
 def test_every_option_from_a_file(command, tmp_path):
     fn, file = MAINS[command], tmp_path / "run.yaml"
     for name, option in options_of(fn).items():

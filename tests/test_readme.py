@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import objectives_table
 import pytest
 from run_commands import commands, run, shortened
 
 import rlhf
-from rlhf import cli, losses, rollouts
+from rlhf import cli, losses
 from rlhf.models import transformer
 from rlhf.models.families import FAMILIES
 from rlhf.models.huggingface_config import config_of
@@ -25,28 +24,21 @@ README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_first_program_trains():
+def test_the_first_programs_train():
     names: dict = {}
     exec(PROGRAMS[0], names)
-    lm, key = names["lm"], jax.random.key(0)
-    prompts = rollouts.Prompts(jnp.full((4, 2), 5), jnp.ones((4, 2), bool))
-    rollout = rollouts.generate(lm, lm.init(key), prompts, key, max_new_tokens=4)
-    batch = rollouts.batch_of(
-        rollout,
-        ref_logprobs=rollout.logprobs,
-        advantages=jnp.ones(rollout.tokens.shape),
-        weights=losses.weights.token_mean(rollout.mask),
-    )
-    state = names["rlhf"].init_state(lm.init(key), names["optax"].adamw(1e-6), key)
-    _, metrics = names["step"](state, batch)
-    np.testing.assert_allclose(metrics["kl"], 0.0, atol=1e-6)
-    assert float(metrics["grad_norm"]) > 0
+    # Leaves the first program's names to the second, as a reader would.
+    exec(PROGRAMS[1], names)
+    assert int(names["state"].step) == 3
+    assert float(names["metrics"]["grad_norm"]) > 0
+    assert float(names["metrics"]["kl"]) < 1e-6
+    assert np.isfinite(float(names["metrics"]["loss"]))
 
 
 @pytest.mark.exhaustive
 def test_the_mesh_program_runs():
     names: dict = {}
-    exec(PROGRAMS[1], names)
+    exec(PROGRAMS[2], names)
     assert int(names["state"].step) == 3
     assert np.isfinite(float(names["metrics"]["loss"]))
 
@@ -56,7 +48,7 @@ def test_the_program_from_a_checkpoint_to_a_checkpoint_runs(tmp_path, monkeypatc
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(PROGRAMS[2], names)
+    exec(PROGRAMS[3], names)
     assert float(names["metrics"]["loss"]) > 0
     lm, merged, _ = rlhf.load(tmp_path / "runs" / "merged")
     assert lm == transformer(dataclasses.replace(config_of(names["lm"]), remat="none"))

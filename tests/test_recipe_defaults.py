@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf import losses, recipes, trl_names
+from rlhf import losses, recipes, trl_tables
 from rlhf.command_line import options_of
 from rlhf.losses import preference, presets, reference_free
 from rlhf.recipes import cpo, grpo, online_dpo, xpo
@@ -284,11 +284,6 @@ WRITTEN: dict[tuple[str, Any], Any] = {
     ("vllm_importance_sampling_clip_min", None): 0.0,
 }
 # Option -> what it is in the recipes where it is not TRL's, and why.
-EVERYWHERE: dict[str, tuple[Any, str]] = {
-    "learning_rate": (1e-5, "one for all recipes; TRL's differ by trainer"),
-    "max_new_tokens": (256, "that of SamplingOptions"),
-    "temperature": (1.0, "that of SamplingOptions: the policy as it is"),
-}
 EXCEPTIONS: dict[str, tuple[Any, str]] = {
     "cpo.alpha": (0.25, "of alphapo alone, where 0 is simpo; AlphaPO's paper has it, table 3"),
     "grpo.loss": ("grpo", "the paper's, arXiv:2402.03300; TRL's is --loss dapo"),
@@ -360,9 +355,7 @@ def compared(recipe: str) -> dict[str, tuple[Any, Any]]:
 def test_a_default_is_trl_s_or_has_a_reason(recipe):
     for option, (ours, theirs) in compared(recipe).items():
         if ours != theirs:
-            default, reason = EXCEPTIONS.get(f"{recipe}.{option}") or EVERYWHERE.get(
-                option, (theirs, "")
-            )
+            default, reason = EXCEPTIONS.get(f"{recipe}.{option}", (theirs, ""))
             assert ours == default, f"{option}, {of_trl(recipe, option)} of {TRL[recipe][0]}"
             assert reason
 
@@ -374,6 +367,11 @@ def test_every_field_of_the_table_is_an_option(recipe):
     assert set(TRL[recipe][1]) - theirs == ({"loss_type"} if recipe == "nash_md" else set())
 
 
+def test_learning_rates_of_trlx():
+    assert of_main("ilql")["learning_rate"] == 5e-5  # its default_ilql_config
+    assert of_main("rft")["learning_rate"] == 3e-5  # its examples/rft_sentiments.py
+
+
 def test_every_reason_is_needed():
     differ = {
         f"{recipe}.{option}"
@@ -381,9 +379,7 @@ def test_every_reason_is_needed():
         for option, (ours, theirs) in compared(recipe).items()
         if ours != theirs
     }
-    everywhere = {name for name in differ if name.split(".")[1] in EVERYWHERE}
-    assert differ - everywhere == set(EXCEPTIONS)
-    assert {name.split(".")[1] for name in everywhere} == set(EVERYWHERE)
+    assert differ == set(EXCEPTIONS)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -403,7 +399,7 @@ def test_every_option_of_a_recipe_has_a_source(recipe):
 
 
 def test_help_says_the_same_of_trl():
-    for recipe, listed in trl_names.DEFAULTS.items():
+    for recipe, listed in trl_tables.DEFAULTS.items():
         for option, value in listed.items():
             name = of_trl(recipe, option)
             if name in TRL[recipe][1] and option != "batch_size":

@@ -199,7 +199,7 @@ def in_numpy(name, sums, lengths):
     }[name]()
 
 
-@pytest.mark.parametrize("name", [*cpo.LOSSES, "orpo"])
+@pytest.mark.parametrize("name", exhaustive([*cpo.LOSSES, "orpo"], quick=["sigmoid", "simpo"]))
 def test_reference_free_objectives_by_hand_and_packed(tiny_lm, name):
     lm, params, _ = tiny_lm
     rng = np.random.default_rng(0)

@@ -126,6 +126,7 @@ def solved_or_half(state, batch):
     return Completions(rollout, rewards, [], G, {}, {})
 
 
+@pytest.mark.exhaustive
 def test_a_buffer_stands_in_for_groups_without_a_difference():
     seen = []
 

@@ -159,7 +159,7 @@ def rollout_of(tokenizer, prompts: list[str], completions: list[list[str]]) -> r
     return rollouts.Rollout(*batch[:4], *(None,) * 4)
 
 
-@pytest.mark.parametrize("name", NAMES + MORE)
+@pytest.mark.parametrize("name", exhaustive(NAMES + MORE, quick=NAMES[:4]))
 def test_judges_agree_with_definitions_on_text(name):
     task, rng = tasks.find(name), np.random.default_rng(0)
     prompts = [row["prompt"] for row in tasks.prompts(task, ROWS, seed=3)]

@@ -129,12 +129,15 @@ def test_refusals_name_both_sides():
         ] and rlhf.train_step(quadratic, optimizer, micro_batches=2)(
             start(optimizer), {"x": jnp.zeros(4), "y": jnp.zeros(2)}
         )
-    with pytest.raises(
-        ValueError, match=r"loss_fn must return \(loss \[\], metrics dict\), but returned \[4\]"
+    must = r"loss_fn must return \(loss \[\], metrics dict\), but returned "
+    for loss_fn, returned in (
+        (lambda p, c, b, k: (b["x"] * p["w"], {}), r"an array \[4\], dict"),
+        (lambda p, c, b, k: (b["x"] * p["w"]).sum(), r"an array \[\]"),
+        (lambda p, c, b, k: ((b["x"] * p["w"]).sum(), {}, {}), r"an array \[\], dict, dict"),
+        (lambda p, c, b, k: None, "NoneType"),
     ):
-        rlhf.train_step(lambda p, c, b, k: (b["x"] * p["w"], {}), optimizer)(
-            start(optimizer), {"x": jnp.zeros(4)}
-        )
+        with pytest.raises(ValueError, match=f"{must}{returned}(\n|$)"):
+            rlhf.train_step(loss_fn, optimizer)(start(optimizer), {"x": jnp.zeros(4)})
     with pytest.raises(
         ValueError, match=r"scores_fn must return one entry a row, \[4, ...\], but returned \[3\]"
     ):

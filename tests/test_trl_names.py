@@ -16,7 +16,7 @@ import pytest
 import yaml
 from marks import exhaustive
 
-from rlhf import cli, trl_names
+from rlhf import cli, trl_names, trl_tables
 from rlhf.command_line import options_of
 
 MAINS = {name: importlib.import_module(module).main for name, (module, _) in cli.COMMANDS.items()}
@@ -326,7 +326,7 @@ def test_what_is_typed_wins_over_a_file_by_whichever_name(capsys, tmp_path):
 
 def test_a_suggestion_is_another_option_that_the_command_has(capsys):
     everywhere = set().union(*(options_of(main) for main in MAINS.values())) | set(
-        trl_names.known({}) or trl_names.RENAMED
+        trl_names.known({}) or trl_tables.RENAMED
     )
     for command, main in MAINS.items():
         has = options_of(main)
@@ -334,7 +334,7 @@ def test_a_suggestion_is_another_option_that_the_command_has(capsys):
             everywhere
             - set(has)
             - set(trl_names.known(has))
-            - set(trl_names.IDLE)
+            - set(trl_tables.IDLE)
             - set(trl_names.RULES)
         ):
             assert cli.main([command, f"--{name}", "1"]) == 2
@@ -352,16 +352,23 @@ def test_the_table_of_defaults_is_what_the_signatures_say(capsys):
     assert cli.main(["help", "trl"]) == 0
     shown = capsys.readouterr().out
     assert "--per_device_train_batch_size" in shown
-    tables = re.findall(
-        r"^  (?:rlhf )?(\w+)[^\n]*\n((?:    --.*\n)*)", shown.split("TRL 1.16's:")[1], re.MULTILINE
+    tables = dict(
+        re.findall(
+            r"^  (?:rlhf )?(\w+)[^\n]*\n((?:    --.*\n)*)",
+            shown.split("and TRL 1.16's:")[1],
+            re.MULTILINE,
+        )
     )
-    assert {name for name, _ in tables} == {"every", *trl_names.DEFAULTS}
-    for name, rows in tables:
+    alike = re.search(r"No other in ([\w, ]+)\.", shown)
+    assert alike
+    tables |= dict.fromkeys(alike[1].split(", "), "")
+    assert set(tables) == {"every", *trl_tables.DEFAULTS}
+    for name, rows in tables.items():
         defaults = {
             option: x.default
             for option, x in options_of(MAINS["sft" if name == "every" else name]).items()
         }
-        theirs = trl_names.TRAINER if name == "every" else trl_names.DEFAULTS[name]
+        theirs = trl_tables.TRAINER if name == "every" else trl_tables.DEFAULTS[name]
         listed = dict(re.findall(r"--(\w+) +(\S+)", rows))
         for option, value in theirs.items():
             if option in defaults and defaults[option] != value:
@@ -372,8 +379,8 @@ def test_the_table_of_defaults_is_what_the_signatures_say(capsys):
 
 
 def test_every_command_of_trl_has_its_defaults_listed_by_our_names():
-    assert set(trl_names.DEFAULTS) == set(RECIPES) - {"rft", "ilql"}  # trlX's
-    for command, theirs in trl_names.DEFAULTS.items():
+    assert set(trl_tables.DEFAULTS) == set(RECIPES) - {"rft", "ilql"}  # trlX's
+    for command, theirs in trl_tables.DEFAULTS.items():
         unknown = set(theirs) - set(options_of(MAINS[command]))
         assert unknown <= {"loss", "top_k"}, command  # has no choice of them
 

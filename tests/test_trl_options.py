@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from rlhf import cli, trl_names
+from rlhf import cli, trl_names, trl_tables
 from rlhf.command_line import options_of
 from rlhf.recipes import dpo, grpo, kto, reward, rloo, sft
 from rlhf.trl_names import Given
@@ -109,7 +109,7 @@ def test_every_option_of_trl_has_one_row():
 
 def test_every_option_named_is_one():
     everywhere = set().union(
-        *(options_of(main) for main in MAINS.values()), trl_names.RULES, trl_names.RENAMED
+        *(options_of(main) for main in MAINS.values()), trl_names.RULES, trl_tables.RENAMED
     )
     for named in re.findall(r"`--(\w+)", PAGE):
         assert named in everywhere | {"print_config", "config", "push"}, named

@@ -107,10 +107,10 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=5e-7),
     mesh: MeshOptions,
     output: str,
-    *,
     beta: Strength = 0.1,
     max_length: Length = 1024,
     resume: bool = False,
@@ -119,7 +119,8 @@ def main(
     """Completions with a label, good or bad, told apart by a classifier that is the policy itself:
     BCO.
 
-    Rows have `prompt`, `completion` and `label`; preference rows are taken apart.
+    Rows have `prompt`, `completion` and `label`; preference rows are taken apart.  The learning
+    rate is TRL 1.13's, the last with this trainer.
 
     Args:
       output: a new folder for the run.

@@ -106,10 +106,10 @@ def chosen_loss(name: str, **options) -> Callable:
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-6),
     mesh: MeshOptions,
     output: str,
-    *,
     loss: str = "sigmoid",
     beta: Strength | None = None,
     gamma: Coefficient | None = None,

@@ -113,10 +113,10 @@ def make_scores(
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-6),
     mesh: MeshOptions,
     output: str,
-    *,
     loss: Annotated[list[str], at_least(1)] | None = None,
     loss_weights: Annotated[list[Coefficient], at_least(1)] | None = None,
     beta: Strength = 0.1,
@@ -131,7 +131,7 @@ def main(
     """Preference pairs without sampling: DPO and its kin.
 
     Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the
-    prompt.
+    prompt.  The learning rate is TRL 1.16's.
 
     Args:
       output: a new folder for the run.

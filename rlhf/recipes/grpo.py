@@ -135,15 +135,15 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-6),
     mesh: MeshOptions,
-    sampling: GroupSamplingOptions,
+    sampling: GroupSamplingOptions = GroupSamplingOptions(max_new_tokens=512),
     reward: RewardOptions,
     importance: ImportanceOptions,
     environment: EnvironmentOptions,
     selection: SelectionOptions,
     output: str,
-    *,
     loss: str = "grpo",
     clip_low: Coefficient | None = None,
     clip_high: Coefficient | None = None,
@@ -163,7 +163,8 @@ def main(
     """Group relative policy optimisation: samples groups of completions, scores them, and compares
     within each group.
 
-    Rows have `prompt`, and the columns that the reward functions read.
+    Rows have `prompt`, and the columns that the reward functions read.  Learning rate and sampling
+    are TRL 1.16's.
 
     Args:
       output: a new folder for the run.

@@ -238,12 +238,12 @@ def lay_out(tokenizer, rows: list[Row], length: int, say: Callable) -> Trajector
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=5e-5),
     mesh: MeshOptions,
     sampling: GroupSamplingOptions,
     reward: RewardOptions,
     output: str,
-    *,
     tau: Annotated[float, between(0, 1, above=True, below=True)] = 0.7,
     discount: Share = 0.99,
     cql_coef: Coefficient = 0.1,
@@ -260,7 +260,7 @@ def main(
     lead to a higher reward.
 
     Rows have `prompt`, `completion` and `reward`.  Beside the model, the run's folder holds
-    heads.safetensors: two Qs and V.
+    heads.safetensors: two Qs and V.  The learning rate is trlX's.
 
     Args:
       output: a new folder for the run.

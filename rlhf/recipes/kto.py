@@ -113,10 +113,10 @@ def advice(desirable, desirable_weight: float, undesirable_weight: float) -> str
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-6),
     mesh: MeshOptions,
     output: str,
-    *,
     loss: Literal["kto", "apo_zero"] = "kto",
     beta: Strength = 0.1,
     desirable_weight: Strength = 1.0,
@@ -127,7 +127,8 @@ def main(
 ) -> Trained:
     """Completions with a label, good or bad, without pairs: KTO, and APO-zero.
 
-    Rows have `prompt`, `completion` and `label`; preference rows are taken apart.
+    Rows have `prompt`, `completion` and `label`; preference rows are taken apart.  The learning
+    rate is TRL 1.16's.
 
     Args:
       output: a new folder for the run.

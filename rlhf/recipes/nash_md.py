@@ -156,13 +156,13 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=5e-7),
     mesh: MeshOptions,
-    sampling: SamplingOptions,
+    sampling: SamplingOptions = SamplingOptions(max_new_tokens=64, temperature=0.9),
     reward: RewardOptions,
     importance: ImportanceOptions,
     output: str,
-    *,
     beta: Strength = 0.1,
     mixture_coef: Share = 0.5,
     resume: bool = False,
@@ -171,7 +171,8 @@ def main(
     """Nash learning from human feedback: the policy's completions against those of a mixture of it
     and the reference.
 
-    Rows have `prompt`, and the columns that the reward functions read.
+    Rows have `prompt`, and the columns that the reward functions read.  Learning rate and sampling
+    are TRL 1.13's, the last with this trainer.
 
     Args:
       output: a new folder for the run.

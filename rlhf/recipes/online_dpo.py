@@ -92,12 +92,12 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=5e-7),
     mesh: MeshOptions,
-    sampling: SamplingOptions,
+    sampling: SamplingOptions = SamplingOptions(max_new_tokens=64, temperature=0.9),
     reward: RewardOptions,
     output: str,
-    *,
     num_samples: NumSamples = 2,
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
     beta: Strength = 0.1,
@@ -107,7 +107,8 @@ def main(
 ) -> Trained:
     """Online DPO: samples several completions, and learns to prefer the best of them to the worst.
 
-    Rows have `prompt`, and the columns that the reward functions read.
+    Rows have `prompt`, and the columns that the reward functions read.  Learning rate and sampling
+    are TRL 1.16's.
 
     Args:
       output: a new folder for the run.

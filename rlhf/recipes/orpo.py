@@ -87,10 +87,10 @@ with_weights = partial(pair_losses.with_weights, prompts_too=True)
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-6),
     mesh: MeshOptions,
     output: str,
-    *,
     beta: Strength = 0.1,
     max_length: Length = 1024,
     packing: Literal["none", "bfd"] = "none",
@@ -100,7 +100,7 @@ def main(
     """Preference pairs and imitation in one, without a reference: ORPO.
 
     Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the
-    prompt.  The prompt with its chosen completion is imitated.
+    prompt.  The prompt with its chosen completion is imitated.  The learning rate is TRL 1.16's.
 
     Args:
       output: a new folder for the run.

@@ -260,14 +260,14 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=3e-6),
     mesh: MeshOptions,
-    sampling: SamplingOptions,
+    sampling: SamplingOptions = SamplingOptions(max_new_tokens=53, temperature=0.7),
     reward: RewardOptions,
     importance: ImportanceOptions,
     environment: EnvironmentOptions,
     output: str,
-    *,
     num_samples: Count = 1,
     kl_coef: Coefficient = 0.05,
     kl_target: Strength | None = None,
@@ -289,7 +289,7 @@ def main(
     expected they are.
 
     Rows have `prompt`, and the columns that the reward functions read.  The value head is not in
-    `model/`.
+    `model/`.  Learning rate and sampling are TRL 1.12's, the last with this trainer.
 
     Args:
       output: a new folder for the run.

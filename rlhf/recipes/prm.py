@@ -147,10 +147,10 @@ def lay_out(
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
+    *,
     training: TrainingOptions,
     mesh: MeshOptions,
     output: str,
-    *,
     step_separator: str | None = None,
     last_step_only: bool = False,
     max_length: Length = 1024,
@@ -162,7 +162,7 @@ def main(
     it was right.
 
     Rows have `prompt`, `completions` and `labels`: a list of steps, and a list of true and false,
-    one a step.
+    one a step.  The learning rate is TRL 1.13's, the last with this trainer.
 
     Args:
       output: a new folder for the run.

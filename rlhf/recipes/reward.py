@@ -133,10 +133,10 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-4),
     mesh: MeshOptions,
     output: str,
-    *,
     max_length: Length = 1024,
     packing: Literal["none", "bfd"] = "none",
     center_coef: Coefficient = 0.0,
@@ -148,7 +148,7 @@ def main(
 
     Rows have `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that both begin with the
     prompt.  The model is a language model, an encoder (BERT, RoBERTa, DistilBERT), or a reward
-    model that is trained further.
+    model that is trained further.  The learning rate is TRL 1.16's.
 
     Args:
       output: a new folder for the run.

@@ -118,12 +118,12 @@ def dealt(rollout: Rollout, rows: np.ndarray, number: int, micro_batches: int = 
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=3e-5),
     mesh: MeshOptions,
     sampling: GroupSamplingOptions,
     reward: RewardOptions,
     output: str,
-    *,
     start_percentile: Share = 0.7,
     end_percentile: Share = 0.95,
     improve_steps: Count = 4,
@@ -137,7 +137,8 @@ def main(
 
     Rows have `prompt`, and the columns that the reward functions read.  A step samples once and
     passes over the completions `improve_steps` times, each time over fewer and better ones.
-    Defaults are trlX's, but for num_samples, which is 32 there.
+    Defaults are trlX's, but for num_samples, which is 32 there.  The learning rate is that of
+    trlX's example.
 
     Args:
       output: a new folder for the run.

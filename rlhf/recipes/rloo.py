@@ -157,15 +157,15 @@ def normalized(advantages, mask, rewards):
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=1e-6),
     mesh: MeshOptions,
-    sampling: SamplingOptions,
+    sampling: SamplingOptions = SamplingOptions(max_new_tokens=512),
     reward: RewardOptions,
     importance: ImportanceOptions,
     environment: EnvironmentOptions,
     selection: SelectionOptions,
     output: str,
-    *,
     num_samples: NumSamples = 2,
     kl_coef: Coefficient = 0.05,
     clip_low: Annotated[float, between(0, 1, above=True, below=True)] = 0.2,
@@ -179,7 +179,8 @@ def main(
     """REINFORCE leave-one-out: samples several completions, and compares each with the mean of the
     others.
 
-    Rows have `prompt`, and the columns that the reward functions read.
+    Rows have `prompt`, and the columns that the reward functions read.  Learning rate and sampling
+    are TRL 1.16's.
 
     Args:
       output: a new folder for the run.

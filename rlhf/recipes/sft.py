@@ -100,10 +100,10 @@ def lay_out(
 def main(
     model: ModelOptions,
     dataset: DatasetOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=2e-5),
     mesh: MeshOptions,
     output: str,
-    *,
     max_length: Length = 1024,
     packing: Literal["none", "bfd", "split", "wrapped"] = "none",
     assistant_only: bool = False,

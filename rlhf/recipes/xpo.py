@@ -149,12 +149,12 @@ def make_update(
 def main(
     model: ModelOptions,
     dataset: PromptOptions,
-    training: TrainingOptions,
+    *,
+    training: TrainingOptions = TrainingOptions(learning_rate=5e-7),
     mesh: MeshOptions,
-    sampling: SamplingOptions,
+    sampling: SamplingOptions = SamplingOptions(max_new_tokens=64, temperature=0.9),
     reward: RewardOptions,
     output: str,
-    *,
     alpha: Coefficient = 1e-5,
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
     beta: Strength = 0.1,
@@ -164,7 +164,8 @@ def main(
     """Exploratory preference optimisation: the policy's completions against the reference's, the
     better preferred.
 
-    Rows have `prompt`, and the columns that the reward functions read.
+    Rows have `prompt`, and the columns that the reward functions read.  Learning rate and sampling
+    are TRL 1.13's, the last with this trainer.
 
     Args:
       output: a new folder for the run.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rlhf import trl_names
+from rlhf import trl_names, trl_tables
 from rlhf.command_line import options_of
 from rlhf.ranges import checked
 
@@ -21,32 +21,42 @@ def main(topic: Literal["trl"] = "trl") -> None:
         f"Names of {topic.upper()}'s options that work here, on the command line and in --config "
         "files:\n"
     )
-    for theirs, ours in sorted((trl_names.RENAMED | trl_names.TARGETS).items()):
+    names = sorted((trl_tables.RENAMED | trl_tables.TARGETS).items())
+    width = max(len(theirs) for theirs, _ in names)
+    for theirs, ours in names:
         # "translated": the value changes too, not the name alone.
         translated = theirs in trl_names.RULES and theirs not in trl_names.ALWAYS
-        print(f"  --{theirs:<32}--{ours}{' (translated)' if translated else ''}")
+        print(f"  --{theirs:<{width}}  --{ours}{' (translated)' if translated else ''}")
     print(f"\nTranslated so that the same numbers mean the same: {NOTES}\n")
-    print("Defaults that differ, ours and TRL 1.16's:")
-    _table("every recipe", trl_names.differences(trl_names.TRAINER, defaults_of("sft")))
-    for command, defaults in trl_names.DEFAULTS.items():
-        gone = (
-            " (gone from TRL 1.16; as in the last that had it)" if command in trl_names.GONE else ""
-        )
-        _table(f"rlhf {command}{gone}", trl_names.differences(defaults, defaults_of(command)))
+    print("Defaults that differ, and TRL 1.16's:")
+    _table("every recipe", trl_names.differences(trl_tables.TRAINER, defaults_of("sft")))
+    alike = []
+    for command, defaults in trl_tables.DEFAULTS.items():
+        found = trl_names.differences(defaults, defaults_of(command))
+        if found:
+            _table(f"rlhf {command}", found)
+        else:
+            alike.append(command)
+    print(f"\nNo other in {', '.join(alike)}.")
+    print(
+        f"TRL 1.16 has no trainer of {', '.join(trl_tables.GONE)}: theirs are of the last that had."
+    )
 
 
 def _table(title: str, rows: Mapping[str, tuple[Any, Any]]) -> None:
-    print(f"\n  {title}{'' if rows else ': none of its own'}")
+    print(f"\n  {title:<26}{'here':<16}TRL")
     for name, (ours, theirs) in rows.items():
-        print(f"    --{name:<24}{_shown(ours):<14}{_shown(theirs)}")
+        print(f"    --{name:<22}{_shown(ours):<16}{_shown(theirs)}")
 
 
 NOTES = """
---batch_size is the whole batch of a step, in prompts or rows: TRL's is per_device_train_batch_size x
-gradient_accumulation_steps (x devices), and in GRPO and RLOO counts completions, of which num_generations are one prompt.
---steps counts batches of completions where one is several updates; max_steps counts updates.  warmup_steps below 1 is a
-share, here --warmup_ratio.  epsilon is both --clip_low and --clip_high.  Training is in float32 unless --dtype bfloat16
-(TRL: bf16); what is trained has float32 masters.""".strip()
+--batch_size is the whole batch of a step, in prompts or rows: TRL's is
+per_device_train_batch_size x gradient_accumulation_steps (x devices), and in GRPO and RLOO counts
+completions, of which num_generations are one prompt.  --steps counts batches of completions where
+one is several updates; max_steps counts updates.  warmup_steps below 1 is a share, here
+--warmup_ratio.  epsilon is both --clip_low and --clip_high.  --lora_targets null is every matrix of
+the blocks, where PEFT has a list by architecture (of most q_proj and v_proj).  Training is in
+float32 unless --dtype bfloat16 (TRL: bf16); what is trained has float32 masters.""".strip()
 
 
 def defaults_of(command: str) -> dict[str, Any]:

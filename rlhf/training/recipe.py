@@ -4,11 +4,11 @@ type and range.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from difflib import get_close_matches
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any
 
+from rlhf import trl_names
 from rlhf.ranges import checked, hints_of
 
 
@@ -16,7 +16,9 @@ def recipe(main: Callable) -> Callable:
     """`main(model: ModelOptions, …, *, …)`, whose options may also be given one by one, as the
     command line takes them.
 
-    `main(ModelOptions("m"), …)` and `main(model="m", learning_rate=1e-4, …)` are the same.
+    `main(ModelOptions("m"), …)` and `main(model="m", …)` are the same.  A default of `main` for a
+    dataclass, such as `training: TrainingOptions = TrainingOptions(learning_rate=1e-6)`, is where
+    its options begin.
 
     Args:
       main: a function some of whose parameters are option dataclasses.
@@ -55,11 +57,7 @@ def recipe(main: Callable) -> Callable:
         known = plain_names.union(groups, *fields.values())
         for name in given:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = (
-                    f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
-                )
-                raise ValueError(f"{name} is no option of {main.__module__}{hint}")
+                raise ValueError(f"{name} is no option of {main.__module__}; {_meant(name, known)}")
         for group, kind in groups.items():
             if group in arguments:
                 continue
@@ -68,7 +66,11 @@ def recipe(main: Callable) -> Callable:
                 arguments[group] = given.pop(group)
                 continue
             values = {name: given.pop(name) for name in fields[group] if name in given}
-            arguments[group] = kind(**_complete(kind, values))
+            default = signature.parameters[group].default
+            if default is inspect.Parameter.empty:
+                arguments[group] = kind(**_complete(kind, values))
+            else:
+                arguments[group] = dataclasses.replace(default, **values)
         arguments |= given
         # An empty run folder and a compiled step later it would be found as well.
         if callable(arguments.get("callbacks")):
@@ -85,6 +87,14 @@ def recipe(main: Callable) -> Callable:
         return run(**arguments)
 
     return call
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    if ours := trl_names.ours(name, known):
+        return f"TRL's name is {ours} here; `rlhf help trl` says whether its values differ"
+    if near := trl_names.suggestions(name, sorted(known)):
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(sorted(known))}"
 
 
 def _complete(kind: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 HALF = slice(ROWS // 2)  # what is left when rows and columns are cropped
 LEFT = slice(COLUMNS - 2)
 
+# Fields of a `Batch` that are None unless somebody gives them.
+SET_BY_USERS = {"old_logprobs", "ref_logprobs", "advantages", "weights", "values", "returns"}
+OF_BATCHES = ("policy", "kl", "value", "ratios", "weights")  # modules that read them as they are
 
 every_function = pytest.mark.parametrize("name", CASES)
 
@@ -173,6 +176,18 @@ def test_unequal_shapes_are_refused(name):
             assert str(list(wrong.shape)) in (shape, expected)
             assert shape != expected
             assert {one, other} <= {*arrays, "array"}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.split(".")[0] in OF_BATCHES])
+def test_a_field_that_was_never_set_is_named(name):
+    """A `Batch` has None where nobody gave an array."""
+    arrays = inputs_of(name)
+    optional = {
+        key for key, x in inspect.signature(FUNCTIONS[name]).parameters.items() if x.default is None
+    }
+    for key in sorted((arrays.keys() & SET_BY_USERS) - optional):
+        with pytest.raises(ValueError, match=rf"^{key} is None; give an array"):
+            FUNCTIONS[name](**(arrays | {key: None}), **CASES[name].knobs)
 
 
 @pytest.mark.parametrize(
