@@ -62,6 +62,12 @@ COMMANDS = {  # command -> where its `main` is, and what it does
     "help": ("rlhf.tools.help", "`rlhf help trl`: TRL's option names that work here"),
 }
 
+SMALLER = {  # options that need less memory on a device, the cheapest first
+    "micro_batches": "2 or more", "remat": "full", "dtype": "bfloat16", "lora_rank": "16",
+    "max_length": "a smaller number", "max_new_tokens": "a smaller number",
+    "batch_size": "a smaller number", "fsdp": "-1 on more devices",
+}  # fmt: skip
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; a mistake of the user's ends in one line and exit code 2, and where it is
@@ -107,6 +113,12 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+        # Out of memory on a device: XLA's own error, of which JAX has no class.
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"rlhf {name}: {_out_of_memory(name, error)}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as stop:
             print(f"rlhf {name}: {str(stop) or 'stopped'}", file=sys.stderr)
             return 130
@@ -133,7 +145,20 @@ def _run(name: str, argv: list[str], is_process: bool) -> None:
         from rlhf.training import compilations
 
         compilations.keep_on_disk(folder)
-    command(**arguments)
+    made = command(**arguments)
+    # Of a recipe; tools say themselves what they have made.
+    if folder := getattr(made, "folder", None):
+        print(f"rlhf {name}: the model is in {folder / 'model'}", file=sys.stderr)
+
+
+def _out_of_memory(name: str, error: RuntimeError) -> str:
+    """What was too large, and which options of the command make it smaller."""
+    from rlhf.command_line import options_of
+
+    options = options_of(importlib.import_module(COMMANDS[name][0]).main)
+    cures = [f"--{option} {value}" for option, value in SMALLER.items() if option in options]
+    what = str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2]
+    return f"a device has not enough memory: {what}{_elsewhere(error)}; try {', '.join(cures)}"
 
 
 def _elsewhere(error: BaseException) -> str:

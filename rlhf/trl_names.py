@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,17 +98,17 @@ def translated(
     return found | _batch(request, found), request.notes
 
 
-def ours(name: str, options: Iterable[str]) -> str | None:
+def ours(name: str, options: Container[str]) -> str | None:
     """What a name of TRL's is here, where these options have it.
 
     >>> ours("num_generations", ["steps", "num_samples"])
     'num_samples'
     """
-    found = (trl_tables.RENAMED | trl_tables.TARGETS).get(name)
+    found = (trl_tables.RENAMED | trl_tables.TARGETS).get(name, "")
     return found if found in options else None
 
 
-def known(options: Iterable[str]) -> list[str]:
+def known(options: Container[str]) -> list[str]:
     """TRL's names that a command with these options knows."""
     return [name for name in trl_tables.RENAMED | trl_tables.TARGETS if ours(name, options)]
 

@@ -7,7 +7,6 @@ times during it.  The first second is that of writing: it begins when the run's 
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from logs import steady
 
 TINY = ["--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]
 RUNS = {
@@ -95,18 +96,7 @@ def finished(ask: list[str], output: Path) -> None:
 
 def outcome(output: Path) -> tuple[list[dict], bytes]:
     """What a run comes to: its metrics, without times, and its weights."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    timed = (
-        "seconds",
-        "tokens_per_second",
-        "sequences_per_second",
-        "mfu",
-        "compilations",
-        "time/sampling",
-        "time/rewards",
-    )
-    metrics = [{key: value for key, value in row.items() if key not in timed} for row in rows]
-    return metrics, (output / "model" / "model.safetensors").read_bytes()
+    return steady(output), (output / "model" / "model.safetensors").read_bytes()
 
 
 def main() -> None:

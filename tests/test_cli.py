@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
+from logs import steady
 
 from rlhf import cli, tasks, trl_tables
 from rlhf.checkpoint import Checkpoints
@@ -38,23 +39,33 @@ SMALL = [
     "32",
 ]
 
-UNSTEADY = (
-    "seconds",
-    "tokens_per_second",
-    "sequences_per_second",
-    "compilations",
-    "time/sampling",
-    "time/rewards",
-)  # of metrics
-
-
-def logged(folder: Path, phase: str) -> list[dict]:
-    rows = [row for row in runs.metrics_of(folder) if row["phase"] == phase]
-    return [{name: value for name, value in row.items() if name not in UNSTEADY} for row in rows]
-
 
 def weights(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_says_where_its_model_is_and_what_it_was_made_for(base, tmp_path, capsys):
+    short = tmp_path / "short"
+    shutil.copytree(base, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
+    words = ["--dataset", "task:reverse", *SMALL, "--steps", "1", "--output", str(tmp_path / "run")]
+    assert cli.main(["sft", "--model", str(short), *words]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"rows have up to (\d+) tokens .* was made for 3 \(max_position", said)
+    assert f"rlhf sft: the model is in {tmp_path / 'run' / 'model'}\n" in said
+
+
+def test_out_of_memory_is_one_line(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sft, "load_policy", lambda *_, **__: jnp.zeros(1 << 48))
+    words = ["--dataset", "task:reverse", *SMALL, "--output", str(tmp_path / "run")]
+    assert cli.main(["sft", "--model", base, *words]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("rlhf sft: ")]
+    assert "not enough memory: Out of memory allocating" in line
+    assert "try --micro_batches 2 or more, --remat full" in line
+    assert "--max_new_tokens" not in line  # sft has none
 
 
 def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
@@ -84,19 +95,19 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs.RunFolder, "log", stop)
         assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 130
-    assert [row["step"] for row in logged(tmp_path / "halves", "train")] == [1, 2, 3]
+    assert [row["step"] for row in steady(tmp_path / "halves", "train")] == [1, 2, 3]
     assert cli.main(["export", str(tmp_path / "halves"), "--output", str(tmp_path / "early")]) == 0
     assert re.search(r"\| loss \| \S+ \| 2 \|", (tmp_path / "early" / "README.md").read_text())
     early = huggingface.load(tmp_path / "early")[1]["embedding"]
     assert cli.main([*ask, "--output", str(tmp_path / "halves")]) == 2  # not by accident
     assert cli.main([*ask, "--output", str(tmp_path / "halves"), "--resume"]) == 0
     for phase in ("train", "eval"):
-        assert logged(tmp_path / "halves", phase) == logged(tmp_path / "whole", phase)
+        assert steady(tmp_path / "halves", phase) == steady(tmp_path / "whole", phase)
     assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
     assert (
         np.abs(early - huggingface.load(tmp_path / "whole" / "model")[1]["embedding"]).max() > 1e-4
     )
-    first, last = logged(tmp_path / "whole", "train")[::4]
+    first, last = steady(tmp_path / "whole", "train")[::4]
     assert last["loss"] < first["loss"]
     config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
     assert (config["packing"], config["learning_rate"], config["seed"]) == ("bfd", 1e-3, 0)
@@ -127,7 +138,7 @@ def test_a_process_asked_to_stop_saves_first(base, tmp_path):
         process.terminate()
         _, said = process.communicate()
     assert process.returncode == 130, said
-    last = logged(tmp_path / "run", "train")[-1]["step"]
+    last = steady(tmp_path / "run", "train")[-1]["step"]
     assert "stopping after this step, and saving" in said
     assert f"stopped after step {last} of 1000000; go on with --resume" in said
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == last
@@ -163,7 +174,7 @@ def test_reward_and_dpo_with_adapters(base, tmp_path):
     assert np.abs(params["head"]["weight"]).max() > 0
     extra = ["--loss", "sigmoid", "sft", "--loss_weights=[1,0.5]", "--eval_dataset", "task:reverse"]
     assert cli.main(["dpo", *ask, *extra, "--output", str(tmp_path / "dpo")]) == 0
-    first, second = logged(tmp_path / "dpo", "train")
+    first, second = steady(tmp_path / "dpo", "train")
     assert first["rewards/margins"] == 0  # policy and reference are one
     assert second["loss"] < first["loss"]
     assert (tmp_path / "dpo" / "adapter" / "adapter_config.json").exists()
@@ -183,7 +194,7 @@ def test_a_reference_follows_its_policy(base, tmp_path):
         )
         == 0
     )
-    stays, follows = (logged(tmp_path / name, "train") for name in ("stays", "follows"))
+    stays, follows = (steady(tmp_path / name, "train") for name in ("stays", "follows"))
     margins = lambda rows: [row["rewards/margins"] for row in rows]
     assert margins(follows)[:2] == pytest.approx(margins(stays)[:2], abs=1e-5)
     assert margins(stays)[2] != 0
@@ -227,7 +238,7 @@ def test_grpo_samples_scores_and_resumes(base, tmp_path):
         str(tmp_path / "run"),
     ]
     assert cli.main(ask) == 0
-    rows = logged(tmp_path / "run", "train")
+    rows = steady(tmp_path / "run", "train")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 <= row["reward"] <= 1 and row["tokens"] > 0 for row in rows)
     table = pyarrow.parquet.read_table(
@@ -241,7 +252,7 @@ def test_grpo_samples_scores_and_resumes(base, tmp_path):
         cli.main([*ask, "--resume"]) == 0
     )  # it is over: its model is written again, and no step is taken
     assert weights(tmp_path / "run") == written
-    assert logged(tmp_path / "run", "train") == rows
+    assert steady(tmp_path / "run", "train") == rows
 
 
 def test_data_sets_are_mixed_and_cut_short():

@@ -1,6 +1,5 @@
 """Recipes that sample: what they make of completions, by hand; as commands; with a reward model."""
 
-import json
 import math
 import shutil
 from functools import cache, partial
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 import pyarrow.parquet
 import pytest
+from logs import steady
 from marks import exhaustive
 
 import rlhf
@@ -38,15 +38,6 @@ TASK = [
     "--learning_rate",
     "1e-2",
 ]
-
-UNSTEADY = (
-    "seconds",
-    "tokens_per_second",
-    "sequences_per_second",
-    "compilations",
-    "time/sampling",
-    "time/rewards",
-)  # of metrics
 
 
 @pytest.fixture(scope="module")
@@ -325,11 +316,6 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def lines(folder: Path) -> list[dict]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in UNSTEADY} for row in rows]
-
-
 def weights(folder: Path) -> Any:
     return huggingface.load(folder / "model")[1]
 
@@ -353,7 +339,7 @@ def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(
     ]
     assert cli.main([*ask, "--output", str(tmp_path / "one"), "--save_every", "1"]) == 0
     assert cli.main([*ask, "--output", str(tmp_path / "two"), "--micro_batches", "2"]) == 0
-    for first, second in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+    for first, second in zip(steady(tmp_path / "one"), steady(tmp_path / "two"), strict=True):
         assert first.keys() == second.keys()
         ties = (
             abs(first.get("rewards/margins", 1.0)) < 1e-5
@@ -370,7 +356,7 @@ def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(
     )
     assert moved["layers"]["q"] > 1e-3
     if name == "nash_md":  # an evaluation has the policy's completions alone
-        *_, seen = lines(tmp_path / "one")
+        *_, seen = steady(tmp_path / "one")
         of_model, clipped = (
             seen[f"eval_rewards/{reward_model}/mean"],
             seen["eval_completions/clipped_ratio"],
@@ -381,7 +367,7 @@ def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(
             == 4
         )
     if name == "ppo":
-        first, second = lines(tmp_path / "one")
+        first, second = steady(tmp_path / "one")
         error = np.clip(first["objective/kl"] / 0.05 - 1, -0.2, 0.2)
         np.testing.assert_allclose(
             second["kl_coef"], first["kl_coef"] * (1 + error * 4 / 40), rtol=1e-5
@@ -390,7 +376,7 @@ def test_a_command_samples_learns_and_exports_whatever_the_micro_batches(
         resumed = tmp_path / "resumed"  # what moves, coefficient and moments, is in the checkpoint
         shutil.copytree(tmp_path / "one", resumed, ignore=shutil.ignore_patterns("model", "8"))
         assert cli.main([*ask, "--output", str(resumed), "--save_every", "1", "--resume"]) == 0
-        assert lines(resumed) == lines(tmp_path / "one")
+        assert steady(resumed) == steady(tmp_path / "one")
         jax.tree.map(np.testing.assert_array_equal, trained, weights(resumed))
 
 

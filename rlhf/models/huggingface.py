@@ -351,6 +351,15 @@ def decoder_start(path_or_name) -> int | None:
     )
 
 
+def trained_positions(path_or_name) -> int | None:
+    """`max_position_embeddings` of config.json, the most tokens that the model was made for; None
+    where it names no number.
+    """
+    return getattr(
+        configs.transformers_config(_folder(path_or_name)), "max_position_embeddings", None
+    )
+
+
 def model_type(path_or_name) -> str:
     """The family that config.json names, a key of `FAMILIES`."""
     return configs.transformers_config(_folder(path_or_name)).model_type

@@ -3,6 +3,7 @@ written again.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,7 @@ def check_tokens(
     # 64 or 128.
     number = max(config.vocab_size, len(tokenizer) if options.resize_embeddings else 0)
     following = [max_new_tokens] * len(parts) + [0] * len(sources)
+    longest = 0
     for part, more in zip([*parts, *sources], following, strict=True):
         tokens = np.asarray(part.tokens)
         # Prompts have a mask of what is no padding; rows have segments, of which 0 is padding.
@@ -207,6 +209,7 @@ def check_tokens(
             else np.where(real, np.asarray(part.positions), 0)
         )
         length = int(positions.max()) + 1
+        longest = max(longest, length + more)
         if config.max_positions and length + more > config.max_positions:
             of_both = f" and {more} more of a completion" if more else ""
             cure = "--max_new_tokens, or shorter prompts" if more else "--max_length"
@@ -215,6 +218,15 @@ def check_tokens(
                 f"{config.max_positions} learned positions; "
                 f"give a smaller {cure}"
             )
+    # Rotary positions go on without end, but what a model makes of later ones nobody has trained.
+    made_for = huggingface.trained_positions(options.model) if _source(options) else None
+    if made_for is not None and longest > made_for:
+        print(
+            f"rows have up to {longest} tokens with their completions, but {name_of(options)} was "
+            f"made for {made_for} (max_position_embeddings of config.json): expect it to be worse "
+            "beyond",
+            file=sys.stderr,
+        )
 
 
 def _has_tokens(x: Any) -> bool:
