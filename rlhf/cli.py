@@ -145,9 +145,9 @@ def _run(name: str, argv: list[str], is_process: bool) -> None:
         from rlhf.training import compilations
 
         compilations.keep_on_disk(folder)
-    made = command(**arguments)
+    returned = command(**arguments)
     # Of a recipe; tools say themselves what they have made.
-    if folder := getattr(made, "folder", None):
+    if folder := getattr(returned, "folder", None):
         print(f"rlhf {name}: the model is in {folder / 'model'}", file=sys.stderr)
 
 

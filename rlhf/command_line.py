@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -198,7 +199,7 @@ def _help_lines(
     needed = (f"--{option} {option.upper()}" for option in options if options[option].needed)
     lines = textwrap.wrap(" ".join(["usage: rlhf", name, *needed, "[options]"]), width)
     for group in dict.fromkeys(option.group for option in options.values()):
-        lines += ["", *textwrap.wrap(f"{group.rstrip('.')}:", width)]
+        lines += ["", *textwrap.wrap(group, width)]
         names = [option for option in options if options[option].group == group]
         short = [option for option in names if in_short and options[option].of]
         for option in names:
@@ -406,7 +407,10 @@ def _documented(*described: Any) -> dict[str, str]:
 
 
 def _summary(described: Any) -> str:
-    return " ".join((inspect.getdoc(described) or "").split("\n\n")[0].splitlines())
+    """The paragraphs of a docstring before its sections."""
+    paragraphs = (inspect.getdoc(described) or "").split("\n\n")
+    texts = itertools.takewhile(lambda text: not re.match(r"[A-Z]\w+:\n|>>>", text), paragraphs)
+    return " ".join(" ".join(texts).split())
 
 
 def _default(field: dataclasses.Field) -> Any:

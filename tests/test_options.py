@@ -89,7 +89,7 @@ def test_sampling_options_hold(base, tmp_path):
     assert rows[0]["completions/min_length"] >= 3
     table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "train_00000001.parquet")
     assert table.num_rows == 8
-    assert set(table.column_names) == {"prompt", "completion", "reward"}
+    assert set(table.column_names) == {"prompt", "completion", "reward", "reason"}
     letters = list("abcdefghijklmnopqrstuvwxyz")
     stop = ["--max_new_tokens", "6", "--num_samples", "2", "--reward", "length", "--stop", *letters]
     run("grpo", base, tmp_path / "stopped", *stop, "--log_completions", "1")

@@ -12,7 +12,7 @@ from marks import exhaustive
 from rlhf import cli
 from rlhf.rollouts import Prompts, Rollout
 from rlhf.train import TrainState
-from rlhf.training import meshes, selection
+from rlhf.training import meshes, sampling, selection
 from rlhf.training.collecting import Collector, Completions
 from rlhf.training.loading import one_device
 from rlhf.training.prompts import PromptSet
@@ -44,9 +44,8 @@ def collector_of(reward):
         rollout = rollout_of(batch.prompts)
         rewards = np.array([[reward(row[0]), 0.0] for row in batch.prompts.tokens], np.float32)
         metrics = {"reward": rewards.mean()}
-        return Completions(
-            rollout, rewards.reshape(-1), [None] * rewards.size, G, metrics, {"time": 1.0}
-        )
+        reasons = [f"of {row[0]}" for row in rollout.tokens]
+        return Completions(rollout, rewards.reshape(-1), reasons, G, metrics, {"time": 1.0})
 
     return Collector(collect, lambda state, batch: rollout_of(batch.prompts), lambda *given: {})
 
@@ -62,6 +61,7 @@ def test_rounds_are_sampled_until_groups_differ():
     odd = [token for part in batch.batches for token in part.prompts.tokens[:, 0] if token % 2]
     assert tokens.tolist() == odd[:3]
     assert scored.rewards.tolist() == [1.0, 0.0] * 3
+    assert scored.reasons == [f"of {token}" for token in odd[:3] for _ in range(G)]
     rounds = scored.metrics["dynamic_sampling/rounds"]
     assert 1 < rounds < 4
     assert scored.times == {"time": rounds}
@@ -218,3 +218,12 @@ def test_selections_that_cannot_be(options, message, base, tmp_path, capsys):
     assert cli.main([*argv, "--output", str(tmp_path / "no")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_groups_that_fill_up_are_in_no_metric_of_groups():
+    nan = float("nan")
+    groups = np.array([[1.0, 0.0], [1.0, 1.0], [nan, nan], [nan, nan]])
+    found = sampling.group_metrics(jnp.asarray(groups))
+    assert found["frac_reward_zero_std"] == 0.5
+    np.testing.assert_allclose(found["reward_std"], np.std([1.0, 0.0], ddof=1) / 2)
+    assert sampling.group_metrics(jnp.full((2, 2), nan))["frac_reward_zero_std"] == 0

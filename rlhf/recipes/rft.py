@@ -195,7 +195,7 @@ def main(
         end = int(state.step) + updates
         scored = collector.collect(state, batch)
         if on_rollout is not None:
-            on_rollout(state, scored.rollout, scored.rewards)
+            on_rollout(state, scored)
         grouped = scored.rewards.reshape(-1, sampling.num_samples)
         # From the batch's key: a resumed run shuffles as the first would have.
         order = np.random.default_rng(np.asarray(jax.random.key_data(batch.key)))

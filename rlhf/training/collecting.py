@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlhf import rollouts
 from rlhf.fields import documented
 from rlhf.rollouts import Rollout
 from rlhf.train import TrainState
@@ -55,6 +57,21 @@ class Collector(NamedTuple):
     collect: Callable[[TrainState, Any], Completions]
     shapes: Callable[[TrainState, Any], Rollout]
     lower: Callable[[TrainState, Any], dict[str, jax.stages.Lowered]]
+
+
+def table(tokenizer: Any, completions: Completions) -> dict[str, Any]:
+    """Columns of a file of `samples/`: a completion a row."""
+    # Here and not above: `import rlhf` must not wait for pyarrow.
+    import pyarrow
+
+    return {
+        "prompt": rollouts.text.prompts(tokenizer, completions.rollout),
+        "completion": rollouts.text.continuations(tokenizer, completions.rollout),
+        "reward": np.asarray(completions.rewards, float).tolist(),
+        # Typed: a column of None alone would get Arrow's null type, and files of a run would
+        # differ.
+        "reason": pyarrow.array(completions.reasons, pyarrow.string()),
+    }
 
 
 def sampled(sample: SampleFn, reward_fn: RewardFn, mesh: Mesh) -> Collector:

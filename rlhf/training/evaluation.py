@@ -8,9 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf import rollouts
 from rlhf.train import TrainState
-from rlhf.training import datasets, meshes
+from rlhf.training import collecting, datasets, meshes
 from rlhf.training.collecting import Collector
 from rlhf.training.options import TrainingOptions
 from rlhf.training.prompts import PromptSet
@@ -108,9 +107,6 @@ def of_completions(
     """
     if held_out is None:
         return None
-    # Here and not above: `import rlhf` must not wait for pyarrow.
-    import pyarrow
-
     # A batch of a step's size, so that sampling needs no second compiled program.
     number = min(len(held_out.rows), training.batch_size)
 
@@ -118,15 +114,7 @@ def of_completions(
         # The same prompts and the same key every time: evaluations differ by the parameters alone.
         batch = held_out.select(range(number), jax.random.key(training.seed))
         scored = collector.collect(state, batch)
-        table = {
-            "prompt": rollouts.text.prompts(tokenizer, scored.rollout),
-            "completion": rollouts.text.continuations(tokenizer, scored.rollout),
-            "reward": np.asarray(scored.rewards, float).tolist(),
-            # Typed: a column of None alone would get Arrow's null type, and files of a run would
-            # differ.
-            "reason": pyarrow.array(scored.reasons, pyarrow.string()),
-        }
-        run.samples(int(state.step), table)
+        run.samples(int(state.step), collecting.table(tokenizer, scored))
         metrics = completion_metrics(jax.device_get(scored.rollout))
         # These are for the speed of training steps.
         del metrics["tokens"], metrics["sequences"]

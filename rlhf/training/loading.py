@@ -219,11 +219,11 @@ def check_tokens(
                 f"give a smaller {cure}"
             )
     # Rotary positions go on without end, but what a model makes of later ones nobody has trained.
-    made_for = huggingface.trained_positions(options.model) if _source(options) else None
-    if made_for is not None and longest > made_for:
+    most = huggingface.trained_positions(options.model) if _source(options) else None
+    if most is not None and longest > most:
         print(
             f"rows have up to {longest} tokens with their completions, but {name_of(options)} was "
-            f"made for {made_for} (max_position_embeddings of config.json): expect it to be worse "
+            f"made for {most} (max_position_embeddings of config.json): expect it to be worse "
             "beyond",
             file=sys.stderr,
         )

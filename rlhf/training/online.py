@@ -10,9 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf import rollouts
 from rlhf.fields import documented
-from rlhf.rollouts import Rollout
 from rlhf.rollouts.environment import Environment
 from rlhf.sharding import jit_step
 from rlhf.train import TrainState
@@ -27,7 +25,7 @@ from rlhf.training import (
     rewards,
     selection,
 )
-from rlhf.training.collecting import Collector
+from rlhf.training.collecting import Collector, Completions
 from rlhf.training.loading import Loaded
 from rlhf.training.loop import fit
 from rlhf.training.options import (
@@ -187,8 +185,8 @@ def make_step(
       update: a recipe's `make_update`.
       mesh: where the state is.
       state: of the run; only where its arrays are is read.
-      on_rollout: `(state, rollout, rewards)`, called before every update, such as
-        `log_completions`; None: nothing is.
+      on_rollout: `(state, completions)`, called before every update, such as `log_completions`;
+        None: nothing is.
     """
     jitted = jit_step(update, mesh, state)
     warn_if_equal = rewards.EqualRewards()
@@ -199,7 +197,7 @@ def make_step(
         sampled = scored.rewards if scored.all_rewards is None else scored.all_rewards
         warn_if_equal(sampled, scored.num_samples)
         if on_rollout is not None:
-            on_rollout(state, scored.rollout, scored.rewards)
+            on_rollout(state, scored)
         state = state._replace(context={**state.context, **scored.context})
         # `batch.key` sampled the rollout; a key is used once, so that the update gets one folded
         # from it.
@@ -220,7 +218,7 @@ def make_step(
 def log_completions(
     run: RunFolder, dataset: PromptOptions, tokenizer: Any, updates: int = 1
 ) -> Callable | None:
-    """`(state, rollout, rewards)` that writes a step's completions to `samples/`, as often as the
+    """`(state, completions)` that writes a step's completions to `samples/`, as often as the
     options say; None: never.
 
     Args:
@@ -232,17 +230,11 @@ def log_completions(
     if not dataset.log_completions:
         return None
 
-    def write(state: TrainState, rollout: Rollout, scores: Any) -> None:
+    def write(state: TrainState, completions: Completions) -> None:
         # The state counts optimizer steps, the folder steps of the loop, from 1.
         number = int(state.step) // updates + 1
-        if number % dataset.log_completions:
-            return
-        table = {
-            "prompt": rollouts.text.prompts(tokenizer, rollout),
-            "completion": rollouts.text.continuations(tokenizer, rollout),
-            "reward": np.asarray(scores, float).tolist(),
-        }
-        run.samples(number, table, phase="train")
+        if number % dataset.log_completions == 0:
+            run.samples(number, collecting.table(tokenizer, completions), phase="train")
 
     return write
 

@@ -126,13 +126,16 @@ def rollout_metrics(rollout: Rollout, rewards: Any, ref_logprobs: Any = None) ->
 
 def group_metrics(rewards: Any) -> dict[str, Any]:
     """Of rewards `[P, num_samples]`: the mean standard deviation within a group, and the share of
-    groups in which it is 0.
+    groups in which it is 0, of those that have rewards.
     """
     # ddof 1, the sample's deviation, as TRL logs it; NaN of a group of one counts as 0 below.
     spread = jnp.nanstd(rewards, axis=1, ddof=1)
+    # A group without any reward fills up a batch, or could not be scored, which is counted apart.
+    scored = ~jnp.isnan(rewards).all(axis=1)
     return {
         "reward_std": jnp.nanmean(spread),
-        "frac_reward_zero_std": (jnp.nan_to_num(spread) == 0).mean(),
+        "frac_reward_zero_std": (scored & (jnp.nan_to_num(spread) == 0)).sum()
+        / jnp.maximum(scored.sum(), 1),
     }
 
 

@@ -133,12 +133,17 @@ def informative(collector: Collector, groups: int, num_samples: int, mesh: Mesh)
 
     def collect(state: TrainState, batch: PromptRounds) -> Completions:
         of_rounds: list[Completions] = []
+        reasons: list[str | None] = []
 
         # The key of `dynamic_sampling` is not used: the prompts of a round bring their own.
-        def sample(prompts: PromptBatch, key: Any) -> tuple[Rollout, Any]:
-            of_rounds.append(collector.collect(state, prompts))
+        def sample(prompts: PromptBatch, key: Any) -> tuple[Rollout, Any, np.ndarray]:
+            scored = collector.collect(state, prompts)
+            of_rounds.append(scored)
+            # Texts are no arrays: rows carry their places in the list.
+            places = np.arange(len(scored.reasons)) + len(reasons)
+            reasons.extend(scored.reasons)
             # On the host: rows of rounds that are thrown away are not copied on the device.
-            return jax.device_get((of_rounds[-1].rollout, of_rounds[-1].rewards))
+            return (*jax.device_get((scored.rollout, scored.rewards)), places)
 
         rows, rewards, report = filtering.dynamic_sampling(
             sample,
@@ -152,7 +157,7 @@ def informative(collector: Collector, groups: int, num_samples: int, mesh: Mesh)
         return Completions(
             meshes.place(rows[0], mesh),
             rewards.reshape(-1),
-            [None] * rewards.size,
+            [reasons[place] for place in np.asarray(rows[2])],
             num_samples,
             {
                 "dynamic_sampling/rounds": report.rounds,

@@ -57,7 +57,10 @@ def lay_out(
 
     of_rows = data.each(rows, labelled)
     all_rows = (new for several in of_rows for new in several)
+    number = len(rows)
     rows = list(data.checked(all_rows, data.UNPAIRED_PREFERENCE))
+    if len(rows) != number:
+        say(f"{number} rows were taken apart into {len(rows)} completions with a label")
     fitting = datasets.truncated(data.tokenize_completions(tokenizer, rows), length=length, say=say)
     # KTO's KL takes a row's prompt with the completion of the next row, which must be of another
     # prompt.
