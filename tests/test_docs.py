@@ -125,6 +125,12 @@ def test_a_reward_of_another_number_is_found_before_the_model_loads(base, tmp_pa
         ValueError, match="num_generations is no option .*; TRL's name is num_samples here"
     ):
         grpo.main(reward=one_for_all, num_generations=4, **options)
+    for rows, message in (
+        ({"prompt": ["ab="]}, "dataset is a dict of columns; give a list of rows"),
+        (["ab="], "row 0 of dataset is 'ab='; give a dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grpo.main(reward=one_for_all, **(options | {"dataset": rows}))
     with pytest.raises(ValueError, match="output must be given"):
         grpo.main(model=base, dataset=[{"prompt": "ab="}], reward=one_for_all)
     assert not any(tmp_path.iterdir())

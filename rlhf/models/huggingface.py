@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -525,8 +526,8 @@ def _folder(path_or_name) -> Path:
         raise FileNotFoundError(nowhere) from error
     except Exception as error:
         # Of the Hub, the network and the disk, as many kinds as there are versions.
-        why = " ".join(str(error).split())
-        raise FileNotFoundError(f"{nowhere} ({type(error).__name__}: {why[:200]})") from error
+        why = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise FileNotFoundError(f"{nowhere} ({type(error).__name__}: {why})") from error
 
 
 def _found(path_or_name, fields: Mapping[str, Any]):

@@ -1,6 +1,6 @@
 """Rows of data sets: read, laid out as arrays, and cut into batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -44,8 +44,7 @@ def read(
         read_source = read_rows if options.max_rows is None else stream_rows
         given = read_source(source, split=split, config=options.dataset_config)
     else:
-        # Copies: columns are renamed below, and the caller's rows stay as they are.
-        given = (dict(row) for row in source)
+        given = _copies(source)
     # `filled` gives every row the same columns: rows of JSON leave out what is null.
     rows = filled(list(islice(given, options.max_rows)))
     if not rows:
@@ -56,6 +55,20 @@ def read(
             f"columns renames {', '.join(missing)}, but {named} has {', '.join(rows[0]):.200}"
         )
     return list(data.each(rows, lambda row: renamed(row, **options.columns)))
+
+
+def _copies(rows: Iterable) -> Iterator[Row]:
+    """Columns are renamed later, and the caller's rows stay as they are."""
+    if isinstance(rows, Mapping):
+        raise ValueError(
+            "dataset is a dict of columns; give a list of rows, or datasets.Dataset.from_dict(...)"
+        )
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {number} of dataset is {row!r:.80}; give a dict of columns and values"
+            )
+        yield dict(row)
 
 
 def read_held_out(options: SourceOptions) -> list[Row]:

@@ -281,7 +281,12 @@ def function(given: str | Callable, timeout: float) -> Callable:
             f"here: {module}:{inside}"
         )
     if not colon:
-        return datasets.named(name, dict.fromkeys([*REWARDS, MATH]) | REWARDS, "reward")
+        try:
+            return datasets.named(name, dict.fromkeys([*REWARDS, MATH]) | REWARDS, "reward")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; a function of your own is module:function or file.py:function"
+            ) from None
     if not (module.strip() and inside.strip()):
         raise ValueError(f"reward {name!r} names no function; write module:function")
     return in_worker(name, timeout=timeout)

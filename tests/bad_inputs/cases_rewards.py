@@ -82,6 +82,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("reward: a module that lacks a package", reward("TMP/needs.py:f"), "No module named 'no_such_package_here' (needs.py:1)"),
     ("reward: a module with a NUL", reward("TMP/nul.py:f"), "cannot be imported"),
     ("reward: a missing column", reward("TMP/mine.py:needs"), "needs answer, but it is given"),
+    ("reward: a module without a function", reward("my_rewards"), "a function of your own is module:function or file.py:function"),
     ("reward: a missing column of ours", reward("accuracy"), "reward 'accuracy' needs solution"),
     ("reward: positional parameters", reward("TMP/mine.py:by_position"), "needs a, b"),
     ("reward: other parameters", reward("TMP/mine.py:two"), "needs p, c"),
