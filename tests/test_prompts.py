@@ -8,7 +8,7 @@ import pytest
 from rlhf import cli
 from rlhf.models import huggingface
 from rlhf.tasks import reverse
-from rlhf.training import loading, pairs, prompts
+from rlhf.training import model_info, pairs, prompts
 from rlhf.training.options import ModelOptions
 from rlhf.training.runs import metrics_of
 
@@ -117,12 +117,12 @@ def test_the_end_token_can_be_named_and_goes_with_the_model(base, tmp_path, caps
         ValueError,
         match=r"eos_token '<end>' is no token of .*, whose added tokens are <pad>, <bos>, <eos>",
     ):
-        loading.load_tokenizer(ModelOptions(base, eos_token="<end>"))
-    assert loading.load_tokenizer(ModelOptions(base)).eos_token == "<eos>"
+        model_info.load_tokenizer(ModelOptions(base, eos_token="<end>"))
+    assert model_info.load_tokenizer(ModelOptions(base)).eos_token == "<eos>"
 
 
 def test_reward_models_hear_nothing_of_end_tokens(base, tmp_path):
-    tokenizer = loading.load_tokenizer(ModelOptions(base))
+    tokenizer = model_info.load_tokenizer(ModelOptions(base))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     say = lambda role, content: [{"role": role, "content": content}]
     row = {

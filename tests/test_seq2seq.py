@@ -14,7 +14,7 @@ from marks import exhaustive
 from rlhf import classic, cli, data, rollouts, tasks
 from rlhf.models import huggingface, scalar_head
 from rlhf.recipes import rft, sft
-from rlhf.training import loading, pairs, supervised
+from rlhf.training import model_info, pairs, supervised
 from rlhf.training.options import ModelOptions
 from rlhf.training.policy import Policy
 from rlhf.training.runs import metrics_of
@@ -70,7 +70,7 @@ def folders(tmp_path_factory):
 
 def batch_of(folder):
     tokenizer = huggingface.load_tokenizer(folder)
-    seq2seq = loading.load_seq2seq(ModelOptions(str(folder)), tokenizer)
+    seq2seq = model_info.load_seq2seq(ModelOptions(str(folder)), tokenizer)
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in ROWS]
     return (
         tokenizer,
@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused(command, more, message, folders, tmp_path, ca
 
 def test_pairs_keep_their_inputs(folders):
     tokenizer = huggingface.load_tokenizer(folders / "t5")
-    seq2seq = loading.load_seq2seq(ModelOptions(str(folders / "t5")), tokenizer)
+    seq2seq = model_info.load_seq2seq(ModelOptions(str(folders / "t5")), tokenizer)
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS[:2]]
     laid = pairs.lay_out(tokenizer, rows, "none", 64, print, seq2seq=seq2seq)
     assert laid.inputs["tokens"].shape[:2] == (2, 2)

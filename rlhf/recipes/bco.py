@@ -12,9 +12,10 @@ from rlhf.losses import moments
 from rlhf.losses.moments import MomentsState
 from rlhf.ranges import Length, Strength
 from rlhf.train import coupled_train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline, unpaired
-from rlhf.training.loading import load_policy, load_tokenizer
+from rlhf.training import datasets, evaluation, meshes, model_info, offline, unpaired
+from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -131,7 +132,7 @@ def main(
     """
     # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    loading.check_decoder(model)
+    model_info.check_decoder(model)
     # Traced on shapes, with the context that the objective reads.
     unpaired.check(objective(beta=beta), initial_context())
     devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
@@ -142,7 +143,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.unpaired, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
 
     # 2. The model and its optimizer state, born sharded.
     loaded = load_policy(model, training.seed, devices, say=run.say)

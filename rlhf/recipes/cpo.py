@@ -14,11 +14,12 @@ from rlhf.losses import preference, reference_free
 from rlhf.ranges import Coefficient, Length, Share, Strength, between
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.train import train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline
+from rlhf.training import datasets, evaluation, meshes, model_info, offline
 from rlhf.training import pairs as pair_rows
 from rlhf.training import reference_free as pair_losses
-from rlhf.training.loading import load_policy, load_seq2seq, load_tokenizer
+from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_seq2seq, load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -164,7 +165,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.preferences, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
 
     # 2. The model and its optimizer state, born sharded.
     loaded = load_policy(model, training.seed, devices, say=run.say)

@@ -13,11 +13,12 @@ from rlhf.ranges import Coefficient, Every, Length, Share, Strength, at_least, b
 from rlhf.rollouts import Pairs
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.train import coupled_train_step, train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline
+from rlhf.training import datasets, evaluation, loading, meshes, model_info, offline
 from rlhf.training import pairs as pair_rows
 from rlhf.training import preference as pair_losses
-from rlhf.training.loading import Loaded, load_policy, load_seq2seq, load_tokenizer
+from rlhf.training.loading import Loaded, load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_seq2seq, load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -173,7 +174,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.preferences, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
     shape: dict[str, Any] = {
         "max_segments": pair_rows.segments(train, held_out),
         "shared": pair_rows.shared_prefix(train, held_out),

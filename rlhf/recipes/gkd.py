@@ -20,10 +20,11 @@ from rlhf.models.huggingface_config import decoder_of
 from rlhf.ranges import Length, Share, Temperature
 from rlhf.rollouts import Batch, Prompts
 from rlhf.train import train_step
-from rlhf.training import collecting, datasets, evaluation, loading, meshes, offline
+from rlhf.training import collecting, datasets, evaluation, loading, meshes, model_info, offline
 from rlhf.training import prompts as prompt_sets
-from rlhf.training.loading import load_policy, load_tokenizer
+from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -146,8 +147,8 @@ def common_vocabulary(tokenizer: Any, model: ModelOptions, teacher: str) -> int:
     """
     vocabulary = tokenizer.get_vocab()
     theirs = huggingface.load_tokenizer(teacher).get_vocab()
-    name = loading.name_of(model)
-    configs = [loading.read_config(model), huggingface.read_config(teacher)]
+    name = model_info.name_of(model)
+    configs = [model_info.read_config(model), huggingface.read_config(teacher)]
     size = min(decoder_of(config).vocab_size for config in configs if config is not None)
     if differ := sorted(
         token
@@ -247,7 +248,7 @@ def main(
     """
     # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    loading.check_decoder(model)
+    model_info.check_decoder(model)
     teacher = model_of(teacher)
     devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
     tokenizer = load_tokenizer(model)
@@ -258,8 +259,8 @@ def main(
     train = lay_out(tokenizer, rows, max_length, run.say)
     held_out = lay_out(tokenizer, held_out_rows, max_length, run.say)[0] if held_out_rows else None
     total = training.total_steps(len(train[0].tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train[0], held_out)
-    loading.check_tokens(model, tokenizer, train[1], max_new_tokens=max_new_tokens)
+    model_info.check_tokens(model, tokenizer, train[0], held_out)
+    model_info.check_tokens(model, tokenizer, train[1], max_new_tokens=max_new_tokens)
 
     # 2. The student with its optimizer state, and the teacher, born sharded.
     loaded = load_policy(model, training.seed, devices, say=run.say)
@@ -271,8 +272,7 @@ def main(
         teacher,
         mesh=devices,
         say=run.say,
-        shapes_only=loading.is_planned(),
-        **loading.precision(teacher_options),
+        **loading.reading(teacher_options),
     )
     optimizer = make_optimizer(training, total)
     context = {**loaded.context(), "teacher": teacher_params}

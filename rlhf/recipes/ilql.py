@@ -18,11 +18,21 @@ from rlhf.losses import offline
 from rlhf.ranges import Coefficient, Length, Share, Steps, between
 from rlhf.rollouts.types import Array
 from rlhf.train import train_step
-from rlhf.training import collecting, datasets, evaluation, loading, meshes, prompts, q_heads
+from rlhf.training import (
+    collecting,
+    datasets,
+    evaluation,
+    loading,
+    meshes,
+    model_info,
+    prompts,
+    q_heads,
+)
 from rlhf.training import offline as offline_steps
 from rlhf.training import rewards as reward_functions
-from rlhf.training.loading import load_policy, load_tokenizer
+from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -279,7 +289,7 @@ def main(
     """
     # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    loading.check_decoder(model)
+    model_info.check_decoder(model)
     devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
     tokenizer = load_tokenizer(model)
     stop = stop_criteria(model, sampling, tokenizer)
@@ -287,9 +297,9 @@ def main(
     train = lay_out(tokenizer, rows, max_length, run.say)
     held_out = prompts.tokenize(tokenizer, held_out_rows) if held_out_rows else None
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train)
+    model_info.check_tokens(model, tokenizer, train)
     if held_out:
-        loading.check_tokens(
+        model_info.check_tokens(
             model, tokenizer, held_out.prompts, max_new_tokens=sampling.max_new_tokens
         )
     reward_fn = (

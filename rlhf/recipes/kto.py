@@ -11,9 +11,10 @@ import optax
 from rlhf import losses, tasks
 from rlhf.ranges import Length, Strength
 from rlhf.train import coupled_train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline, unpaired
-from rlhf.training.loading import load_policy, load_tokenizer
+from rlhf.training import datasets, evaluation, meshes, model_info, offline, unpaired
+from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -142,7 +143,7 @@ def main(
     """
     # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    loading.check_decoder(model)
+    model_info.check_decoder(model)
     options = {
         "beta": beta,
         "desirable_weight": desirable_weight,
@@ -157,7 +158,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.unpaired, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
     if warning := advice(train.desirable, desirable_weight, undesirable_weight):
         run.say(warning)
 

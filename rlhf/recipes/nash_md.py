@@ -17,7 +17,7 @@ from rlhf.mixture import geometric_mixture
 from rlhf.ranges import Share, Strength
 from rlhf.rollouts import Batch, Rollout
 from rlhf.train import minibatches, run_minibatches, train_step
-from rlhf.training import collecting, datasets, loading, online
+from rlhf.training import collecting, datasets, model_info, online
 from rlhf.training import sampling as sample_of
 from rlhf.training.importance import ImportanceOptions, Weigh, weighted
 from rlhf.training.loading import load_policy
@@ -183,7 +183,7 @@ def main(
     """
     # 1. Everything that can be wrong is found before the model loads.
     run = RunFolder(output, options=locals())
-    loading.check_decoder(model)
+    model_info.check_decoder(model)
     inputs = online.load_inputs(
         run,
         model,

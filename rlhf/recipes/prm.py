@@ -14,9 +14,10 @@ from rlhf.fields import documented
 from rlhf.ranges import Length
 from rlhf.rollouts.types import Array
 from rlhf.train import train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline
-from rlhf.training.loading import load_classifier, load_tokenizer
+from rlhf.training import datasets, evaluation, meshes, model_info, offline
+from rlhf.training.loading import load_classifier
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -179,7 +180,7 @@ def main(
     devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
     tokenizer = load_tokenizer(model)
     # An encoder has learned positions, and reads no more tokens than those.
-    length = loading.encoder_length(model, max_length) or max_length
+    length = model_info.encoder_length(model, max_length) or max_length
     if step_separator is None:
         # A generated task knows where its steps end.
         step_separator = tasks.find(dataset.task).step_separator if dataset.task else "\n"
@@ -189,7 +190,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.stepwise, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
 
     # 2. The model with its head, and its optimizer state, born sharded.
     loaded = load_classifier(model, training.seed, devices, labels=2, of_tokens=True, say=run.say)

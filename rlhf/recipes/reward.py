@@ -14,10 +14,11 @@ from rlhf.ranges import Coefficient, Length
 from rlhf.rollouts import Batch, Rollout
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.train import train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline
+from rlhf.training import datasets, evaluation, meshes, model_info, offline
 from rlhf.training import pairs as pair_rows
-from rlhf.training.loading import load_classifier, load_tokenizer
+from rlhf.training.loading import load_classifier
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -163,7 +164,7 @@ def main(
     run = RunFolder(output, options=locals())
     devices = meshes.make(mesh, rows=training.batch_size, micro_batches=training.micro_batches)
     tokenizer = load_tokenizer(model)
-    encoder_length = loading.encoder_length(model, max_length)
+    encoder_length = model_info.encoder_length(model, max_length)
 
     def to_arrays(rows):
         if encoder_length is not None:
@@ -175,7 +176,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.preferences, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
 
     # 2. The model with its head, and its optimizer state, born sharded.
     loaded = load_classifier(model, training.seed, devices, say=run.say)

@@ -11,9 +11,10 @@ from rlhf.data.types import Row
 from rlhf.ranges import Length
 from rlhf.rollouts import Batch
 from rlhf.train import train_step
-from rlhf.training import datasets, evaluation, loading, meshes, offline, supervised
-from rlhf.training.loading import load_policy, load_seq2seq, load_tokenizer
+from rlhf.training import datasets, evaluation, meshes, model_info, offline, supervised
+from rlhf.training.loading import load_policy
 from rlhf.training.loop import fit
+from rlhf.training.model_info import load_seq2seq, load_tokenizer
 from rlhf.training.optimizers import make_optimizer
 from rlhf.training.options import (
     Callbacks,
@@ -133,7 +134,7 @@ def main(
     seq2seq = load_seq2seq(model, tokenizer)
     if seq2seq is not None and not completion_only:
         raise ValueError(
-            f"completion_only false, but {loading.name_of(model)} is an encoder-decoder, which "
+            f"completion_only false, but {model_info.name_of(model)} is an encoder-decoder, which "
             "only reads prompts"
         )
 
@@ -143,7 +144,7 @@ def main(
 
     train, held_out = datasets.load_arrays(dataset, tasks.demonstrations, to_arrays)
     total = training.total_steps(len(train.tokens), has_held_out=held_out is not None)
-    loading.check_tokens(model, tokenizer, train, held_out)
+    model_info.check_tokens(model, tokenizer, train, held_out)
 
     # 2. The model and its optimizer state, born sharded.
     loaded = load_policy(model, training.seed, devices, say=run.say)

@@ -12,7 +12,7 @@ from rlhf import files, rollouts
 from rlhf.models.huggingface import load_tokenizer
 from rlhf.ranges import Count, Length, Seed, checked
 from rlhf.tools import saved
-from rlhf.training import datasets, loading, meshes, prompts, rewards
+from rlhf.training import datasets, meshes, model_info, prompts, rewards
 from rlhf.training.options import (
     GroupSamplingOptions,
     MeshOptions,
@@ -101,17 +101,17 @@ def main(
         raise ValueError("preference says who wins against another model; give --against")
     prefer = rewards.preference(preference, reward.reward_timeout) if preference else None
     options = ModelOptions(model, eos_token=eos_token)
-    tokenizer = loading.load_tokenizer(options)
+    tokenizer = model_info.load_tokenizer(options)
     if against and load_tokenizer(model_of(against)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{against} has another tokenizer than {model}; they must share one")
-    seq2seq = loading.load_seq2seq(options, tokenizer)
+    seq2seq = model_info.load_seq2seq(options, tokenizer)
     say = partial(print, file=sys.stderr)
     rows = datasets.read_held_out(dataset)
     prompt_set = prompts.tokenize(
         tokenizer, rows, seq2seq, max_prompt_length=max_prompt_length, say=say
     )
     for name in filter(None, (model, against)):
-        loading.check_tokens(
+        model_info.check_tokens(
             ModelOptions(name),
             tokenizer,
             prompt_set.prompts,

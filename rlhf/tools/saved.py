@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from rlhf import yaml_files
 from rlhf.models import huggingface
 from rlhf.ranges import Coefficient, mistake
-from rlhf.training import loading, q_heads
+from rlhf.training import loading, model_info, q_heads
 from rlhf.training.options import ModelOptions
 from rlhf.training.runs import model_of
 from rlhf.training.trained import TrainedModel
@@ -29,7 +29,7 @@ def load(model: str, mesh: Mesh, eos_token: str | None = None) -> TrainedModel:
     name = model_of(model)
     options = ModelOptions(name, eos_token=eos_token)
     # Apart from the model's own: an end token that is given takes the place of the file's.
-    tokenizer = loading.load_tokenizer(options)
+    tokenizer = model_info.load_tokenizer(options)
     lm, params, _ = huggingface.load(name, mesh=mesh, say=loading.without_repeats(print))
     transforms: tuple = ()
     # Beside `model/` and not in it: other libraries read that folder.
@@ -45,8 +45,8 @@ def load(model: str, mesh: Mesh, eos_token: str | None = None) -> TrainedModel:
         lm,
         params,
         tokenizer,
-        eos_ids=loading.eos_ids(options, tokenizer),
-        seq2seq=loading.load_seq2seq(options, tokenizer),
+        eos_ids=model_info.eos_ids(options, tokenizer),
+        seq2seq=model_info.load_seq2seq(options, tokenizer),
         transforms=transforms,
         source=name,
         mesh=mesh,

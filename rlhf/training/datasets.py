@@ -155,7 +155,7 @@ def in_parts(fn: Callable, arrays: Any, size: int, mesh: Mesh, *fixed: Any) -> A
     Every part has `size` rows, so that one program serves all: the last one is filled up, and what
     is found for the filling is left out.
     """
-    if programs.devices() is not None:  # zeros of the right shapes stand for what would be found
+    if programs.is_planned():  # zeros of the right shapes stand for what would be found
         part, _ = parts(arrays, size)[0]
         shapes = jax.eval_shape(fn, *fixed, programs.shaped(part, None))
         rows = number_of_rows(arrays)

@@ -55,7 +55,7 @@ def in_its_folder(train: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # The folder is made last, when all options are checked and the model is loaded.
         run: Any = kwargs.get("run") or args[0]
-        if programs.devices() is not None:  # the step's programs alone are wanted: nothing is made
+        if programs.is_planned():  # the step's programs alone are wanted: nothing is made
             _, _, state, step, batches = cast(Any, args)
             raise programs.Planned(step.lower(state, batches(0)))
         with run.at_work():

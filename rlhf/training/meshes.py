@@ -68,7 +68,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
     """A batch's rows over `data` and `fsdp`; on every device where they do not divide, such as a
     few prompts.
     """
-    if programs.devices() is not None:
+    if programs.is_planned():
         return place_shapes(batch, mesh)
     if not _divides(batch, mesh):
         # Every device computes all rows: slower than a split, and right for any number of them.
@@ -79,7 +79,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
 def everywhere(tree: Any, mesh: Mesh) -> Any:
     """Arrays on every device of a mesh."""
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    if programs.devices() is not None:
+    if programs.is_planned():
         return programs.shaped(tree, replicated)
     return jax.device_put(tree, replicated)
 

@@ -18,8 +18,8 @@ from rlhf.training import (
     collecting,
     environments,
     evaluation,
-    loading,
     meshes,
+    model_info,
     programs,
     prompts,
     rewards,
@@ -110,15 +110,15 @@ def load_inputs(
     selection.check(selected, training)
     devices = meshes.make(mesh, rows=rows, micro_batches=num_minibatches * training.micro_batches)
     played = environments.load(environment, reward, sampling)
-    tokenizer = loading.load_tokenizer(model)
-    seq2seq = loading.load_seq2seq(model, tokenizer)
+    tokenizer = model_info.load_tokenizer(model)
+    seq2seq = model_info.load_seq2seq(model, tokenizer)
     stop = stop_criteria(model, sampling, tokenizer)
     train, held_out = prompts.load(dataset, tokenizer, seq2seq, say=run.say)
     total = training.total_steps(len(train.rows), has_held_out=held_out is not None)
     # Prompts and what is sampled after them must fit the model's positions.
     parts = train.prompts, held_out and held_out.prompts
     longest = completion_tokens(sampling, environment)
-    loading.check_tokens(model, tokenizer, *parts, max_new_tokens=longest)
+    model_info.check_tokens(model, tokenizer, *parts, max_new_tokens=longest)
     reward_fn = (
         rewards.load(reward, dataset, tokenizer, train.rows, held_out.rows if held_out else [])
         if played is None

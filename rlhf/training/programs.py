@@ -30,6 +30,16 @@ def devices() -> Sequence[jax.Device] | None:
     return _DEVICES.get()
 
 
+def is_planned() -> bool:
+    """Whether only programs are wanted, and parameters are shapes."""
+    return devices() is not None
+
+
+def computed(fn: Callable, *args: Any) -> Any:
+    """What a function returns; only its shapes where only programs are wanted."""
+    return jax.eval_shape(fn, *args) if is_planned() else fn(*args)
+
+
 def of(
     main: Callable, *, devices: Sequence[jax.Device] | None = None, **options: Any
 ) -> dict[str, jax.stages.Lowered]:

@@ -59,7 +59,7 @@ class PromptSet(NamedTuple):
         }
         prompts = datasets.select(self.prompts, np.asarray(chosen))
         # Programs that are made ahead are those of the widest prompts.
-        narrow = narrow and programs.devices() is None
+        narrow = narrow and not programs.is_planned()
         return PromptBatch(_narrowed(prompts) if narrow else prompts, columns, key)
 
 

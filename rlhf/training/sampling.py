@@ -11,7 +11,7 @@ from rlhf.fields import documented
 from rlhf.lm import LM
 from rlhf.rollouts import Prompts, Rollout
 from rlhf.train import TrainState
-from rlhf.training import datasets, loading
+from rlhf.training import datasets, model_info
 from rlhf.training.loading import Loaded
 from rlhf.training.options import ModelOptions, SamplingOptions
 from rlhf.typing import SampleFn
@@ -35,7 +35,7 @@ def stop_criteria(model: ModelOptions, options: SamplingOptions, tokenizer: Any)
     where there are no tokens.
     """
     strings = rollouts.stop_strings(tokenizer, options.stop) if options.stop else None
-    return StopCriteria(loading.eos_ids(model, tokenizer), strings)
+    return StopCriteria(model_info.eos_ids(model, tokenizer), strings)
 
 
 def make_sampler(

@@ -15,7 +15,7 @@ from rlhf.lm import LM, Head, Params
 from rlhf.models import huggingface
 from rlhf.rollouts import Batch, Prompts, Rollout, Sampler, reward_functions, samplers
 from rlhf.train import TrainState
-from rlhf.training import loading, meshes
+from rlhf.training import loading, meshes, model_info
 from rlhf.training.loading import Loaded
 from rlhf.training.options import ModelOptions
 from rlhf.training.runs import RunFolder
@@ -183,10 +183,10 @@ def result(
         loaded.lm,
         lm_params,
         tokenizer,
-        eos_ids=loading.eos_ids(model, tokenizer)
+        eos_ids=model_info.eos_ids(model, tokenizer)
         if is_generative and tokenizer.eos_token_id is not None
         else (),
-        seq2seq=loading.load_seq2seq(model, tokenizer) if is_generative else None,
+        seq2seq=model_info.load_seq2seq(model, tokenizer) if is_generative else None,
         head=loaded.head,
         head_params=head_params,
         source=loaded.source,
