@@ -38,8 +38,15 @@ if FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # workers inherit what thei
     ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import gc
+
 import jax
 import pytest
+
+# Programs and their traces are millions of objects that live long: the default of 700 new ones
+# between two collections spends a tenth of the time on looking at them.
+gc.set_threshold(50_000, 20, 50)
+MOST = 3 << 30  # bytes of a worker, beyond which its compiled programs are dropped
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -57,6 +64,14 @@ def pytest_collection_modifyitems(items):
         ordered = sorted((items[i] for i in places), key=lambda item: str(callspec(item)["name"]))
         for i, item in zip(places, ordered, strict=True):
             items[i] = item
+
+
+def pytest_runtest_teardown(nextitem):
+    """Compiled programs of tests that are over would fill the memory of a small machine."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if nextitem is not None and pages * os.sysconf("SC_PAGE_SIZE") > MOST:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

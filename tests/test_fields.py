@@ -20,6 +20,7 @@ SHELL = {
     "json_text",
     "tools",
     "trl_names",
+    "trl_tables",
     "yaml_files",
     "losses",
 }

@@ -145,7 +145,8 @@ def test_completions_keep_their_labels_and_are_held_against_other_prompts():
     said = []
     completions = unpaired.lay_out(tokenizer, [*pairs, *single], 6, said.append, mismatched=True)
     assert said == [
-        "0 sequences lost 0 tokens beyond 6; 1 rows with nothing left to train on were left out"
+        "5 rows were taken apart into 8 completions with a label",
+        "0 sequences lost 0 tokens beyond 6; 1 rows with nothing left to train on were left out",
     ]
     text = lambda row, mask: tokenizer.decode(np.asarray(row)[mask], skip_special_tokens=True)
     prompts, own, others = [], [], []
