@@ -46,7 +46,7 @@ import pytest
 # Programs and their traces are millions of objects that live long: the default of 700 new ones
 # between two collections spends a tenth of the time on looking at them.
 gc.set_threshold(50_000, 20, 50)
-MOST = 3 << 30  # bytes of a worker, beyond which its compiled programs are dropped
+GIGABYTE = 1 << 30
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -66,12 +66,28 @@ def pytest_collection_modifyitems(items):
             items[i] = item
 
 
-def pytest_runtest_teardown(nextitem):
-    """Compiled programs of tests that are over would fill the memory of a small machine."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if nextitem is not None and pages * os.sysconf("SC_PAGE_SIZE") > MOST:
-        jax.clear_caches()
-        gc.collect()
+class Memory:
+    """Drops compiled programs where a worker has grown by two gigabytes: those of tests that are over
+    would fill the memory of a small machine.
+    """
+
+    limit = 3 * GIGABYTE
+
+    def pytest_runtest_teardown(self, nextitem):
+        if nextitem is not None and self.used() > self.limit:
+            jax.clear_caches()
+            gc.collect()
+            # Not all of it goes back to the system.
+            self.limit = self.used() + 2 * GIGABYTE
+
+    @staticmethod
+    def used() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Memory())
 
 
 @pytest.fixture(scope="session")
