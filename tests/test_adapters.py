@@ -144,7 +144,7 @@ def test_an_output_without_weights_stays_zero_under_dora():
 # --- a model -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", exhaustive([False, True], quick=[True]))
 def test_nothing_changes_at_the_start_and_merged_equals_unmerged(dora):
     """Through the scan that trains and, of DoRA, the loop that decodes."""
     trainable, frozen = adapters.add(base(), jax.random.key(1), rank=2, alpha=2, dora=dora)
@@ -428,6 +428,7 @@ def test_no_matrix_of_the_base_s_size_is_made(dora):
     assert merged > in_bytes(params), (merged, in_bytes(params))
 
 
+@pytest.mark.exhaustive
 def test_arrays_are_placed_and_a_sharded_step_is_the_same():
     mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     names = adapters.axes(LM.axes(), jax.eval_shape(state_at_start, jax.random.key(0)).context)

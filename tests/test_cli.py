@@ -164,6 +164,7 @@ def test_a_resumed_run_asks_for_the_same(base, tmp_path, capsys):
     assert "learning_rate was" not in error
 
 
+@pytest.mark.exhaustive
 def test_reward_and_dpo_with_adapters(base, tmp_path):
     ask = ["--model", base, "--dataset", "task:reverse", *SMALL, "--steps", "2", "--lora_rank", "2"]
     assert (

@@ -76,6 +76,7 @@ def test_mistakes_of_the_policy_are_no_failures_of_the_environment(base, talk, t
     assert [row["environment/errors"] for row in metrics_of(tmp_path / "run")] == [1, 1]
 
 
+@pytest.mark.exhaustive
 def test_an_environment_from_python(base, tmp_path):
     def step(state, ids, text):
         return Turn(None, reward=float(ids[0] % 2), done=True)

@@ -138,6 +138,7 @@ def iteration(early_end=False):
     return init, lambda state, key: iterate(state, prompts, key)
 
 
+@pytest.mark.exhaustive
 def test_scan_over_whole_train_steps_and_vmap_over_seeds_equal_the_loop():
     init, step = iteration()
     seeds = jax.random.split(jax.random.key(0), 4)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import exhaustive
 from safetensors.numpy import load_file
 
 import rlhf
@@ -195,7 +196,7 @@ def dtypes(folder):
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--dtype", "bfloat16"], ["--lora_rank", "2"]],
+    exhaustive([[], ["--dtype", "bfloat16"], ["--lora_rank", "2"]], quick=[[]]),
     ids=["whole", "bfloat16", "adapters"],
 )
 def test_a_model_comes_out_in_the_dtype_it_had(half, more, tmp_path):

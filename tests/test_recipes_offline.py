@@ -84,6 +84,7 @@ def stepwise():
     return task.tokenizer(), tasks.stepwise(task, 8), task.step_separator
 
 
+@pytest.mark.exhaustive
 def test_prm_is_the_cross_entropy_at_the_ends_of_steps():
     tokenizer, rows, separator = stepwise()
     lm = rlhf.models.transformer(rlhf.models.TransformerConfig(len(tokenizer), SIZE, 1, 2, 32))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import exhaustive
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -150,7 +151,7 @@ def test_a_classifier_goes_on_from_its_own_head():
     assert "unembedding" not in params["lm"]
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", exhaustive(ENCODERS, quick=ENCODERS[:1]))
 def test_what_reward_writes_is_read_again_and_by_transformers(trained, name):
     folder = trained / f"run_{name}" / "model"
     lm, head, params, tokenizer = huggingface.load_classifier(folder)

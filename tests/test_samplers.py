@@ -157,6 +157,7 @@ def logprobs_of(logits, rollout):
     return np.where(rollout.mask, np.pad(picked, ((0, 0), (1, 0))), 0)
 
 
+@pytest.mark.exhaustive
 def test_ilql_samples_by_its_shift():
     """`log π + β (Q - V)`, heads of the hidden states that the logits are made from."""
     lm = tiny.models(num_layers=1)[0]

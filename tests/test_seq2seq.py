@@ -230,6 +230,7 @@ def test_classic_steps_take_queries_and_responses(folders):
     assert moved["encoder"]["layers"]["q"] > 0
 
 
+@pytest.mark.exhaustive
 def test_what_reads_prompts_with_completions_reads_them_of_an_encoder_too():
     """The score of a generated task is that of the same rollout of a decoder; so are its prompts as texts."""
     task, tokenizer = tasks.find("task:reverse"), tasks.find("task:reverse").tokenizer()

@@ -31,6 +31,7 @@ from contracts.run import (
     weights_for,
 )
 from jax.sharding import NamedSharding, PartitionSpec
+from marks import exhaustive
 
 HALF = slice(ROWS // 2)  # what is left when rows and columns are cropped
 LEFT = slice(COLUMNS - 2)
@@ -40,6 +41,7 @@ SET_BY_USERS = {"old_logprobs", "ref_logprobs", "advantages", "weights", "values
 OF_BATCHES = ("policy", "kl", "value", "ratios", "weights")  # modules that read them as they are
 
 every_function = pytest.mark.parametrize("name", CASES)
+FIRST = {name.split(".")[0]: name for name in reversed(CASES)}.values()  # of each module
 
 
 def test_every_public_function_is_here():
@@ -51,7 +53,7 @@ def test_every_public_function_shows_an_example(name):
     assert ">>> " in inspect.getdoc(FUNCTIONS[name])
 
 
-@every_function
+@pytest.mark.parametrize("name", exhaustive(CASES, quick=FIRST))
 def test_jit_equals_eager(name):
     assert_close(call(name, inputs_of(name))[0], eager(name, inputs_of(name)))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import exhaustive
 
 from rlhf.models import LayerKind, Rope, TransformerConfig, q_head, scalar_head, transformer
 from rlhf.models.attention import attention
@@ -488,7 +489,7 @@ def test_long_rows_are_read_in_halves():
     assert count({}) > count(others)
 
 
-@pytest.mark.parametrize("before", [0, 40])
+@pytest.mark.parametrize("before", exhaustive([0, 40], quick=[40]))
 def test_splash_attention_is_ours(before):
     """TPU's kernel, interpreted: two sequences and padding in a row, a length that is no multiple of its tiles; queries of all
     columns, or of all but the first."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_goldens import HOME as CHECKPOINTS
+from marks import exhaustive
 from safetensors.numpy import load_file
 
 from rlhf import cli
@@ -17,7 +18,9 @@ from rlhf.models.vocabulary import resized
 MORE = 3
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "phi", "gptj", "bart", "t5"])
+@pytest.mark.parametrize(
+    "name", exhaustive(["gpt2", "llama", "phi", "gptj", "bart", "t5"], quick=["llama", "t5"])
+)
 def test_grown_as_transformers_grows_it_and_saved(name, tmp_path):
     lm, params, _ = huggingface.load(CHECKPOINTS / name)
     number = params["embedding"].shape[0]
