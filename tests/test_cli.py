@@ -534,6 +534,7 @@ def test_a_mistake_in_a_process_of_its_own(argv):
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.exhaustive
 def test_a_run_s_own_config_makes_the_run_again(base, tmp_path):
     argv = ["sft", "--model", base, "--dataset", "task:reverse", "--dataset_size", "8"]
     first = [*argv, "--steps", "1", "--batch_size", "4", "--output", str(tmp_path / "first")]

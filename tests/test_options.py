@@ -146,6 +146,7 @@ def test_algorithms_by_name_take_scales_and_a_cap():
         policy_gradient.named("gspo", 4, max_ratio=2.0)
 
 
+@pytest.mark.exhaustive
 def test_the_best_evaluation_is_kept_and_exported(base, tmp_path):
     more = ["--eval_split", "train", "--eval_every", "1", "--steps", "4", "--optimizer", "sgd"]
     run(

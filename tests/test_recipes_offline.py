@@ -139,6 +139,7 @@ def slow_jsd(student, teacher, beta):
     return beta * kl(t, m) + (1 - beta) * kl(s, m)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("beta", "temperature", "size"), [(0.3, 2.0, 13), (1.0, 1.0, None)])
 def test_gkd_is_the_divergence_of_each_token(beta, temperature, size):
     lm, batch = lm_and_rows()
@@ -475,6 +476,7 @@ def test_gkd_learns_on_rows_and_on_what_is_sampled(base, teacher, tmp_path):
     assert np.abs(before - after).max() > 1e-4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", exhaustive(["rft", "ilql"], quick=["rft"]))
 def test_a_resumed_run_ends_with_the_same_bits(name, base, tmp_path):
     extra = {

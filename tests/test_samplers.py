@@ -83,6 +83,7 @@ def test_sampled_frequencies_match_the_probabilities(name):
     assert chi_square < 20.5  # at most 5 degrees of freedom, p = 0.001
 
 
+@pytest.mark.exhaustive
 def test_a_large_vocabulary_is_drawn_from_as_a_whole():
     """Inverse of the cumulative distribution over blocks of tokens: its pieces fit together."""
     logits = jnp.sin(jnp.arange(1000.0)) * 3

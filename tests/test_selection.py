@@ -156,6 +156,7 @@ def test_a_buffer_stands_in_for_groups_without_a_difference():
     assert (stored > -np.inf).sum() == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options",
     exhaustive(

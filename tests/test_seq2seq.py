@@ -115,6 +115,7 @@ def test_the_loss_is_that_of_transformers(name, folders):
     np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "command"),
     exhaustive(

@@ -212,6 +212,7 @@ def test_a_whole_run_jits_and_vmaps_over_seeds(name):
     np.testing.assert_array_equal(encoded.mask, prompts.mask)
 
 
+@pytest.mark.exhaustive
 def test_rewards_of_a_model_that_samples():
     task = tasks.find("task:sort")
     lm = transformer(

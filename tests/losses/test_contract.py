@@ -41,6 +41,7 @@ SET_BY_USERS = {"old_logprobs", "ref_logprobs", "advantages", "weights", "values
 OF_BATCHES = ("policy", "kl", "value", "ratios", "weights")  # modules that read them as they are
 
 every_function = pytest.mark.parametrize("name", CASES)
+ADDS_UP = [name for name, case in CASES.items() if not case.couples]
 FIRST = {name.split(".")[0]: name for name in reversed(CASES)}.values()  # of each module
 
 
@@ -236,7 +237,7 @@ def test_sharded_equals_unsharded(name):
         assert "all-gather" not in compiled.as_text()
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.couples])
+@pytest.mark.parametrize("name", exhaustive(ADDS_UP, quick=[n for n in FIRST if n in ADDS_UP]))
 @pytest.mark.parametrize("parts", [4])
 def test_micro_batches_sum_to_the_whole(name, parts):
     arrays = inputs_of(name)

@@ -29,7 +29,7 @@ from rlhf.models.families import FAMILIES
 
 LMS = names("causal", "seq2seq")
 # Positions, norms, experts and encoders of every kind; the rest differ from these by names and sizes.
-FEW = ["bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe", "t5"]
+FEW = ["gemma3_text", "llama", "t5"]
 CAUSAL = names("causal")
 SEQ2SEQ = names("seq2seq")
 CLASSIFIERS = names("seqcls", "tokcls", "encoder_seqcls")
