@@ -40,9 +40,17 @@ LEFT = slice(COLUMNS - 2)
 SET_BY_USERS = {"old_logprobs", "ref_logprobs", "advantages", "weights", "values", "returns"}
 OF_BATCHES = ("policy", "kl", "value", "ratios", "weights")  # modules that read them as they are
 
-every_function = pytest.mark.parametrize("name", CASES)
+# By default one function of three, and the first of each module.
+QUICK = {*list(CASES)[::3], *{name.split(".")[0]: name for name in reversed(CASES)}.values()}
+
+
+def some(names):
+    names = list(names)
+    return exhaustive(names, quick=[name for name in names if name in QUICK])
+
+
+every_function = pytest.mark.parametrize("name", some(CASES))
 ADDS_UP = [name for name, case in CASES.items() if not case.couples]
-FIRST = {name.split(".")[0]: name for name in reversed(CASES)}.values()  # of each module
 
 
 def test_every_public_function_is_here():
@@ -54,7 +62,7 @@ def test_every_public_function_shows_an_example(name):
     assert ">>> " in inspect.getdoc(FUNCTIONS[name])
 
 
-@pytest.mark.parametrize("name", exhaustive(CASES, quick=FIRST))
+@pytest.mark.parametrize("name", some(CASES))
 def test_jit_equals_eager(name):
     assert_close(call(name, inputs_of(name))[0], eager(name, inputs_of(name)))
 
@@ -145,7 +153,7 @@ def test_nothing_trained_is_zero(name):
     assert not any(x.any() for x in gradients.values())
 
 
-@pytest.mark.parametrize("name", HAS_MASK)
+@pytest.mark.parametrize("name", some(HAS_MASK))
 def test_masked_equals_cropped(name):
     arrays = inputs_of(name)
     arrays["mask"][HALF.stop :] = False
@@ -204,7 +212,7 @@ def test_one_number_per_sequence(name, key):
             )
 
 
-@pytest.mark.parametrize("name", HAS_MASK)
+@pytest.mark.parametrize("name", some(HAS_MASK))
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_a_mask_is_boolean(name, dtype):
     arrays = inputs_of(name)
@@ -237,7 +245,7 @@ def test_sharded_equals_unsharded(name):
         assert "all-gather" not in compiled.as_text()
 
 
-@pytest.mark.parametrize("name", exhaustive(ADDS_UP, quick=[n for n in FIRST if n in ADDS_UP]))
+@pytest.mark.parametrize("name", some(ADDS_UP))
 @pytest.mark.parametrize("parts", [4])
 def test_micro_batches_sum_to_the_whole(name, parts):
     arrays = inputs_of(name)
@@ -290,7 +298,7 @@ def pack(x, padding=0):
     return packed
 
 
-@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("name", some(PACKS))
 def test_packed_equals_unpacked(name):
     arrays = inputs_of(name)
     inside = np.arange(COLUMNS) < LENGTHS[:, None]

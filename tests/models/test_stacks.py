@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_goldens import CHECKPOINTS, names
+from marks import exhaustive
 
 from rlhf import adapters
 from rlhf.from_flax import from_linen
@@ -63,7 +64,7 @@ def file_tensors(rows, params, config):
     }
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", exhaustive(EVERY, quick=EVERY[::4]))
 def test_the_matrices_of_a_file_decay_and_nothing_else(name):
     config = huggingface.read_config(CHECKPOINTS / name)
     family = FAMILIES[huggingface.model_type(CHECKPOINTS / name)]
