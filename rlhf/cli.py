@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-        # Out of memory on a device: XLA's own error, of which JAX has no class.
+        # Out of memory on a device is one JaxRuntimeError among others, told apart by its text; the
+        # class would have to be imported for `rlhf --help` too.
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -158,7 +159,8 @@ def _out_of_memory(name: str, error: RuntimeError) -> str:
     options = options_of(importlib.import_module(COMMANDS[name][0]).main)
     cures = [f"--{option} {value}" for option, value in SMALLER.items() if option in options]
     what = str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2]
-    return f"a device has not enough memory: {what}{_elsewhere(error)}; try {', '.join(cures)}"
+    cure = f"try {', '.join(cures)}" if cures else "take a larger device"
+    return f"a device has not enough memory: {what}{_elsewhere(error)}; {cure}"
 
 
 def _elsewhere(error: BaseException) -> str:

@@ -82,7 +82,9 @@ class Memory:
 
     @staticmethod
     def used() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        statm = Path("/proc/self/statm")
+        # Linux has it; elsewhere programs stay.
+        pages = int(statm.read_text().split()[1]) if statm.exists() else 0
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
