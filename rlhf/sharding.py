@@ -21,6 +21,9 @@ RULES: Mapping[str, Any] = {
     "layers": None,
     "expert": None,
 }
+# Where a loop of decoding steps reads parameters: left on `fsdp`, every layer would be gathered
+# again for every token.
+ROLLOUT_RULES: Mapping[str, Any] = {**RULES, "embed": None}
 # Elements.  Larger arrays of a state are always split when fsdp > 1; of smaller ones, such as
 # norms, a copy on every device is cheaper than gathering them.
 SMALL = 1024
@@ -232,14 +235,70 @@ def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
-def row_ways(rules: Mapping[str, Any] = RULES) -> int:
-    """How many parts the mesh that is set cuts a batch's rows into; 1 without a mesh.
+def constrain_rows(tree: Any) -> Any:
+    """Keeps the rows of activations `[B, ...]` over `data` and `fsdp`, if a mesh is set and their
+    number divides; XLA places the other axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    rows = spec(("batch",), mesh)[0]
 
-    >>> row_ways()
+    def one(x):
+        if not x.ndim or x.shape[0] % _ways(rows, mesh):
+            return x
+        others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *others))
+
+    return jax.tree.map(one, tree)
+
+
+def constrain_params(params: Any, axes: Any, rules: Mapping[str, Any] = ROLLOUT_RULES) -> Any:
+    """Parameters laid out anew by a table, if a mesh is set: once, where this stands in the program.
+
+    Args:
+      params: of a model, adapters in place of some of its matrices or not.
+      axes: `lm.axes()`.  Leaves without names in it stay where they are.
+      rules: logical axis name -> mesh axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    names = {_without_numbers(path): leaf for path, leaf in _with_path(axes)}
+
+    def one(path, leaf):
+        # A layer by itself has a number where the stack of all has an axis.
+        path = _without_numbers(path)
+        # An adapter's matrix stands under `base`, where the matrix itself stood.
+        known = names.get(path[:-1] if path[-1:] == ("base",) else path) or ()
+        known = known[len(known) - leaf.ndim :]
+        return constrain(leaf, *known, rules=rules) if len(known) == leaf.ndim else leaf
+
+    # Behind a barrier: XLA would gather a matrix anew for each of its uses.
+    return jax.lax.optimization_barrier(jax.tree_util.tree_map_with_path(one, params))
+
+
+def ways(name: str, rules: Mapping[str, Any] = RULES) -> int:
+    """How many parts the mesh that is set cuts a logical axis into; 1 without a mesh.
+
+    >>> ways("batch")
     1
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _ways(spec(("batch",), mesh, rules)[0], mesh)
+    return 1 if mesh.empty else _ways(spec((name,), mesh, rules)[0], mesh)
+
+
+def platform() -> str:
+    """Where a program that is traced now will run, "cpu", "gpu" or "tpu": the devices of the mesh
+    that is set, which may be elsewhere; without one JAX's default.
+
+    >>> platform()
+    'cpu'
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
 def start_distributed(**kwargs) -> None:
@@ -277,6 +336,10 @@ def _is_names(x) -> bool:
 
 def _with_path(axes):
     return jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_names)
+
+
+def _without_numbers(path) -> tuple[str, ...]:
+    return tuple(key for key in _path(path) if not key.isdecimal())
 
 
 def _path(path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rlhf.fields import documented
 from rlhf.rollouts import samplers
 from rlhf.rollouts.types import Array, Prompts, check_prompts
+from rlhf.sharding import constrain_params, constrain_rows
 
 
 @documented
@@ -118,10 +119,11 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
     as `generate` has them.
     """
     ahead = 0 if prefix is None else prefix.shape[0]
-    # `unstack` copies layers apart once, before the loop: sliced inside it, XLA would copy them at
-    # every token. An encoder reads the stacked ones.
+    # An encoder reads its parameters once, as they are.
     encode = partial(lm.encode, params) if lm.encode else None
-    params = lm.unstack(params) if lm.unstack else params
+    # Once, before the loop, which reads them for every token: in the dtype of the computation,
+    # layers apart where XLA would copy them out of their stack, and on a mesh laid out anew.
+    params = constrain_params(lm.unstack(params) if lm.unstack else params, lm.axes())
     if prefix is not None:
         # The prefix is read by one row, whose cache is then repeated for every prompt.
         ones = jnp.ones((1, ahead), jnp.int32)
@@ -153,8 +155,9 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
         # Prompts end in the last column: the next position is one beyond it.
         first = positions[:, -1] + 1 + ahead
         # A prompt is read once, its cache copied to all of its samples.
-        hidden, cache, tokens, segment_ids, first, inputs = repeat(
-            (hidden[:, -1], cache, tokens, segment_ids, first, inputs), samples
+        # Prompts may be too few for the devices, which then read all; their rows are shared out.
+        hidden, cache, tokens, segment_ids, first, inputs = constrain_rows(
+            repeat((hidden[:, -1], cache, tokens, segment_ids, first, inputs), samples)
         )
 
         def pad_right(x, value):
@@ -225,12 +228,11 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
             return chosen - jax.nn.logsumexp(x, axis=-1)
 
         # A column beyond the array is dropped: that is how rows which are over write nothing,
-        # without a branch.
-        each = jnp.arange(going.shape[0])
-
+        # without a branch.  Row by row, so that XLA on a mesh need not gather them all.
         def put(x, at, value):
             column = jnp.where(going, at, x.shape[1])
-            return x.at[each, column].set(value.astype(x.dtype), mode="drop")
+            one = lambda row, column, value: row.at[column].set(value, mode="drop")
+            return jax.vmap(one)(x, column, value.astype(x.dtype))
 
         state = rows.stop
         ends = _is_in(sampled, settings.eos_ids)

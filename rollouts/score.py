@@ -11,7 +11,11 @@ from rlhf import losses
 from rlhf.fields import documented
 from rlhf.lm import LM, Head, Params
 from rlhf.rollouts.types import Array, Batch, Rollout, check_ids
+from rlhf.sharding import ways
 from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
+
+# Of one device, whose logits exist at a time where the output matrix is gathered for them.
+CHUNK_TOKENS = 4096
 
 
 @documented
@@ -71,7 +75,8 @@ def score(
       shared: rows in groups with a common prefix, such as a prompt's samples: models that can
         (`lm.shares`) read it once, and the results are the same to rounding, but for `aux`, which
         counts it once.  A group whose rows do not share what they ought to gets NaN.
-      chunk_size: the most columns whose logits exist at a time.
+      chunk_size: the most columns whose logits exist at a time; where a mesh splits the output matrix
+        by `fsdp`, at least those of 4,096 tokens of a device.
       max_segments: the most sequences in a packed row; static.
 
     Returns: `Scored`.
@@ -240,9 +245,15 @@ def _score(
         logits = logits / temperature.astype(logits.dtype)
         return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
 
+    # With `fsdp` every chunk gathers the output matrix: as few chunks as fit are fewer bytes.
+    if ways("embed") > 1:
+        chunk_size = max(chunk_size, CHUNK_TOKENS * ways("batch") // tokens.shape[0])
+
     def of_columns(part):
         unembed = partial(lm.unembed, params)
-        needed = requested[:, part]
+        # Whether a chunk has any that is needed is a question to all devices; one of completions
+        # nearly always has.
+        needed = requested[:, part] if ways("batch") == 1 or part.stop else None
         return losses.chunked(
             per_position,
             before(hidden)[:, part],

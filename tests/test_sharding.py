@@ -1,7 +1,9 @@
 """On eight CPU devices the demo's steps equal those on one, rollouts included, and no large array of a state is ever whole."""
 
 import functools
+import re
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,14 @@ from marks import exhaustive
 import rlhf
 from rlhf import demo, rollouts, sharding
 from rlhf.recipes import dpo, grpo, ppo, reward
+from rlhf.training import meshes
 from rlhf.training.policy import Policy
 
 import steps as tiny  # isort: skip
 
 MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4))
 ROWS, SEQUENCE = 16, 12
+SMALLEST = 512  # elements of a matrix, far above what rows of the batch have
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,50 @@ def test_no_large_array_of_the_demos_state_is_whole_on_a_device(shape, task, cre
     assert len(wide) >= 4
     for leaf in wide:
         assert max(shard.data.size for shard in leaf.addressable_shards) < leaf.size
+
+
+def test_a_loop_of_decoding_steps_gathers_no_parameters(task, models, created):
+    """They are laid out anew once, before the loop."""
+    mesh, params = created(fsdp=8)
+
+    def sample(params, prompts, key):
+        return rollouts.generate(models.lm, params, prompts, key, max_new_tokens=4)
+
+    with jax.set_mesh(mesh):
+        prompts = sharding.shard_batch(task.prompts, mesh)
+        program = jax.jit(sample).lower(params, prompts, jax.random.key(0)).compile()
+    moved = hlo.in_loops(program.as_text())
+    assert max((number for _, number in moved), default=0) < SMALLEST, moved
+
+
+def test_few_prompts_give_the_same_on_many_devices(task, models, created):
+    """Two prompts of eight samples on eight devices, which read both and share out their rows."""
+    few = jax.tree.map(lambda x: x[:2], task.prompts)
+    sample = functools.partial(rollouts.generate, models.lm, max_new_tokens=4, num_samples=8)
+    mesh, on_mesh = created(fsdp=8)
+    with jax.set_mesh(mesh):
+        found = jax.jit(sample)(on_mesh, meshes.place(few, mesh), jax.random.key(0))
+    wanted = sample(jax.device_get(on_mesh), few, jax.random.key(0))
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    assert len(found.tokens.sharding.device_set) == 8
+    assert not found.tokens.sharding.is_fully_replicated
+
+
+def test_a_chunk_is_counted_in_tokens_of_a_device_where_the_output_matrix_is_split(models, created):
+    """`[B, C, V]` of the logits that exist at a time."""
+    rows = rollouts.unpacked_rows(jnp.ones((8, 128), jnp.int32), jnp.ones((8, 128), bool))
+
+    def columns(**shape):
+        mesh, params = created(**shape)
+        with jax.set_mesh(mesh):
+            traced = jax.make_jaxpr(lambda params: rollouts.score_batch(models.lm, params, rows))(
+                params
+            )
+        size = models.lm.unembed(params, jnp.zeros((1, 32))).shape[-1]
+        return {int(found) for found in re.findall(rf"f32\[8,(\d+),{size}\]", str(traced))}
+
+    assert columns(data=8) == {64}
+    assert columns(fsdp=8) == {128}
 
 
 def test_refusals_name_both_sides():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.models.linear import in_float32
+from rlhf.sharding import platform
 from rlhf.shared_prefix import SharedPrefix
 
 Array = jax.Array
@@ -61,7 +62,7 @@ def attention(
     # Compared by identity: values are not known while the program is traced.  Keys of the same
     # tokens allow shortcuts that a cache, padded and in another order, does not.
     same_tokens = kv_positions is positions and kv_segment_ids is segment_ids
-    here = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    here = {"gpu": "cudnn", "tpu": "splash"}.get(platform(), "xla")
     # A single query has nothing to fuse.
     kernel = "xla" if q.shape[2] == 1 else kernel
     refused = _refused(kernel or here, q, causal, window, softcap, bias, same_tokens or last)
@@ -191,7 +192,7 @@ def _xla(q, k, v, mask, softcap, bias, scale):
     q = (q * scale).reshape(batch, k.shape[1], groups * length, width)
     # XLA on CPU takes twice as long for the product of two to four queries with all keys as for as
     # many products of one query.
-    scores = _products(q, k, one_by_one=length == 1 and jax.default_backend() == "cpu")
+    scores = _products(q, k, one_by_one=length == 1 and platform() == "cpu")
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = scores.reshape(batch, k.shape[1], groups, length, -1)
     if softcap is not None:

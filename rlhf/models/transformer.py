@@ -16,7 +16,7 @@ from rlhf.models.experts import Routing
 from rlhf.models.linear import linear, look_up, or_zero, rows
 from rlhf.models.position_bias import alibi, relative
 from rlhf.models.rotary import rotations
-from rlhf.sharding import constrain, row_ways
+from rlhf.sharding import constrain, platform, ways
 from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
 
 Array = jax.Array
@@ -178,7 +178,7 @@ class Stack(Weights):
         """
         c = self.config
         attention_inputs, rotations = self._where(positions, segment_ids, None)
-        unroll = 4 if jax.default_backend() == "cpu" else 1
+        unroll = 4 if platform() == "cpu" else 1
 
         def apply(carry, layers, repeat, place, kinds):
             x, routing = carry
@@ -222,8 +222,15 @@ class Stack(Weights):
                 "length) of them all"
             )
 
+        # Tokens that fill the cache are all that it holds: attention reads their own keys, by a
+        # fused kernel too.  Not where angles depend on the length, which is the cache's.
+        fills = x.shape[1] == room and not _by_length(c)
+
         # Each row has its own write index, since prompts may have been read to different lengths.
         def write_at(axis, old, new):
+            if fills:
+                return new.astype(old.dtype)
+
             def one(old, new, i):
                 return jax.lax.dynamic_update_slice_in_dim(old, new, i, axis)
 
@@ -233,7 +240,7 @@ class Stack(Weights):
         cache_positions = write_at(0, cache.positions, positions)
         cache_segments = write_at(0, cache.segment_ids, segment_ids)
         attention_inputs, rotations = self._where(
-            positions, segment_ids, (cache_positions, cache_segments)
+            positions, segment_ids, None if fills else (cache_positions, cache_segments)
         )
         layer_caches: list[tuple[Array, Array]] = []
         for i, layer in enumerate(cut(layers, c)):
@@ -320,10 +327,7 @@ class Transformer(Stack):
         """Whether a prefix is the same whatever follows: not where attention reads the full text,
         or rotary angles depend on its length.
         """
-        c = self.config
-        return c.causal and not any(
-            kind.rope and kind.rope.scaling and kind.rope.scaling.by_length for kind in c.kinds
-        )
+        return self.config.causal and not _by_length(self.config)
 
     def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=NOT_SHARED):
         """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and
@@ -339,7 +343,7 @@ class Transformer(Stack):
                 f"this model is conditioned on its tokens alone, but got inputs {unknown}"
             )
         # Every device must have as many groups as the others: smaller ones, if need be.
-        shared = shared.fitting(len(tokens), row_ways())
+        shared = shared.fitting(len(tokens), ways("batch"))
         x = embed(c, self.embedding, shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids)))
         if c.token_types:
             types = or_zero(
@@ -366,6 +370,11 @@ class Transformer(Stack):
         if not self.config.causal:
             raise ValueError("an encoder sees whole texts and has no cache; it does not generate")
         return empty_cache(self.config, batch, length)
+
+
+def _by_length(c: TransformerConfig) -> bool:
+    """Whether rotary angles depend on how long a text is."""
+    return any(kind.rope and kind.rope.scaling and kind.rope.scaling.by_length for kind in c.kinds)
 
 
 def empty_cache(c: TransformerConfig, batch: int, length: int) -> Cache:
@@ -431,12 +440,33 @@ def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str,
 
 
 def unstacked(params: dict[str, Any], c: TransformerConfig) -> dict[str, Any]:
-    """Parameters for a loop of decoding steps: on CPU with the layers cut from the stack."""
+    """Parameters for a loop of decoding steps: matrices in the dtype of the computation, and on CPU
+    with the layers cut from the stack.
+    """
+    # Read again for every token: float32 masters would be cast each time.  The same numbers, since
+    # `linear` and `look_up` cast them where they are used.
+    params = jax.tree_util.tree_map_with_path(
+        partial(_narrowed, c), params, is_leaf=lambda x: hasattr(x, "matmul")
+    )
     # XLA on CPU copies each layer out of the stack at every step; elsewhere a slice is read in
     # place.
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return {**params, "layers": cut(params["layers"], c)}
     return params
+
+
+def _narrowed(c: TransformerConfig, path: tuple, weight: Any) -> Any:
+    """A matrix that activations are multiplied with, or a table of vectors, in `c.dtype`; all else
+    as it is.
+    """
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    # Vectors are used in float32, and so are the router and the table of relative positions; a
+    # weight with a product of its own, such as an adapter, says itself how wide it is.
+    if {"router", "relative"} & set(names) or hasattr(weight, "matmul"):
+        return weight
+    is_matrix = weight.ndim - ("layers" in names) >= 2
+    is_wide = weight.dtype.itemsize > jnp.dtype(c.dtype).itemsize
+    return weight.astype(c.dtype) if is_matrix and is_wide else weight
 
 
 def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from marks import exhaustive
 
 from rlhf.models import LayerKind, Rope, TransformerConfig, q_head, scalar_head, transformer
 from rlhf.models.attention import attention
+from rlhf.models.huggingface_config import config_of
 from rlhf.models.rotary import Dynamic, LongRope
 
 LENGTH = 7
@@ -112,6 +113,22 @@ def test_cached_equals_uncached(name):
     assert_close(np.concatenate(out, axis=1), expected)
     np.testing.assert_array_equal(cache.written, [LENGTH, LENGTH])
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("name", exhaustive(["windows", "experts"], quick=["experts"]))
+def test_parameters_for_decoding_are_narrow_and_give_the_same_bits(name):
+    lm, params, _ = variant(name)
+    half = transformer(dataclasses.replace(config_of(lm), dtype=jnp.bfloat16))
+    narrow = half.unstack(params)
+    rows = TOKENS[:, :4], POSITIONS[:, :4], ONES[:, :4]
+    logits = [
+        half.unembed(each, run(half, each, *rows, half.init_cache(2, LENGTH))[0])
+        for each in (params, narrow)
+    ]
+    np.testing.assert_array_equal(*logits)
+    (first, *_) = narrow["layers"]
+    assert {first["q"].dtype, narrow["embedding"].dtype} == {jnp.dtype(jnp.bfloat16)}
+    assert first["attention_norm"].dtype == jnp.float32
 
 
 def test_a_position_beyond_the_cache_is_nan():
