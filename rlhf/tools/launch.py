@@ -123,9 +123,8 @@ def _watch(children: Sequence[Child], stop_requested) -> int:
     if failed is None:
         return 0
     code = failed.process.returncode
-    # Told to stop, or a mistake that process 0 has reported: nothing died.
-    is_alike = all(child.process.returncode == code for child in children)
-    if not is_alike:
+    # All told to stop, or by a mistake that process 0 has reported: nothing died.
+    if code < 0 or any(child.process.returncode != code for child in children):
         _report(children, failed)
     return 128 - code if code < 0 else code
 
