@@ -207,9 +207,7 @@ def surroundings(argv: Sequence[str]) -> tuple[list[str], Surroundings]:
         given = value if equals else next(words, "")
         # The next word may be another option: the value was forgotten.
         if not given or given.startswith("--"):
-            what = (
-                "a folder, or null for none," if name == "compilation_cache" else "one value,"
-            )
+            what = "a folder, or null for none," if name == "compilation_cache" else "one value,"
             raise Mistake(f"--{name} takes {what} but is given none")
         found[name] = _held(f"--{name}", hints[name], given)
     return rest, Surroundings(**found)

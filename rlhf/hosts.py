@@ -2,7 +2,7 @@
 here is a plain pass-through.
 
 `start` joins them.  From then on all run the same Python in the same order: what one of them alone
-knows (a file, an error, a random number) is told to all before anything depends on it.
+knows (a file, an error, a random number) is passed on to all before anything depends on it.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf import files
@@ -27,6 +28,8 @@ T = TypeVar("T")
 START = 300
 # Seconds without a sign of life after which a host counts as dead.
 HEARTBEAT = 60
+# Seconds longer that the others wait for process 0, which can say who is missing.
+PATIENCE = 5
 # What tells JAX of several processes: (variables that must be there, one that says how many).
 CLUSTERS = (
     (("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"), "SLURM_NTASKS"),
@@ -87,26 +90,23 @@ def start(
         # At the end all wait for each other; one that died is not waited for longer than that.
         "shutdown_timeout_seconds": heartbeat_timeout,
     }
-    given = {
-        "coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _number(num_processes, "JAX_NUM_PROCESSES"),
-        "process_id": _number(process_id, "JAX_PROCESS_ID"),
-    }
-    found_by_jax = given["coordinator"] == "auto" or (
-        all(value is None for value in given.values()) and _has_cluster(os.environ)
-    )
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _number(num_processes, "JAX_NUM_PROCESSES")
+    process_id = _number(process_id, "JAX_PROCESS_ID")
+    is_given = (coordinator, num_processes, process_id) != (None, None, None)
+    found_by_jax = coordinator == "auto" or (not is_given and _has_cluster(os.environ))
+    if not found_by_jax and not is_given:
+        return
     if not found_by_jax:
-        if all(value is None for value in given.values()):
-            return
-        _check(given)
-        if given["num_processes"] == 1:
+        place = _checked(coordinator, num_processes, process_id)
+        if place.num_processes == 1:
             return
         # JAX ends the process where one is missing, and does not say which.
-        _call_roll(given["coordinator"], given["num_processes"], given["process_id"], start_timeout)
+        _call_roll(place, start_timeout)
         settings |= {
-            "coordinator_address": given["coordinator"],
-            "num_processes": given["num_processes"],
-            "process_id": given["process_id"],
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
             # JAX would look for a cluster all the same, for the numbers of local devices.
             "cluster_detection_method": "deactivate",
         }
@@ -149,9 +149,7 @@ def gather(value: T) -> list[T]:
     padded = np.zeros(1 << int(lengths.max() - 1).bit_length(), np.uint8)
     padded[: mine.size] = mine
     rows = process_allgather(padded)
-    return [
-        pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)
-    ]
+    return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def broadcast(value: T) -> T:
@@ -173,16 +171,18 @@ def agreed(fn: Callable[[], T]) -> list[T]:
     """
     if not several():
         return [fn()]
-    value, error = None, None
+    value: T | None = None
+    error: Exception | None = None
     try:
         value = fn()
     # Any error: a process that left here alone would let the others wait for it.
     except Exception as raised:
-        error = _portable(raised)
-    outcomes = gather((value, error))
-    for _, raised in outcomes:
-        if raised is not None:
-            raise raised
+        error = raised
+    outcomes = gather((value, error and _portable(error)))
+    for process, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            # Its own has the traceback.
+            raise (error if error and process == jax.process_index() else failure)
     return [value for value, _ in outcomes]  # type: ignore[misc]
 
 
@@ -229,11 +229,11 @@ def renewed(folder: str | Path) -> Iterator[Path]:
         of_first(stack.close)
 
 
-def whole(tree: Any) -> Any:
+def fetch(tree: Any) -> Any:
     """Arrays as NumPy in every process, their parts on other hosts too: all must call it, in the same
     order.  With one process the arrays stay as they are.
 
-    >>> whole({"a": np.ones(2)})
+    >>> fetch({"a": np.ones(2)})
     {'a': array([1., 1.])}
     """
     if not several():
@@ -258,7 +258,7 @@ def put(x: Any, where: jax.sharding.Sharding) -> jax.Array:
     spread = isinstance(x, jax.Array) and not x.is_fully_addressable
     if where.is_fully_addressable or spread:
         return jax.device_put(x, where)
-    if jax.dtypes.issubdtype(jax.typeof(x).dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(x), where)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     # Not `device_put`, which would compare the values of all hosts at every call.
@@ -297,40 +297,42 @@ def _has_cluster(environment: Any) -> bool:
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def _check(given: dict[str, Any]) -> None:
+class _Place(NamedTuple):
+    address: tuple[str, int]
+    num_processes: int
+    process_id: int
+
+
+def _checked(coordinator: str | None, num_processes: int | None, process_id: int | None) -> _Place:
+    """Raises: ValueError for what is missing or cannot be."""
     variables = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-    lacking = [name for name, value in given.items() if value is None]
-    if lacking:
+    if coordinator is None or num_processes is None or process_id is None:
         raise ValueError(
-            f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: several "
-            f"processes need all of {', '.join(given)} (or {variables}); one needs none"
+            f"coordinator {coordinator}, num_processes {num_processes}, process_id {process_id}: "
+            f"several processes need all three (or {variables}), one needs none"
         )
-    if not 0 <= given["process_id"] < given["num_processes"]:
+    if not 0 <= process_id < num_processes:
         raise ValueError(
-            f"process_id {given['process_id']} but num_processes {given['num_processes']}; "
-            "processes count from 0"
+            f"process_id {process_id} but num_processes {num_processes}; processes count from 0"
         )
-    host, _, port = given["coordinator"].rpartition(":")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise ValueError(
-            f"coordinator {given['coordinator']!r} is no host:port, such as 10.0.0.1:8476"
-        )
+        raise ValueError(f"coordinator {coordinator!r} is no host:port, such as 10.0.0.1:8476")
+    return _Place((host.strip("[]"), int(port)), num_processes, process_id)
 
 
-def _call_roll(coordinator: str, number: int, process: int, timeout: float) -> None:
+def _call_roll(place: _Place, timeout: float) -> None:
     """Returns once all processes have called at the coordinator's address.
 
     Raises: ValueError, in all that have called, which names those that have not.
     """
-    host, _, port = coordinator.rpartition(":")
-    address = host.strip("[]"), int(port)
     deadline = time.monotonic() + timeout
-    if process == 0:
-        told = _await_calls(address[1], number, deadline)
+    if place.process_id == 0:
+        problem = _await_calls(place.address[1], place.num_processes, deadline)
     else:
-        told = _call(address, Host(process, socket.gethostname(), os.getpid()), deadline)
-    if told:
-        raise ValueError(f"{told} within {timeout} s; see whether it runs, and its own message")
+        problem = _call(place, deadline)
+    if problem:
+        raise ValueError(f"{problem} within {timeout} s; see whether it runs, and its own message")
 
 
 def _await_calls(port: int, number: int, deadline: float) -> str:
@@ -346,31 +348,33 @@ def _await_calls(port: int, number: int, deadline: float) -> str:
                 caller, _ = server.accept()
                 # Whoever else connects, such as a port scanner, says nothing or nonsense.
                 caller.settimeout(min(left, 10))
-                callers[int(json.loads(caller.makefile().readline())["process"])] = caller
+                process = json.loads(caller.makefile().readline(100))["process"]
+                if process in range(1, number):
+                    callers[process] = caller
         absent = set(range(1, number)) - set(callers)
-        told = f"{missing([0, *callers], number)} of {number} did not start" if absent else ""
+        problem = f"{missing([0, *callers], number)} of {number} did not start" if absent else ""
         for caller in callers.values():
             with suppress(OSError), caller:
-                caller.sendall((json.dumps(told) + "\n").encode())
-    return told
+                caller.sendall((json.dumps(problem) + "\n").encode())
+    return problem
 
 
-def _call(address: tuple[str, int], this: Host, deadline: float) -> str:
+def _call(place: _Place, deadline: float) -> str:
     """Calls until it is answered.  Returns: what `_await_calls` answers."""
-    while time.monotonic() < deadline + 5:
+    while time.monotonic() < deadline + PATIENCE:
         # Refused until process 0 listens, and its name is not known until its machine is up.
-        with suppress(OSError), socket.create_connection(address, timeout=5) as call:
-            call.sendall((json.dumps(this._asdict()) + "\n").encode())
-            # Longer than process 0 waits: its answer names all who are missing.
-            call.settimeout(max(deadline - time.monotonic(), 0) + 5)
+        with suppress(OSError), socket.create_connection(place.address, timeout=5) as call:
+            call.sendall((json.dumps({"process": place.process_id}) + "\n").encode())
+            call.settimeout(max(deadline - time.monotonic(), 0) + PATIENCE)
             if line := call.makefile().readline():
                 return json.loads(line)
         time.sleep(0.2)
-    return f"process 0 did not answer at {address[0]}:{address[1]}"
+    host, port = place.address
+    return f"process 0 did not answer at {host}:{port}"
 
 
 def _portable(error: Exception) -> Exception:
-    """An error as others can be told of it; one that cannot be pickled by its text."""
+    """An error in a form that can be sent; one that cannot be pickled by its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -457,7 +457,7 @@ def _matrices(
 def _layer(w: Any, layer: int | None) -> Any:
     """One layer's adapter, without its base, on the host; or one layer's plain matrix."""
     # Without the base, which is large, and is not written.
-    w = jax.device_get(hosts.whole(w._replace(base=None))) if is_adapter(w) else w
+    w = jax.device_get(hosts.fetch(w._replace(base=None))) if is_adapter(w) else w
     return w if layer is None else jax.tree.map(lambda x: x[layer], w)
 
 

@@ -202,7 +202,7 @@ def write(
 
     # Made when it is called for: only one file of several need be in the host's memory.
     def make(place):
-        parts = [np.asarray(hosts.whole(flat[leaf][place.at])) for leaf in place.leaves]
+        parts = [np.asarray(hosts.fetch(flat[leaf][place.at])) for leaf in place.leaves]
         return joined(parts, place.row, heads)
 
     for name, place in where.items():

@@ -137,9 +137,9 @@ def _report(children: Sequence[Child], failed: Child) -> None:
             lines = child.output.read().decode(errors="replace").splitlines()[-SHOWN:]
             print("\n".join(f"[{child.number}] {line}" for line in lines), file=sys.stderr)
     code = failed.process.returncode
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     others = f"the others were given {GRACE} s to end"
-    print(f"rlhf launch: {failed} {how}; {others}", file=sys.stderr)
+    print(f"rlhf launch: {failed} {ending}; {others}", file=sys.stderr)
 
 
 def _first_failed(children: Sequence[Child]) -> Child | None:
@@ -171,8 +171,8 @@ def _gpus() -> list[str]:
         return [name for name in visible.split(",") if name]
     if os.environ.get("JAX_PLATFORMS") == "cpu" or shutil.which("nvidia-smi") is None:
         return []
-    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return [str(number) for number, _ in enumerate(asked.stdout.splitlines())]
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
 
 
 def _devices(

@@ -92,7 +92,7 @@ def sampled(sample: SampleFn, reward_fn: RewardFn, mesh: Mesh) -> Collector:
         # left of it.
         after_sampling = time.perf_counter()
         # A few megabytes of tokens and log-probs: rewards, metrics and selection read all rows.
-        rollout = hosts.whole(rollout)
+        rollout = hosts.fetch(rollout)
         # Read off the rollout: pair samplers make two completions a prompt, whatever the options
         # say.
         num_samples = len(rollout.tokens) // len(batch.prompts.tokens)

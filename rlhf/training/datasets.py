@@ -164,7 +164,7 @@ def in_parts(fn: Callable, arrays: Any, size: int, mesh: Mesh, *fixed: Any) -> A
     # Activations are constrained to the mesh that is set; without it they are replicated.
     with jax.set_mesh(mesh):
         for part, real in parts(arrays, size):
-            out = jax.device_get(hosts.whole(fn(*fixed, meshes.place(part, mesh))))
+            out = jax.device_get(hosts.fetch(fn(*fixed, meshes.place(part, mesh))))
             # `real=real` binds the value now: a closure would read the last part's.
             found.append(jax.tree.map(lambda x, real=real: x[:real], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *found)

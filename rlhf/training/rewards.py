@@ -157,7 +157,7 @@ class RewardScorer:
         # `[B, rewards]`; a completion that one of them could not score has no total (NaN).
         # On the host from here on: small numbers, and on a mesh every operation by itself would be a
         # program with collectives of its own.
-        scores = jnp.stack([np.asarray(hosts.whole(values)) for _, values, _ in found], axis=1)
+        scores = jnp.stack([np.asarray(hosts.fetch(values)) for _, values, _ in found], axis=1)
         total = losses.groups.weighted_rewards(
             scores, jnp.array([weight for weight, _, _ in found])
         )
@@ -169,7 +169,7 @@ class RewardScorer:
         for _, _, of_part in found:
             metrics |= of_part
         if self._task_score and (self._models or self._texts):
-            metrics["task_score"] = np.asarray(hosts.whole(self._task_score(rollout))).mean()
+            metrics["task_score"] = np.asarray(hosts.fetch(self._task_score(rollout))).mean()
         return Rewarded(total, metrics, reasons)
 
     def _count_failures(self, scored: Rewards) -> None:

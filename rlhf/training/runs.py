@@ -178,12 +178,12 @@ class RunFolder:
         Raises: ValueError where another process is at work in it, or not all processes see it.
         """
         with ExitStack() as stack:
-            hosts.of_first(lambda: self._begin(stack))
+            hosts.of_first(lambda: self._set_up(stack))
             if hosts.several():
                 self._meet()
             yield
 
-    def _begin(self, stack: ExitStack) -> None:
+    def _set_up(self, stack: ExitStack) -> None:
         """Makes, holds and describes the folder, until the stack is closed."""
         is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -213,9 +213,9 @@ class RunFolder:
         hosts.of_first(lambda: self.write("hosts.json", {"hosts": listed}))
         self.say(f"{len(known)} processes: {', '.join(map(str, known))}")
         # Each host saves its part of the state there.
-        seen = hosts.gather((self.path / "hosts.json").exists())
-        if not all(seen):
-            others = [str(host) for host, sees in zip(known, seen, strict=True) if not sees]
+        visible = hosts.gather((self.path / "hosts.json").exists())
+        if not all(visible):
+            others = [str(host) for host, sees in zip(known, visible, strict=True) if not sees]
             raise ValueError(
                 f"{self.path}: not seen by {', '.join(others)}; give an --output on a file system "
                 "that all hosts share"
@@ -258,12 +258,9 @@ class RunFolder:
         again.
         """
 
-
         def write() -> None:
             lines = [
-                json.dumps(row) + "\n"
-                for row in self._rows("metrics.jsonl")
-                if row["step"] <= step
+                json.dumps(row) + "\n" for row in self._rows("metrics.jsonl") if row["step"] <= step
             ]
             files.write(self.path / "metrics.jsonl", "".join(lines))
 
