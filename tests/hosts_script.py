@@ -4,7 +4,9 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf import hosts
 from rlhf.training.interrupts import stop_requests
+from rlhf.training.runs import RunFolder
 
 
 def message_of(fn) -> str:
@@ -29,6 +32,12 @@ def fail() -> None:
 def fail_in_second() -> None:
     if not hosts.is_first():
         fail()
+
+
+def work_in(folder: Path) -> None:
+    run = RunFolder(folder, {"model": "m"})
+    with run.at_work():
+        run.log("train", 1, {"loss": 0.5})
 
 
 def main() -> None:
@@ -49,6 +58,10 @@ def main() -> None:
         "shared": hosts.shared(judge, 5),
         "calls": calls,
     }
+    folder = Path(sys.argv[1])
+    found["work"] = message_of(lambda: work_in(folder / "run"))
+    # As on machines that share no disk: the same name, and two folders.
+    found["apart"] = message_of(lambda: work_in(folder / str(me) / "run"))
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows = np.arange(8.0).reshape(4, 2)
     spread = hosts.put(rows, NamedSharding(mesh, PartitionSpec("data")))

@@ -48,11 +48,16 @@ def started(argv: list[str], number: int, of: int = 2, *, port: int, devices: in
 
 
 @pytest.fixture(scope="module")
-def pair() -> list[dict]:
+def folder_of_pair(tmp_path_factory):
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def pair(folder_of_pair) -> list[dict]:
     """What two processes have found, each of two devices."""
     port = launch._free_port()
-    script = str(TESTS / "hosts_script.py")
-    processes = [started([script], number, port=port, devices=2) for number in (0, 1)]
+    script = [str(TESTS / "hosts_script.py"), str(folder_of_pair)]
+    processes = [started(script, number, port=port, devices=2) for number in (0, 1)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
@@ -84,6 +89,16 @@ def test_arrays_are_put_over_hosts_and_fetched(pair):
     for one in pair:
         assert one["fetched"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
         assert one["key"] == jax.random.key_data(jax.random.key(3)).tolist()
+
+
+def test_one_process_writes_a_run_and_a_folder_must_be_shared(pair, folder_of_pair):
+    assert [one["work"] for one in pair] == ["nothing"] * 2
+    assert len((folder_of_pair / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    host = f"process 1 ({hosts.this().name}, pid {pair[0]['hosts'][1]})"
+    for one in pair:
+        assert f"not seen by {host}; give an --output on a file system that all" in one["apart"]
+    # Nothing is left of it.
+    assert not (folder_of_pair / "0" / "run").exists()
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step(pair):
