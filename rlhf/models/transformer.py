@@ -195,7 +195,7 @@ class Stack(Weights):
         carry = x, self._no_routing(x)
         for first, number, stack in _stacks(layers, c):
             # Vectors of all layers at once: gathered one by one, each would cost a message.
-            stack = {name: _whole_if_vectors(leaf) for name, leaf in stack.items()}
+            stack = {name: _replicated_if_vectors(leaf) for name, leaf in stack.items()}
             kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
 
             # Defaults bind this round's values; a closure would see the last round's.
@@ -482,7 +482,7 @@ def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int
     return [(0, below, bottom), (below, c.num_layers - below, top)]
 
 
-def _whole_if_vectors(leaf: Any) -> Any:
+def _replicated_if_vectors(leaf: Any) -> Any:
     """Norms and biases `[layers, D]` on every device of the mesh that is set; all else as it is."""
     is_vectors = isinstance(leaf, jax.Array) and leaf.ndim == 2
     return constrain(leaf, None, None) if is_vectors else leaf
