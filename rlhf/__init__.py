@@ -46,6 +46,7 @@ _MODULES = (
     "rollouts",
     "models",
     "sharding",
+    "hosts",
     "checkpoint",
     "metrics",
     "train",

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import rlhf
 from rlhf.training import interrupts
@@ -55,6 +55,7 @@ COMMANDS = {  # command -> where its `main` is, and what it does
     "rft": ("rlhf.recipes.rft", "sample completions, keep the best, learn to write them"),
     "ilql": ("rlhf.recipes.ilql", "values of logged completions, by which a model then samples"),
     "new": ("rlhf.tools.new", "a small model with random weights, to train from scratch"),
+    "launch": ("rlhf.tools.launch", "a recipe in several processes of this machine"),
     "eval": ("rlhf.tools.evaluate", "score a model's completions: greedy, and pass@k"),
     "chat": ("rlhf.tools.chat", "talk to a model in the terminal"),
     "plot": ("rlhf.tools.plot", "curves of one run or several"),
@@ -136,20 +137,39 @@ def _leave(name: str) -> NoReturn:
 
 def _run(name: str, argv: list[str], is_process: bool) -> None:
     # Here: `rlhf --help` and `--version` need neither JAX nor yaml.
-    from rlhf.command_line import cache_folder, parsed
+    from rlhf.command_line import parsed, surroundings
 
-    argv, folder = cache_folder(argv)
+    argv, around = surroundings(argv)
     command = importlib.import_module(COMMANDS[name][0]).main
     arguments = parsed(command, name, argv)
     # In another's process JAX's settings are the caller's.
     if is_process:
         from rlhf.training import compilations
 
-        compilations.keep_on_disk(folder)
+        compilations.keep_on_disk(around.compilation_cache)
+        _join_hosts(name, around)
     returned = command(**arguments)
     # Of a recipe; tools say themselves what they have made.
     if folder := getattr(returned, "folder", None):
         print(f"rlhf {name}: the model is in {folder / 'model'}", file=sys.stderr)
+
+
+def _join_hosts(name: str, around: Any) -> None:
+    """Joins the other processes of a recipe's run, where there are."""
+    if COMMANDS[name][0].startswith("rlhf.recipes"):
+        from rlhf import hosts
+
+        hosts.start(
+            around.coordinator,
+            around.num_processes,
+            around.process_id,
+            start_timeout=around.start_timeout,
+            heartbeat_timeout=around.heartbeat_timeout,
+        )
+    elif any(x is not None for x in (around.coordinator, around.num_processes, around.process_id)):
+        raise ValueError(
+            "runs in one process; leave out --coordinator, --num_processes and --process_id"
+        )
 
 
 def _out_of_memory(name: str, error: RuntimeError) -> str:

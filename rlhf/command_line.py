@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rlhf import files, ranges, trl_names, yaml_files
+from rlhf import files, hosts, ranges, trl_names, yaml_files
 from rlhf.fields import documented
+from rlhf.ranges import Count, Every
 from rlhf.trl_names import Given
 
 SCREENS = 140  # lines of three screens
@@ -29,6 +30,27 @@ SCREENS = 140  # lines of three screens
 CACHE = "~/.cache/rlhf/compilations"
 # Options of every command.
 OURS = ("config", "print_config", "help")
+
+
+@documented
+class Surroundings(NamedTuple):
+    """Options of every command that change no number of it, and so are written in no config.yaml.
+
+    Attributes:
+      compilation_cache: folder of compiled programs, kept for the next start; null: none.
+      coordinator: host:port of process 0 of several; auto: JAX finds it.
+      num_processes: of the run.
+      process_id: number of this one, from 0.
+      start_timeout: seconds to wait for the other processes at the start.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+    """
+
+    compilation_cache: str | None = CACHE
+    coordinator: str | None = None
+    num_processes: Count | None = None
+    process_id: Every | None = None
+    start_timeout: Count = hosts.START
+    heartbeat_timeout: Count = hosts.HEARTBEAT
 
 
 class Mistake(ValueError):
@@ -108,7 +130,7 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of a function from the command line, dataclasses made.
 
     Words before the first option are the function's first parameter: `rlhf chat RUN`,
-    `rlhf plot RUN RUN`.  A list may be written as words, `--loss sigmoid sft`, and a switch without
+    `rlhf plot RUN RUN`; so are all words after `--`.  A list may be written as words, `--loss sigmoid sft`, and a switch without
     its `true`.  What is typed wins over `--config FILE`.
 
     Raises: Mistake, in one line, for an option that is not known (naming the nearest that is),
@@ -158,25 +180,37 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def cache_folder(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The command line without `--compilation_cache FOLDER`, and the folder; null: None.
+def surroundings(argv: Sequence[str]) -> tuple[list[str], Surroundings]:
+    """The command line without the options that every command has, and those.
 
-    >>> cache_folder(["--steps", "2", "--compilation_cache", "null"])
-    (['--steps', '2'], None)
+    Raises: Mistake for one without a value, or with one of another type or range.
+
+    >>> surroundings(["--steps", "2", "--compilation_cache", "null"])[0]
+    ['--steps', '2']
+    >>> surroundings(["--steps", "2", "--process_id=1"])[1].process_id
+    1
     """
     rest: list[str] = []
-    folder: str | None = CACHE
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(Surroundings, include_extras=True)
     words = iter(argv)
     for word in words:
+        # What follows is another command's.
+        if word == "--":
+            rest += [word, *words]
+            break
         option, equals, value = word.partition("=")
-        if _bare(option) != "__compilation_cache":
+        name = _bare(option.removeprefix("--"))
+        if not option.startswith("--") or name not in hints:
             rest.append(word)
             continue
-        folder = value if equals else next(words, "")
-        # The next word may be another option: the folder was forgotten.
-        if not folder or folder.startswith("--"):
-            raise Mistake("--compilation_cache takes a folder, or null for none, but is given none")
-    return rest, None if folder == "null" else folder
+        given = value if equals else next(words, "")
+        # The next word may be another option: the value was forgotten.
+        if not given or given.startswith("--"):
+            what = "a folder, or null for none," if name == "compilation_cache" else "one value,"
+            raise Mistake(f"--{name} takes {what} but is given none")
+        found[name] = _held(f"--{name}", hints[name], given)
+    return rest, Surroundings(**found)
 
 
 def help_of(options: Mapping[str, Option], name: str, *, full: bool = False) -> str:
@@ -216,7 +250,10 @@ def _help_lines(
     of_all = (
         "Of every command: --config FILE (YAML; what is typed beside it wins), --print_config, "
         "--compilation_cache FOLDER "
-        f"(compiled programs, kept for the next start: {CACHE}; null: none)"
+        f"(compiled programs, kept for the next start: {CACHE}; null: none).  Of recipes in several "
+        "processes, one a host: --coordinator HOST:PORT, --num_processes, --process_id, "
+        f"--start_timeout SECONDS ({hosts.START}), --heartbeat_timeout SECONDS ({hosts.HEARTBEAT}); "
+        "rlhf launch starts several on this machine"
     )
     lines += ["", *textwrap.wrap(of_all, width)]
     return [*lines, f"rlhf {name} --help all explains every option."] if in_short else lines
@@ -378,10 +415,14 @@ def _takes(hint: Any, kind: type) -> bool:
 
 def _grouped(argv: Sequence[str], first: str) -> Iterator[tuple[str, list[str]]]:
     """Options without their dashes, and the words behind each; words before any option are
-    `first`'s.
+    `first`'s, and so are those after `--`.
     """
     found: list[tuple[str, list[str]]] = []
-    for word in argv:
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            found.append((first, list(words)))
+            break
         word = "--help" if word == "-h" else word
         if word.startswith("--"):
             # `--steps=5` and `--steps 5` are the same; an empty value is one too.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf import hosts
 from rlhf.adapters import LoRAWeight, dotted, is_adapter, no_target, split
 from rlhf.lm import LM
 from rlhf.models.families import Tensor
@@ -168,10 +169,15 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
         "bias": "none",
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    # Last: a folder with it is complete.
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        # Last: a folder with it is complete.
+        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+    # All processes have fetched the adapters, whose parts lie with each; one writes.
+    hosts.of_first(write)
 
 
 def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
@@ -451,7 +457,7 @@ def _matrices(
 def _layer(w: Any, layer: int | None) -> Any:
     """One layer's adapter, without its base, on the host; or one layer's plain matrix."""
     # Without the base, which is large, and is not written.
-    w = jax.device_get(w._replace(base=None)) if is_adapter(w) else w
+    w = jax.device_get(hosts.fetch(w._replace(base=None))) if is_adapter(w) else w
     return w if layer is None else jax.tree.map(lambda x: x[layer], w)
 
 

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlhf import hosts
+
 # The one table from an array's axes to the mesh's: models name their axes, and know of no mesh.
 RULES: Mapping[str, Any] = {
     "batch": ("data", "fsdp"),
@@ -180,7 +182,7 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any
                 f"{'.'.join(_path(path))} {list(shape)}: {shape[0]} rows do not divide by {ways} "
                 "devices"
             )
-        return jax.device_put(x, rows if shape else replicated)
+        return hosts.put(x, rows if shape else replicated)
 
     return jax.tree_util.tree_map_with_path(place, batch)
 
@@ -299,26 +301,6 @@ def platform() -> str:
     device = None if mesh.empty else mesh.abstract_device
     name = jax.default_backend() if device is None else device.platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
-
-
-def start_distributed(**kwargs) -> None:
-    """Joins the hosts of one run: call first, once per process  (`jax.distributed.initialize`).
-
-    On Cloud TPU, Slurm and Open MPI the cluster is found by itself; elsewhere give
-    `coordinator_address`, `num_processes` and `process_id`.  A single process without arguments is
-    left as it is.
-    """
-    import os
-
-    # What each launcher sets; elsewhere `initialize` without arguments would raise.
-    cluster = (
-        "SLURM_JOB_ID",
-        "OMPI_MCA_orte_hnp_uri",
-        "TPU_WORKER_HOSTNAMES",
-        "JAX_COORDINATOR_ADDRESS",
-    )
-    if kwargs or any(name in os.environ for name in cluster):
-        jax.distributed.initialize(**kwargs)
 
 
 def _ways(part, mesh) -> int:

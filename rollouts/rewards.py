@@ -312,6 +312,40 @@ def metrics(rewards: Rewards) -> dict[str, float]:
     return result
 
 
+def joined(parts: Sequence[Rewards]) -> Rewards:
+    """The rewards of parts of a batch, by the same functions, as those of all its rows.
+
+    >>> length = lambda completions: [float(len(c)) for c in completions]
+    >>> joined([score_texts(length, ["?"], ["a"]), score_texts(length, ["?"], ["bc"])]).total.tolist()
+    [1.0, 2.0]
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    sizes = [len(part.total) for part in parts]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    failures = [
+        failure._replace(row=None if failure.row is None else failure.row + start)
+        for part, start in zip(parts, starts, strict=True)
+        for failure in part.failures
+    ]
+    per_token: dict[str, list[np.ndarray | None]] = {
+        name: [
+            row
+            for part, size in zip(parts, sizes, strict=True)
+            for row in part.per_token.get(name, [None] * size)
+        ]
+        for name in dict.fromkeys(name for part in parts for name in part.per_token)
+    }
+    return first._replace(
+        values=np.concatenate([part.values for part in parts]),
+        total=np.concatenate([part.total for part in parts]),
+        per_token=per_token,
+        failures=failures,
+        reasons={name: [r for part in parts for r in part.reasons[name]] for name in first.reasons},
+    )
+
+
 def token_columns(rollout: Rollout) -> dict[str, list]:
     """What rewards of lengths, tokens and endings read: the columns `completion_ids` and `finished`
     of a rollout's B rows.

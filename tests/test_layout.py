@@ -16,7 +16,7 @@ FLOORS = {  # module prefix -> floor; the longest prefix counts
     "rlhf.train": 2, "rlhf.checkpoint": 2, "rlhf.metrics": 2,
     "rlhf.data": 2, "rlhf.tasks": 2, "rlhf.rollouts": 2,
     "rlhf.models": 1, "rlhf.adapters": 1, "rlhf.peft_files": 1, "rlhf.sharding": 1,
-    "rlhf.mixture": 1, "rlhf.from_flax": 1,
+    "rlhf.mixture": 1, "rlhf.from_flax": 1, "rlhf.hosts": 1,
     "rlhf.fields": -1, "rlhf.typing": -1, "rlhf.trl_tables": -1,
     "rlhf.losses": 0, "rlhf.lm": 0, "rlhf.bound": 0, "rlhf.shared_prefix": 0,
     "rlhf.json_text": 0, "rlhf.ranges": 0, "rlhf.yaml_files": 0, "rlhf.files": 0, "rlhf.trl_names": 0,

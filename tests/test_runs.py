@@ -12,10 +12,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from jax.experimental import multihost_utils
 
-from rlhf import cli, files
+from rlhf import cli, files, hosts
 from rlhf.command_line import options_of
 from rlhf.training import datasets, loading, loop, runs
+from rlhf.training.interrupts import stop_requests
 
 OPTIONS = {"model": "base", "steps": 2, "output": "o", "resume": False}
 
@@ -263,24 +265,27 @@ def test_asked_to_stop_as_a_process_that_sets_up(base, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_several_processes_say_how_they_stop_and_leave_at_the_second_signal(tmp_path):
-    code = """
-import os, signal, time, unittest.mock
-from rlhf.training.interrupts import stop_requests
-with unittest.mock.patch("jax.process_count", lambda: 2), stop_requests() as stop_requested:
-    print("running", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.01)
-    print(stop_requested(), flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert ran.stdout == "running\nFalse\n"
-    assert (
-        ran.stderr.count("a second one ends this process at once") == 2
-    )  # at the start, and at the first
-    assert ran.returncode == -signal.SIGTERM
+def test_ctrl_c_in_one_of_several_processes_asks_all_and_a_second_one_ends_it(monkeypatch, capfd):
+    agreed_on = iter([False, False, True])
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: next(agreed_on)
+    )
+    received = []
+    # In place of JAX's own, which tells the other processes.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with stop_requests() as stop_requested:
+            assert not stop_requested()
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGTERM]
+            # At the step that all have agreed on, and from there on without asking again.
+            assert [stop_requested() for _ in range(3)] == [False, True, True]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopping after this step, and saving" in capfd.readouterr().err
 
 
 # --- outputs -------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf import hosts
 from rlhf.lm import LM, Head, Params
 from rlhf.models import huggingface_config as configs
 from rlhf.models import mapping
@@ -420,12 +421,7 @@ def save(
     """
     folder = Path(folder)
     config = configs.config_of(lm)
-    if held := [
-        file.name
-        for name in ("config.json", "model*.safetensors", INDEX)
-        for file in sorted(folder.glob(name))
-    ]:
-        raise FileExistsError(f"{folder} holds a model already ({held[0]}); give a new folder")
+    hosts.of_first(lambda: _check_free(folder))
     fields = {"dtype": str(jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)), **fields}
     original = None if like is None else _folder(like)
     if original is None:
@@ -466,16 +462,27 @@ def save(
             heads,
         )
 
-    folder.mkdir(parents=True, exist_ok=True)
-
     def size(leaf):
         return leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize
 
     _write_files(folder, _in_dtype(tensors, dtype), sum(map(size, flat.values())), shard_bytes)
-    _write_companions(folder, hf, tokenizer, original, padded=head is not None)
-    # Last: a folder whose writing was interrupted has no config.json, and nobody takes it for a
-    # model.
-    hf.save_pretrained(folder)
+
+    def write_rest() -> None:
+        _write_companions(folder, hf, tokenizer, original, padded=head is not None)
+        # Last: a folder whose writing was interrupted has no config.json, and nobody takes it for a
+        # model.
+        hf.save_pretrained(folder)
+
+    hosts.of_first(write_rest)
+
+
+def _check_free(folder: Path) -> None:
+    if held := [
+        file.name
+        for name in ("config.json", "model*.safetensors", INDEX)
+        for file in sorted(folder.glob(name))
+    ]:
+        raise FileExistsError(f"{folder} holds a model already ({held[0]}); give a new folder")
 
 
 def stored_dtype(path_or_name) -> Any:
@@ -704,8 +711,14 @@ def _in_dtype(tensors, dtype):
 
 
 def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
-    """One file, or several and an index; what is in memory at a time is one file."""
+    """One file, or several and an index; what is in memory at a time is one file.
+
+    Of several processes all make the tensors, whose parts lie with each of them, and the first
+    writes.
+    """
     from safetensors.numpy import save_file
+
+    hosts.of_first(lambda: folder.mkdir(parents=True, exist_ok=True))
 
     number = max(1, -(-total // shard_bytes))
     files: dict[str, str] = {}
@@ -715,7 +728,7 @@ def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
     def flush():
         file = WEIGHTS if number == 1 else f"model-{len(set(files.values())) + 1:05}.safetensors"
         # transformers refuses files whose metadata does not name a framework.
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        hosts.of_first(lambda: save_file(shard, folder / file, metadata={"format": "pt"}))
         files.update(dict.fromkeys(shard, file))
         shard.clear()
 
@@ -728,9 +741,9 @@ def _write_files(folder: Path, tensors, total: int, shard_bytes: int) -> None:
         done += x.nbytes
     flush()
     if number > 1:
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n"
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        text = json.dumps(index, indent=2) + "\n"
+        hosts.of_first(lambda: (folder / INDEX).write_text(text))
 
 
 def _write_companions(folder: Path, hf, tokenizer, original: Path | None, *, padded: bool) -> None:

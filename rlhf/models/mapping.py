@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf import hosts
 from rlhf.fields import documented
 from rlhf.lm import Params
 from rlhf.models.config import Config, TransformerConfig
@@ -201,7 +202,8 @@ def write(
 
     # Made when it is called for: only one file of several need be in the host's memory.
     def make(place):
-        return joined([np.asarray(flat[leaf][place.at]) for leaf in place.leaves], place.row, heads)
+        parts = [np.asarray(hosts.fetch(flat[leaf][place.at])) for leaf in place.leaves]
+        return joined(parts, place.row, heads)
 
     for name, place in where.items():
         yield name, partial(make, place)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf import losses, rollouts
+from rlhf import hosts, losses, rollouts
 from rlhf.ranges import Count, Share
 from rlhf.rollouts import Batch, Rollout
 from rlhf.train import train_step
@@ -226,7 +226,7 @@ def main(
             "selected": np.mean(shares),
         }
         # In the place and type of the old one: another sharding would compile the step again.
-        step_number = jax.device_put(jnp.asarray(end, state.step.dtype), state.step.sharding)
+        step_number = hosts.put(np.asarray(end, state.step.dtype), state.step.sharding)
         return state._replace(step=step_number), metrics
 
     def lower(state, batch: PromptBatch):

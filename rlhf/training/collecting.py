@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf import rollouts
+from rlhf import hosts, rollouts
 from rlhf.fields import documented
 from rlhf.rollouts import Rollout
 from rlhf.train import TrainState
@@ -22,7 +22,8 @@ class Completions(NamedTuple):
     """Completions and their rewards.
 
     Attributes:
-      rollout: [B, T], a prompt's completions contiguous.
+      rollout: [B, T], a prompt's completions contiguous; with several processes of NumPy, all rows
+        in each, until `meshes.place` puts them back.
       rewards: [B], NaN: could not be scored.
       reasons: B, what went wrong with a completion; None: nothing.
       num_samples: completions of a prompt.
@@ -90,6 +91,8 @@ def sampled(sample: SampleFn, reward_fn: RewardFn, mesh: Mesh) -> Collector:
         # The update before is done once sampling is, so that the time of sampling holds what was
         # left of it.
         after_sampling = time.perf_counter()
+        # A few megabytes of tokens and log-probs: rewards, metrics and selection read all rows.
+        rollout = hosts.fetch(rollout)
         # Read off the rollout: pair samplers make two completions a prompt, whatever the options
         # say.
         num_samples = len(rollout.tokens) // len(batch.prompts.tokens)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf import data, tasks
+from rlhf import data, hosts, tasks
 from rlhf.data import batch_indices, filled, mix, read_rows, renamed, stream_rows
 from rlhf.data.types import Row
 from rlhf.training import meshes, programs
@@ -164,7 +164,7 @@ def in_parts(fn: Callable, arrays: Any, size: int, mesh: Mesh, *fixed: Any) -> A
     # Activations are constrained to the mesh that is set; without it they are replicated.
     with jax.set_mesh(mesh):
         for part, real in parts(arrays, size):
-            out = jax.device_get(fn(*fixed, meshes.place(part, mesh)))
+            out = jax.device_get(hosts.fetch(fn(*fixed, meshes.place(part, mesh))))
             # `real=real` binds the value now: a closure would read the last part's.
             found.append(jax.tree.map(lambda x, real=real: x[:real], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *found)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf import rollouts
+from rlhf import hosts, rollouts
 from rlhf.rollouts import Rollout
 from rlhf.rollouts.environment import Environment, EnvironmentFailed, play
 from rlhf.rollouts.reward_worker import Refused, describe, find
@@ -35,6 +35,11 @@ def load(
     given = options.environment
     if given is None:
         return None
+    if hosts.several():
+        raise ValueError(
+            f"environment {_name(given)} is talked to by one process, but this run has several: each "
+            "would hear other answers; start one process"
+        )
     if reward.reward:
         raise ValueError(
             f"environment {_name(given)} gives the rewards itself, but reward is {reward.reward}; leave "

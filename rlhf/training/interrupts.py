@@ -1,5 +1,6 @@
 """Requests to stop: Ctrl-C at a terminal, SIGTERM from a scheduler that wants the machine back."""
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -7,11 +8,7 @@ from contextlib import contextmanager, suppress
 from threading import current_thread, main_thread
 from types import FrameType
 
-SEVERAL = (
-    "several processes compute together, and do not stop together yet: the first SIGTERM is noted, "
-    "a second one ends this "
-    "process at once; --save_every keeps what --resume goes on from"
-)
+STOPPING = "stopping after this step, and saving; once more stops at once"
 
 
 class Stopped(ValueError):
@@ -22,13 +19,11 @@ class Stopped(ValueError):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether a stop was requested of this process, so that a loop can end between two steps; a
-    second request stops it where it is.
+    """Whether a stop was requested, so that a loop can end between two steps.
 
-    Signals belong to a process's main thread; elsewhere they do what they did before; so do those
-    that are ignored, as Ctrl-C is in a shell's background.  Where several processes compute
-    together they would have to stop at the same step: there the first SIGTERM changes nothing,
-    which is said at the start, and the second ends the process.
+    Of one process as `requested` has it.  Where several compute together all stop at the same step,
+    whichever of them was asked: all must call the function equally often.  There SIGTERM, which JAX
+    listens for, asks as often as it comes, and a second Ctrl-C ends the process at once.
 
     >>> with stop_requests() as stop_requested:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -36,33 +31,68 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     True
     """
     # Here: the command line handles signals before JAX is loaded.
-    import jax
+    from rlhf import hosts
 
-    # A list and no flag: the handler runs between two bytecodes, and an append needs no lock.
+    if not hosts.several():
+        with requested(STOPPING) as stop_requested:
+            yield stop_requested
+        return
+    from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+    calls = itertools.count()
+    reached: list[bool] = []
+
+    def stop_at_this_step() -> bool:
+        # True at one call alone, which all processes have agreed on; from there on it stays.
+        if not reached and reached_preemption_sync_point(next(calls)):
+            reached.append(True)
+        return bool(reached)
+
+    with _handled(_pass_on(), signal.SIGINT):
+        yield stop_at_this_step
+
+
+def _pass_on() -> Callable[[int, FrameType | None], None]:
+    """A handler that asks all processes at the first Ctrl-C, and ends this one at the second."""
     received: list[int] = []
 
-    def handle(number, frame):
+    def handle(number: int, frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        _say("\nstopping after this step, and saving; once more stops at once\n")
+        _say(f"\n{STOPPING}\n")
+        # What JAX's service takes for the machine's being taken away.
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def handle_first(number, frame):
-        # The default handler and no exception: the process may be waiting for the others inside a
-        # program, where Python would never raise it.
-        signal.signal(number, signal.SIG_DFL)
-        _say(f"\n{SEVERAL}\n")
+    return handle
 
-    if jax.process_count() > 1:
-        # `jax.distributed.initialize` has SIGTERM caught by a handler of its own, which swallows
-        # every one.
-        with _handled(handle_first, signal.SIGTERM) as handled:
-            if handled:
-                _say(f"{SEVERAL}\n")
-            yield lambda: False
-    else:
-        with _handled(handle, signal.SIGINT, signal.SIGTERM):
-            yield lambda: bool(received)
+
+@contextmanager
+def requested(said: str) -> Iterator[Callable[[], bool]]:
+    """Whether a stop was requested of this process by Ctrl-C or SIGTERM; a second request stops it
+    where it is.
+
+    Signals belong to a process's main thread; elsewhere they do what they did before; so do those
+    that are ignored, as Ctrl-C is in a shell's background.
+
+    Args:
+      said: what the user is told at the first request.
+
+    >>> with requested("stopping") as stop_requested:
+    ...     stop_requested()
+    False
+    """
+    # A list and no flag: the handler runs between two bytecodes, and an append needs no lock.
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        _say(f"\n{said}\n")
+
+    with _handled(handle, signal.SIGINT, signal.SIGTERM):
+        yield lambda: bool(received)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf import adapters, files, peft_files
+from rlhf import adapters, hosts, peft_files
 from rlhf.fields import documented
 from rlhf.lm import LM, Head
 from rlhf.models import huggingface as huggingface
@@ -102,7 +102,7 @@ class Loaded(NamedTuple):
         where = shardings(tree, self.axes if axes is None else axes, self.mesh, say=_silent)
         if programs.is_planned():
             return programs.shaped(tree, where)
-        return jax.tree.map(jax.device_put, tree, where)
+        return jax.tree.map(hosts.put, tree, where)
 
     def init_state(
         self,
@@ -142,8 +142,8 @@ class Loaded(NamedTuple):
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         state = init_state(self.params, sharded, jax.random.key(seed), context)
         return state._replace(
-            step=jax.device_put(state.step, everywhere),
-            key=jax.device_put(state.key, everywhere),
+            step=hosts.put(state.step, everywhere),
+            key=hosts.put(state.key, everywhere),
             context=self.place(state.context, names),
         )
 
@@ -158,14 +158,14 @@ class Loaded(NamedTuple):
         lm, head = (full, None) if self.head is None else (full["lm"], full["head"])
         if self.frozen is not None:
             family = _family(self)
-            with files.renewed(folder / "adapter") as new:
+            with hosts.renewed(folder / "adapter") as new:
                 peft_files.save(new, self.lm, lm, family, base=self.source)
             # Merged at the end alone: it takes the memory of a second copy of the model.
             if not over:
                 return
             # One program on a mesh: many small ones, each with its collectives, would overlap.
             lm = jax.jit(adapters.merge)(lm) if self.mesh.size > 1 else adapters.merge(lm)
-        with files.renewed(folder / "model") as new:
+        with hosts.renewed(folder / "model") as new:
             # Masters are float32; written so, a bfloat16 model would come back twice as large.
             dtype = huggingface.stored_dtype(self.source) if self.source else None
             huggingface.save(

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf import hosts
 from rlhf.checkpoint import Checkpoints
 from rlhf.train import TrainState
 from rlhf.training import compilations, programs
@@ -173,7 +174,9 @@ def fit(
         def after(number: int, state: TrainState, report: Callable[[], None]) -> bool:
             nonlocal over, newest
             newest = state
-            over = number == total or wants_to_stop
+            # A callback may look at the clock: the first process's answer is that of all.
+            stops = hosts.broadcast(wants_to_stop) if callbacks else False
+            over = number == total or stops
             evaluates = evaluate is not None and (
                 over or (training.eval_every > 0 and number % training.eval_every == 0)
             )
@@ -191,7 +194,8 @@ def fit(
                 # 0 evaluations since the best one: this is the best.
                 if best is not None and _since_best(run, shown) == 0:
                     best.save(split_context(state))
-                over = over or wants_to_stop or _is_stuck(run, shown, training.patience)
+                stops = hosts.broadcast(wants_to_stop) if callbacks else False
+                over = over or stops or _is_stuck(run, shown, training.patience)
             # Fetching `taken` waits for the device: only twice in a run.
             if over or number - done == HOPELESS:
                 _check_taken(run, number - done - int(taken), number - done, done)
@@ -238,7 +242,7 @@ def fit(
                     start=done,
                     log=log,
                     after=after,
-                    console=console or Console(stderr=True),
+                    console=console or Console(stderr=True, quiet=not hosts.is_first()),
                     shown=shown,
                     every=training.log_every,
                     size=_size(state.params),

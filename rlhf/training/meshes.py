@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf import hosts
 from rlhf.sharding import batch_sharding, make_mesh, shard_batch
 from rlhf.training import programs
 from rlhf.training.options import MeshOptions
@@ -81,7 +82,7 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     if programs.is_planned():
         return programs.shaped(tree, replicated)
-    return jax.device_put(tree, replicated)
+    return jax.tree.map(lambda x: hosts.put(x, replicated), tree)
 
 
 def _divides(batch: Any, mesh: Mesh) -> bool:

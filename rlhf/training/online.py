@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlhf import hosts
 from rlhf.fields import documented
 from rlhf.rollouts.environment import Environment
 from rlhf.sharding import jit_step
@@ -202,7 +203,13 @@ def make_step(
         # `batch.key` sampled the rollout; a key is used once, so that the update gets one folded
         # from it.
         update_key = jax.random.fold_in(batch.key, 1)
-        state, metrics = jitted(state, scored.rollout, scored.rewards, update_key)
+        inputs = scored.rollout, scored.rewards, update_key
+        if hosts.several():
+            inputs = (
+                *meshes.place((scored.rollout, np.asarray(scored.rewards)), mesh),
+                meshes.everywhere(update_key, mesh),
+            )
+        state, metrics = jitted(state, *inputs)
         return state, {**scored.metrics, **metrics, **scored.of_all, **scored.times}
 
     def lower(state: TrainState, batch: Any) -> dict[str, jax.stages.Lowered]:

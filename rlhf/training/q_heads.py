@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rlhf import files, rollouts
+from rlhf import files, hosts, rollouts
 from rlhf.bound import Bound
 from rlhf.fields import documented
 from rlhf.lm import Head
@@ -121,14 +121,16 @@ def save(file: Path, params: dict[str, Any]) -> None:
     """
     from safetensors.numpy import save_file
 
-    with files.replacing(file) as part:
-        save_file(
-            {
-                "/".join(path): np.ascontiguousarray(leaf)
-                for path, leaf in mapping.flat(params).items()
-            },
-            part,
-        )
+    tensors = {
+        "/".join(path): np.ascontiguousarray(leaf)
+        for path, leaf in mapping.flat(hosts.fetch(params)).items()
+    }
+
+    def write() -> None:
+        with files.replacing(file) as part:
+            save_file(tensors, part)
+
+    hosts.of_first(write)
 
 
 def load(file: Path) -> tuple[Heads, dict[str, Any]]:

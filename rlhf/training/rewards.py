@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf import losses, rollouts, tasks
+from rlhf import hosts, losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.fields import documented
 from rlhf.rollouts import Rollout, reward_functions, rewards
@@ -157,7 +157,7 @@ class RewardScorer:
         # `[B, rewards]`; a completion that one of them could not score has no total (NaN).
         # On the host from here on: small numbers, and on a mesh every operation by itself would be a
         # program with collectives of its own.
-        scores = jnp.stack([np.asarray(values) for _, values, _ in found], axis=1)
+        scores = jnp.stack([np.asarray(hosts.fetch(values)) for _, values, _ in found], axis=1)
         total = losses.groups.weighted_rewards(
             scores, jnp.array([weight for weight, _, _ in found])
         )
@@ -169,7 +169,7 @@ class RewardScorer:
         for _, _, of_part in found:
             metrics |= of_part
         if self._task_score and (self._models or self._texts):
-            metrics["task_score"] = np.asarray(self._task_score(rollout)).mean()
+            metrics["task_score"] = np.asarray(hosts.fetch(self._task_score(rollout))).mean()
         return Rewarded(total, metrics, reasons)
 
     def _count_failures(self, scored: Rewards) -> None:
@@ -223,6 +223,8 @@ class EqualRewards:
         if any(np.ptp(group) > 0 for group in groups if group.size):
             return
         self._has_warned = True
+        if not hosts.is_first():
+            return
         if not values.size:
             what = "no completion could be scored"
         elif np.ptp(values) == 0:
@@ -410,7 +412,11 @@ def _scored(
     num_samples: int,
     timeout: float | None,
 ) -> Rewards:
-    """Rewards of texts; where prompts are conversations, of lists of messages, as TRL has it."""
+    """Rewards of texts; where prompts are conversations, of lists of messages, as TRL has it.
+
+    Of several processes each judges its share of the prompts, all completions of a prompt together,
+    and is told the others': no row is judged twice, which costs, and by chance gives two answers.
+    """
     rows = reward_models.texts_of(tokenizer, rollout, columns, num_samples)
     prompts = [row["prompt"] for row in rows]
     completions = [row["completion"] for row in rows]
@@ -420,7 +426,17 @@ def _scored(
         if name != "prompt"
     }
     given = repeated | rewards.token_columns(rollout)
-    return rewards.try_texts(functions, prompts, completions, columns=given, timeout=timeout)
+
+    def of_share(which: slice) -> list[Rewards]:
+        part = slice(which.start * num_samples, which.stop * num_samples)
+        columns = {name: values[part] for name, values in given.items()}
+        return [
+            rewards.try_texts(
+                functions, prompts[part], completions[part], columns=columns, timeout=timeout
+            )
+        ]
+
+    return rewards.joined(hosts.shared(of_share, len(rows) // num_samples))
 
 
 def _timeout(options: RewardOptions, functions: Mapping[str, Callable]) -> float | None:

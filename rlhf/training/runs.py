@@ -2,6 +2,7 @@
 
 config.yaml      every option, as resolved: `rlhf sft --config config.yaml` requests the same again
 about.json       the command, versions, commit and machine
+hosts.json       of several processes: the machine and process id of each
 metrics.jsonl    one line a logged step
 checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
@@ -9,7 +10,7 @@ model/           the model at the newest checkpoint, as Hugging Face writes it; 
 (adapter/) at the end curves.png, README.md
 
 Every file is written beside its place and renamed, so that a process that is killed leaves it whole
-or not at all.
+or not at all.  Of several processes the first alone decides and writes, and all are told.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf import files, yaml_files
+from rlhf import files, hosts, yaml_files
 
 PACKAGES = (
     "rlhf",
@@ -55,6 +56,7 @@ ABOUT = '{\n  "command": "rlhf'
 FIRST = {
     "config.yaml",
     "about.json",
+    "hosts.json",
     "metrics.jsonl",
     "checkpoints",
     "tensorboard",
@@ -97,21 +99,22 @@ class RunFolder:
     def __init__(self, path: str | Path, options: Mapping[str, Any] | None = None):
         self.path = Path(path)
         self.options = flat(options or {})
-        self.resumed = False
         self._start = time.monotonic()
-        self._look()
+        self.resumed = hosts.of_first(self._look)
 
-    def _look(self) -> None:
-        """Decides whether the run begins or goes on."""
+    def _look(self) -> bool:
+        """Decides whether the run begins or goes on: True."""
         used = f"{self.path}: already holds a run or other files; choose another --output"
         if not os.path.lexists(self.path):
             if self.options.get("resume"):
                 raise ValueError(
                     f"{self.path}: no run there to resume; leave out --resume to begin one"
                 )
-            return files.check_place(self.path)
+            files.check_place(self.path)
+            return False
         if not self.path.is_dir():
             raise ValueError(f"{used}, or move it away")
+        resumed = False
         unused = self._unused()
         before = _options_of(self.path)
         if before is None or not self.options.get("resume"):
@@ -124,8 +127,9 @@ class RunFolder:
             pass
         else:
             self._compare(before)
-            self.resumed = True
+            resumed = True
         files.check_place(self.path / "config.yaml")
+        return resumed
 
     def _compare(self, before: dict[str, Any]) -> None:
         changed = [
@@ -145,7 +149,7 @@ class RunFolder:
         """
         # Files that were being written when the process was killed are nobody's.
         names = {file.name for file in self.path.iterdir() if not file.name.startswith(files.PART)}
-        if names - FIRST or self.read("metrics.jsonl"):
+        if names - FIRST or self._rows("metrics.jsonl"):
             return False
         saved = self.path / "checkpoints"
         if saved.exists() and any(file.name.isdecimal() for file in saved.iterdir()):
@@ -171,28 +175,51 @@ class RunFolder:
         Where an error or a signal ends the run before anything is logged or saved, a folder made
         here is removed.
 
-        Raises: ValueError where another process is at work in it.
+        Raises: ValueError where another process is at work in it, or not all processes see it.
         """
+        with ExitStack() as stack:
+            hosts.of_first(lambda: self._set_up(stack))
+            if hosts.several():
+                self._meet()
+            yield
+
+    def _set_up(self, stack: ExitStack) -> None:
+        """Makes, holds and describes the folder, until the stack is closed."""
         is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        with _held(self.path):
-            # Again, now that the lock is held: another process may have started here since `_look`.
-            if not self.resumed and not self._unused():
-                raise ValueError(
-                    f"{self.path}: another run began here meanwhile; choose another --output"
-                )
-            try:
-                self.describe()
-                if not self.resumed:
-                    # At most half a line of a run that was killed: `_unused` found no full one.
-                    (self.path / "metrics.jsonl").unlink(missing_ok=True)
-                yield
+        stack.enter_context(_held(self.path))
+        # Again, now that the lock is held: another process may have started here since `_look`.
+        if not self.resumed and not self._unused():
+            raise ValueError(
+                f"{self.path}: another run began here meanwhile; choose another --output"
+            )
+
+        def remove_for_nothing(kind: type[BaseException] | None, *_: Any) -> None:
             # KeyboardInterrupt too: a folder made for nothing would make the next start ask for
             # --resume.
-            except BaseException:
-                if is_new and self._unused():
-                    shutil.rmtree(self.path, ignore_errors=True)
-                raise
+            if kind is not None and is_new and self._unused():
+                shutil.rmtree(self.path, ignore_errors=True)
+
+        stack.push(remove_for_nothing)
+        self.describe()
+        if not self.resumed:
+            # At most half a line of a run that was killed: `_unused` found no full one.
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+
+    def _meet(self) -> None:
+        """Writes down who the processes are, so that one that dies can be named."""
+        known = hosts.gather(hosts.this())
+        listed = [host._asdict() for host in known]
+        hosts.of_first(lambda: self.write("hosts.json", {"hosts": listed}))
+        self.say(f"{len(known)} processes: {', '.join(map(str, known))}")
+        # Each host saves its part of the state there.
+        visible = hosts.gather((self.path / "hosts.json").exists())
+        if not all(visible):
+            others = [str(host) for host, sees in zip(known, visible, strict=True) if not sees]
+            raise ValueError(
+                f"{self.path}: not seen by {', '.join(others)}; give an --output on a file system "
+                "that all hosts share"
+            )
 
     def describe(self) -> None:
         """Writes `about.json` and then `config.yaml`, which says that the folder is a run's; those
@@ -216,10 +243,13 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         """A line for the user."""
-        print(text, file=sys.stderr)
+        if hosts.is_first():
+            print(text, file=sys.stderr)
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl`."""
+        if not hosts.is_first():
+            return
         seconds = round(time.monotonic() - self._start, 3)
         self.append("metrics.jsonl", {"phase": phase, "step": step, "seconds": seconds, **metrics})
 
@@ -227,10 +257,14 @@ class RunFolder:
         """Leaves out the lines of `metrics.jsonl` beyond a step: a resumed run takes those steps
         again.
         """
-        lines = [
-            json.dumps(row) + "\n" for row in self.read("metrics.jsonl") if row["step"] <= step
-        ]
-        files.write(self.path / "metrics.jsonl", "".join(lines))
+
+        def write() -> None:
+            lines = [
+                json.dumps(row) + "\n" for row in self._rows("metrics.jsonl") if row["step"] <= step
+            ]
+            files.write(self.path / "metrics.jsonl", "".join(lines))
+
+        hosts.of_first(write)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Appends one JSON line to a file of the folder."""
@@ -248,6 +282,9 @@ class RunFolder:
         """The rows of a JSON-lines file of the folder, none if it is missing; a last line that was
         cut off is left out.
         """
+        return hosts.of_first(lambda: self._rows(name))
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
         return _lines(self.path / name) if (self.path / name).exists() else []
 
     def samples(self, step: int, table: Mapping[str, list], phase: str = "eval") -> None:
@@ -257,17 +294,22 @@ class RunFolder:
         import pyarrow
         import pyarrow.parquet
 
+        if not hosts.is_first():
+            return
         prefix = "" if phase == "eval" else f"{phase}_"
         with files.replacing(self.path / "samples" / f"{prefix}{step:08d}.parquet") as part:
             pyarrow.parquet.write_table(pyarrow.table(dict(table)), part)
 
     def plot(self, names: tuple[str, ...]) -> None:
         """`curves.png`: logged metrics by step."""
-        plot([self.path], self.path / "curves.png", names)
+        hosts.of_first(lambda: plot([self.path], self.path / "curves.png", names))
 
     def last_metrics(self) -> dict[str, tuple[float, int]]:
         """The last value of every metric of `metrics.jsonl`, and its step."""
-        rows = self.read("metrics.jsonl")
+        return hosts.of_first(self._last_metrics)
+
+    def _last_metrics(self) -> dict[str, tuple[float, int]]:
+        rows = self._rows("metrics.jsonl")
         return {
             name: (value, row["step"])
             for row in rows
@@ -285,11 +327,14 @@ class RunFolder:
 
     def card(self) -> None:
         """`README.md`, the model card."""
+        hosts.of_first(self._write_card)
+
+    def _write_card(self) -> None:
         known = json.loads((self.path / "about.json").read_text(encoding="utf-8"))
         options = yaml_files.load(self.path / "config.yaml")
         last = "\n".join(
             f"| {name} | {value:.4g} | {step} |"
-            for name, (value, step) in self.last_metrics().items()
+            for name, (value, step) in self._last_metrics().items()
         )
         text = (
             f"---\nlibrary_name: transformers\nbase_model: {options.get('model')}\ntags: "
@@ -468,13 +513,8 @@ def _held(folder: Path) -> Iterator[None]:
     """A folder that no other process of this machine holds; it is let go when this one ends,
     however it does.
 
-    Several processes that compute together are one run and share its folder: they do not hold it.
-
     Raises: ValueError where another holds it.
     """
-    if jax.process_count() > 1:
-        yield
-        return
     lock = folder / LOCK
     with lock.open("w") as file:
         try:

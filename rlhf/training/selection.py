@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf import losses
+from rlhf import hosts, losses
 from rlhf.fields import documented
 from rlhf.rollouts import Rollout, filtering, replay
 from rlhf.train import TrainState
@@ -155,7 +155,7 @@ def informative(collector: Collector, groups: int, num_samples: int, mesh: Mesh)
             max_rounds=len(batch.batches),
         )
         return Completions(
-            meshes.place(rows[0], mesh),
+            rows[0] if hosts.several() else meshes.place(rows[0], mesh),
             rewards.reshape(-1),
             [reasons[place] for place in np.asarray(rows[2])],
             num_samples,
@@ -218,7 +218,8 @@ def by_curriculum(
     def collect(state: TrainState, batch: PromptBatch) -> Completions:
         known = state.context["curriculum"]
         # Keys 0 and 1 of a step sample and update.
-        chosen = np.asarray(choose(known, jax.random.fold_in(batch.key, 2)))
+        key = jax.random.fold_in(batch.key, 2)
+        chosen = np.asarray(choose(known, meshes.everywhere(key, mesh) if hosts.several() else key))
         scored = collector.collect(state, prompts.select(chosen, batch.key, narrow=narrow))
         solved = np.clip(np.asarray(scored.rewards), 0, 1).reshape(size, -1)
         known = update(known, chosen, solved)

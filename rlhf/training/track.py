@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from rlhf import hosts
 from rlhf.training.runs import RunFolder
 
 Track = Callable[[int, dict[str, float]], Any]
@@ -15,6 +16,8 @@ Track = Callable[[int, dict[str, float]], Any]
 @contextlib.contextmanager
 def trackers(names: Sequence[str], run: RunFolder) -> Iterator[Track]:
     """`track(step, metrics)` for all of `names` at once; closed at the end."""
+    # Of several processes one writes.
+    names = names if hosts.is_first() else ()
     # All are closed where one fails to open, or the run ends by an error.
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(TRACKERS[name](run)) for name in names]
