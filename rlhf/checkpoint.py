@@ -59,7 +59,9 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._say = say or (lambda text: print(text, file=sys.stderr))
-        self._orbax = ocp.StandardCheckpointer()
+        # Processes meet by names: those of another folder that is written meanwhile are others.
+        apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.folder.name)
+        self._orbax = ocp.StandardCheckpointer(multiprocessing_options=apart)
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
         # Found by `restore`; deleted when the next one is whole.
@@ -147,7 +149,7 @@ class Checkpoints:
         whole = _whole(self.folder / str(step))
         _check_version(self.folder / str(step), whole["rlhf"])
         _check_leaves(self.folder / str(step), whole["leaves"], _leaves(form))
-        for _, fault in passed:
+        for _, fault in passed if _is_first() else []:
             self._say(f"{self.folder}: {fault}; taken instead: the checkpoint of step {step}")
         self._damaged = self._steps() & {number for number, _ in passed}
         # Shapes with shardings: every array is read straight into its place.

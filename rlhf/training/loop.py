@@ -180,13 +180,17 @@ def fit(
         # The last complete state: what is saved where a step raises `Stopped`.
         newest = state
 
-        def save(state: TrainState, into: Checkpoints = checkpoints) -> None:
+        def save(state: TrainState) -> None:
+            # The best state is whole before a checkpoint that counts its evaluation, or a resumed
+            # run would hold an older one for the best.
+            if best is not None:
+                best.wait()
             try:
-                into.wait()
+                checkpoints.wait()
             except OSError as error:
                 # Going on loses nothing: the state is in memory, and is saved again below.
                 run.say(f"{error}; the run goes on, and saves again now")
-            into.save(split_context(state))
+            checkpoints.save(split_context(state))
 
         def write_model(state: TrainState) -> None:
             run.card()
@@ -227,7 +231,7 @@ def fit(
                 )
                 # 0 evaluations since the best one: this is the best.
                 if best is not None and _since_best(run, shown) == 0:
-                    save(state, best)
+                    best.save(split_context(state))
                 over = over or wants_to_stop or _is_stuck(run, shown, training.patience)
             check_skipped(number)
             # Fetching `taken` waits for the device: once in a run.
