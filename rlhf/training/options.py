@@ -221,6 +221,10 @@ class TrainingOptions(OptimizerOptions):
       patience: evaluations without a better result after which training ends; 0: it never does.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that stay.
+      export_every: steps between two exports of the model, which the end and a stop make anyway; 0:
+        none before.
+      max_skipped: steps in a row with infinite or NaN gradients, which change nothing, after which
+        the run ends; the batch is written out.
       track: where metrics go beside metrics.jsonl: tensorboard, wandb, trackio.
     """
 
@@ -238,6 +242,8 @@ class TrainingOptions(OptimizerOptions):
     patience: Every = 0
     save_every: Every = 0
     keep: Count = 2
+    export_every: Every = 0
+    max_skipped: Count = 20
     track: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(
         default_factory=list
     )
