@@ -249,11 +249,13 @@ def _score(
     if ways("embed") > 1:
         chunk_size = max(chunk_size, CHUNK_TOKENS * ways("batch") // tokens.shape[0])
 
+    devices = ways("batch") * ways("sequence")
+
     def of_columns(part):
         unembed = partial(lm.unembed, params)
         # Whether a chunk has any that is needed is a question to all devices; one of completions
         # nearly always has.
-        needed = requested[:, part] if ways("batch") == 1 or part.stop else None
+        needed = requested[:, part] if devices == 1 or part.stop else None
         return losses.chunked(
             per_position,
             before(hidden)[:, part],
@@ -261,10 +263,12 @@ def _score(
             tokens[:, part],
             chunk_size=chunk_size,
             needed=needed,
+            parts=ways("sequence"),
         )
 
-    # Cut where prompts end, so that chunks of prompts alone are skipped, and none holds both.
-    start = 0 if shared is None else tokens.shape[1] - shared.suffix
+    # Cut where prompts end, so that chunks of prompts alone are skipped, and none holds both.  Not
+    # where devices have a part of the columns each: the cut would move them.
+    start = 0 if shared is None or ways("sequence") > 1 else tokens.shape[1] - shared.suffix
     parts = [of_columns(part) for part in ([slice(start)] if start else []) + [slice(start, None)]]
     logprobs, entropy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     # A head's value of state s_t is read before token t, like its prediction.

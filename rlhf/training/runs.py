@@ -66,6 +66,8 @@ FREE = (
     "data",
     "fsdp",
     "tensor",
+    "sequence",
+    "expert",
     "output",
     "resume",
     "log_every",
