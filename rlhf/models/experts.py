@@ -16,7 +16,7 @@ Array = jax.Array
 
 @documented
 class Routing(NamedTuple):
-    """What a router did with each row's real tokens, summed over them; `losses.router_balance`
+    """What a router did with each row's real tokens, summed over them; `losses.routing.balance`
     reads it.
 
     Attributes:

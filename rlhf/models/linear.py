@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf.sharding import ways
+
 Array = jax.Array
 
 
@@ -15,13 +17,14 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, wide: bool = Fal
 
     Args:
       x: `[..., in]`.
-      weight: `[in, out]`, or an object with `matmul(x [N, in]) -> [N, out]` in its place: a matrix
+      weight: `[in, out]`, or an object with `matmul(x [..., in]) -> [..., out]` in its place: a matrix
         with an adapter, or one held in four bits.
       bias: `[out]`.
       wide: in at least float32 instead, sums and all, where the weight is a plain array.
     """
-    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.
-    flat = x.reshape(-1, x.shape[-1])
+    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.  Not
+    # where devices share the columns: XLA would gather them, to put all rows' one after another.
+    flat = x if ways("sequence") > 1 else x.reshape(-1, x.shape[-1])
     product = partial(in_float32, jnp.matmul) if wide else jnp.matmul
     y = weight.matmul(flat) if hasattr(weight, "matmul") else product(flat, weight.astype(x.dtype))
     y = y.reshape(*x.shape[:-1], -1)
