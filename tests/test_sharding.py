@@ -21,7 +21,7 @@ from rlhf.training.policy import Policy
 
 import steps as tiny  # isort: skip
 
-MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4))
+MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4), dict(fsdp=4, sequence=2))
 ROWS, SEQUENCE = 16, 12
 SMALLEST = 512  # elements of a matrix, far above what rows of the batch have
 
@@ -228,6 +228,9 @@ def test_refusals_name_both_sides():
         sharding.spec(("colour",), mesh)
     with pytest.raises(ValueError, match="'heads' and 'mlp'.*both map to mesh axis 'tensor'"):
         sharding.spec(("heads", "mlp"), mesh)
+    axes = ("batch", "sequence", "decoded")
+    with pytest.raises(ValueError, match="'batch' and 'decoded'.*both map to mesh axis 'expert'"):
+        sharding.spec(axes, sharding.make_mesh(expert=8))
     with pytest.raises(
         ValueError, match=r"w \[6, 8\]: heads = 6 does not divide by mesh axis tensor = 4"
     ):

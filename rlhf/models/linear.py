@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf.sharding import ways
+
 Array = jax.Array
 
 
@@ -15,13 +17,14 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, wide: bool = Fal
 
     Args:
       x: `[..., in]`.
-      weight: `[in, out]`, or an object with `matmul(x [N, in]) -> [N, out]` in its place: a matrix
+      weight: `[in, out]`, or an object with `matmul(x [..., in]) -> [..., out]` in its place: a matrix
         with an adapter, or one held in four bits.
       bias: `[out]`.
       wide: in at least float32 instead, sums and all, where the weight is a plain array.
     """
-    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.
-    flat = x.reshape(-1, x.shape[-1])
+    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.  Not
+    # where devices share the columns: XLA would gather them, to put all rows' one after another.
+    flat = x if ways("sequence") > 1 else x.reshape(-1, x.shape[-1])
     y = weight.matmul(flat) if hasattr(weight, "matmul") else _product(wide, flat, weight)
     y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + rows(bias, y)
@@ -47,7 +50,8 @@ def _back_of_master(wide, operands, gradient):
     x, master = operands
     gradient = gradient.astype(x.dtype)
     of_x = jnp.matmul(gradient, master.astype(x.dtype).T)
-    return of_x, jnp.matmul(x.T, gradient, preferred_element_type=master.dtype)
+    leading = tuple(range(x.ndim - 1))
+    return of_x, jnp.tensordot(x, gradient, (leading, leading), preferred_element_type=master.dtype)
 
 
 _of_master.defvjp(

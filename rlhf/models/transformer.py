@@ -145,7 +145,7 @@ class Stack(Weights):
             places = jnp.where((segment_ids != 0) & (positions < 0), -1, places)
             x = x + look_up(self.position_embedding, shared.deduplicate(places)).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
-        x = constrain(x, "batch", "sequence", None)
+        x = constrain(x, *(("batch", "sequence") if cache is None else ("decoded", None)), None)
         layers = self.layers
         cross = None
         if encoded is not None:
@@ -344,8 +344,9 @@ class Transformer(Stack):
             raise ValueError(
                 f"this model is conditioned on its tokens alone, but got inputs {unknown}"
             )
-        # Every device must have as many groups as the others: smaller ones, if need be.
-        shared = shared.fitting(len(tokens), ways("batch"))
+        # Every device must have as many groups as the others: smaller ones, if need be.  Where
+        # devices share the columns, those of a group are on one device no more.
+        shared = shared.fitting(len(tokens), ways("batch")) if ways("sequence") == 1 else NOT_SHARED
         x = embed(c, self.embedding, shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids)))
         if c.token_types:
             types = or_zero(

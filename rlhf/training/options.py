@@ -295,11 +295,17 @@ class MeshOptions:
         others leave.
       tensor: devices over which heads, MLPs and the vocabulary are split; -1: all that the others
         leave.
+      sequence: devices over which the columns of long rows are split, and in sampling the rows; -1:
+        all that the others leave.
+      expert: devices over which rows and the experts of a mixture are split; -1: all that the
+        others leave.
     """
 
     data: Axis | None = None
     fsdp: Axis | None = None
     tensor: Axis | None = None
+    sequence: Axis | None = None
+    expert: Axis | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -315,11 +321,11 @@ class MeshOptions:
         """The sizes as they were given: 1 where nothing is, but all devices under fsdp where
         nothing at all is.
         """
-        given = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        given = dataclasses.asdict(self)
         # fsdp by default: it shares the memory of parameters and moments, at the cost of gathering
         # them.
         if all(size is None for size in given.values()):
-            return {"data": 1, "fsdp": -1, "tensor": 1}
+            return {name: -1 if name == "fsdp" else 1 for name in given}
         return {name: 1 if size is None else size for name, size in given.items()}
 
 

@@ -72,6 +72,8 @@ FREE = (
     "data",
     "fsdp",
     "tensor",
+    "sequence",
+    "expert",
     "output",
     "resume",
     "log_every",
