@@ -18,6 +18,7 @@ from marks import exhaustive
 from test_mesh_commands import COMMANDS, LORA, TRAIN, assert_equal_runs
 
 from rlhf import cli, hosts
+from rlhf.command_line import surroundings
 from rlhf.tools import launch
 from rlhf.training import loop, meshes
 
@@ -166,9 +167,22 @@ def test_tools_run_in_one_process(capsys):
 
 
 def cli_surroundings(*argv: str):
-    from rlhf.command_line import surroundings
-
     return surroundings(argv)[1]
+
+
+def test_options_of_every_command_are_taken_out_of_the_command_line():
+    found = "--heartbeat-timeout", "9", "--process_id=1", "--steps", "2"
+    rest, around = surroundings(found)
+    assert (rest, around.heartbeat_timeout, around.process_id) == (["--steps", "2"], 9, 1)
+    # After the mark they are those of the command that is launched.
+    launching = ["--processes", "2", "--", "sft", *found]
+    assert surroundings(launching) == (launching, surroundings([])[1])
+    for words, message in (
+        (["--num_processes", "0"], "--num_processes must be a whole number at least 1"),
+        (["--coordinator", "--steps"], "--coordinator takes one value, but is given none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            surroundings(words)
 
 
 # --- the launcher --------------------------------------------------------------------------------
