@@ -302,12 +302,13 @@ def _score(
     )
 
 
-def _widened(inputs, *per_token: Array | None) -> tuple[int, list]:
+def _widened(inputs, tokens: Array, *others: Array | None) -> tuple[int, list]:
     """How many columns of padding `[B, T]` need so that the mesh's axis `sequence` divides them, and
     the arrays with these.
     """
     # Of what a model is conditioned on some have the tokens' columns: left as they are, and whole.
-    more = 0 if inputs else -per_token[0].shape[1] % ways("sequence")
+    more = 0 if inputs else -tokens.shape[1] % ways("sequence")
+    per_token = (tokens, *others)
     if not more:
         return 0, list(per_token)
     return more, [None if x is None else jnp.pad(x, ((0, 0), (0, more))) for x in per_token]

@@ -22,6 +22,7 @@ NO_ROPE = (LayerKind(rope=None),)
 CONFIGS = {
     "windows": dict(num_kv_heads=2, kinds=(LayerKind(), LayerKind(window=5))),
     "few keys": dict(num_kv_heads=1),
+    "odd sizes": dict(num_heads=6, num_kv_heads=2, head_dim=8, vocab_size=33),
     "alibi": dict(kinds=NO_ROPE, alibi=True),
     "distances": dict(kinds=NO_ROPE, relative_buckets=4, relative_distance=8),
     "experts": dict(
@@ -38,9 +39,14 @@ MESHES = {
     "fsdp2sequence2tensor2": dict(fsdp=2, sequence=2, tensor=2),
     "expert4data2": dict(expert=4, data=2),
     "expert2sequence2tensor2": dict(expert=2, sequence=2, tensor=2),
+    "fsdp2tensor4": dict(fsdp=2, tensor=4),
 }
 CASES = [(config, mesh) for config in CONFIGS for mesh in MESHES]
-QUICK = [("windows", "fsdp2sequence2tensor2"), ("experts", "expert4data2")]
+QUICK = [
+    ("windows", "fsdp2sequence2tensor2"),
+    ("experts", "expert4data2"),
+    ("odd sizes", "fsdp2tensor4"),
+]
 
 
 def packed(rows: int, columns: int, seed: int = 0):
@@ -65,7 +71,9 @@ def loss_of(lm, params, batch):
 def three_steps(lm, batch, mesh=None):
     """Parameters after three steps of plain gradient descent, and the losses before each."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    params = sharding.create(lm.init, lm.axes(), mesh or one, jax.random.key(0))
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    where = sharding.shardings(shapes, lm.axes(), mesh or one, say=lambda text: None)
+    params = jax.jit(lm.init, out_shardings=where)(jax.random.key(0))
 
     def step(params, batch):
         value, gradient = jax.value_and_grad(functools.partial(loss_of, lm))(params, batch)
@@ -93,12 +101,14 @@ def assert_equal(found, wanted, bound=1e-5):
 
 @functools.cache
 def of_one_device(config):
-    return three_steps(transformer(TransformerConfig(**SIZES, **CONFIGS[config])), packed(8, 16))
+    return three_steps(
+        transformer(TransformerConfig(**{**SIZES, **CONFIGS[config]})), packed(8, 16)
+    )
 
 
 @pytest.mark.parametrize(("config", "mesh"), exhaustive(CASES, quick=QUICK))
 def test_three_steps_equal_one_device(config, mesh):
-    lm = transformer(TransformerConfig(**SIZES, **CONFIGS[config]))
+    lm = transformer(TransformerConfig(**{**SIZES, **CONFIGS[config]}))
     mesh = sharding.make_mesh(**MESHES[mesh])
     assert_equal(three_steps(lm, packed(8, 16), mesh), of_one_device(config))
 
@@ -167,7 +177,7 @@ def test_splash_attention_splits_columns(before):
 @pytest.mark.parametrize("mesh", exhaustive(MESHES, quick=["expert2sequence2tensor2"]))
 def test_rollouts_are_the_same_tokens(config, mesh):
     """Of a loop of decoding steps the axis `sequence` splits rows, where they divide; a single prompt's are on every device."""
-    lm = transformer(TransformerConfig(**SIZES, **CONFIGS[config]))
+    lm = transformer(TransformerConfig(**{**SIZES, **CONFIGS[config]}))
     mesh = sharding.make_mesh(**MESHES[mesh])
     params = sharding.create(lm.init, lm.axes(), mesh, jax.random.key(0))
     tokens = jnp.asarray(packed(4, 12)["tokens"][:, :6])
@@ -179,6 +189,22 @@ def test_rollouts_are_the_same_tokens(config, mesh):
             found = jax.jit(sample)(params, meshes.place(rows, mesh), jax.random.key(1))
         np.testing.assert_array_equal(found.tokens, wanted.tokens)
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", exhaustive([False, True], quick=[True]))
+def test_logits_are_split_though_the_vocabulary_does_not_divide(tied):
+    """A device's are a quarter of those with padding; those of all tokens are on none."""
+    config = {**SIZES, "vocab_size": 51, "num_layers": 1, "tied": tied}
+    lm = transformer(TransformerConfig(**config))
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    batch = packed(8, 16)
+    with jax.set_mesh(mesh):
+        graded = jax.jit(jax.grad(functools.partial(loss_of, lm)))
+        params = meshes.everywhere(lm.init(jax.random.key(0)), mesh)
+        program = graded.lower(params, sharding.shard_batch(batch, mesh)).compile()
+    shapes = shapes_of(r"f32\[([\d,]+)\]", program.as_text())
+    assert (4, 16, 13) in shapes
+    assert not [shape for shape in shapes if len(shape) > 2 and shape[-1] in (51, 52)]
 
 
 def test_rows_that_share_a_prefix_are_read_one_by_one_where_columns_are_split():

@@ -84,8 +84,16 @@ def attention(
         from rlhf.models.splash import splash
 
         # The kernel has no scale of its own, so the queries carry it.
-        knobs = dict(window=window, softcap=softcap, splits=splits)
-        return splash(q * scale, k, v, segment_ids, kv_segment_ids, **knobs)
+        return splash(
+            q * scale,
+            k,
+            v,
+            segment_ids,
+            kv_segment_ids,
+            window=window,
+            softcap=softcap,
+            splits=splits,
+        )
 
     def attend(q, k, v, bias, *where):
         mask = visible(*where, causal, window)

@@ -148,15 +148,15 @@ def _mixed(gate, up, down, activate, flat, weights, chosen, first=None):
     Args:
       first: these are the experts from this one on, and others are elsewhere; None: they are all.
     """
-    own = gate.shape[0]
+    number = gate.shape[0]
     expert = chosen.reshape(-1)
     if first is not None:
         # Other devices' experts come last, in no group.
-        expert = jnp.where((expert >= first) & (expert < first + own), expert - first, own)
+        expert = jnp.where((expert >= first) & (expert < first + number), expert - first, number)
     # `ragged_dot` wants the rows of each expert side by side.  Each token stands there k times, and
     # `order // k` is the token that a sorted row came from.
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=own).astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=number).astype(jnp.int32)
     of_token = order // chosen.shape[1]
 
     def product(rows, w):

@@ -416,10 +416,21 @@ def embed(c: TransformerConfig, embedding, tokens) -> Array:
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     """`s (h W) + b` in at least float32, capped where the config says."""
     # In float32 (`wide`): small differences of logits matter, and half precision rounds them away.
-    y = linear(hidden, embedding.T if c.tied else unembedding, wide=True)
+    matrix = _divisible(embedding.T if c.tied else unembedding)
+    y = linear(hidden, matrix, wide=True)[..., : c.vocab_size]
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32)) * c.logit_scale
     y = y if bias is None else y + rows(bias, y)
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
+
+
+def _divisible(matrix: Any) -> Any:
+    """An output matrix `[D, V]` with as many columns of zeros as it takes for a mesh to split it by
+    tokens; the state holds it as it is in the files, whole where the mesh does not divide V.
+    """
+    more = -matrix.shape[-1] % ways("vocab")
+    if not more or hasattr(matrix, "matmul"):
+        return matrix
+    return constrain(jnp.pad(matrix, ((0, 0), (0, more))), None, "vocab")
 
 
 def _block(c, layer, x, kind, rotations, cached, attention_inputs, cross, shared=NOT_SHARED):
