@@ -16,6 +16,7 @@ def chunked(
     *per_token: Array,
     chunk_size: int = 64,
     needed: Array | None = None,
+    parts: int = 1,
 ) -> Any:
     """`fn(unembed(hidden), *per_token)`, computed and differentiated at most `chunk_size` columns
     at a time.
@@ -33,6 +34,8 @@ def chunked(
       chunk_size: the most columns of a chunk; `B * chunk_size * V` numbers exist at a time.
       needed: `[B, T]` bool, the positions whose result is needed: a chunk without any is not computed,
         and is 0; None: all.
+      parts: equal parts of the columns that lie on different devices: each has its chunks then,
+        computed side by side.  Without effect where T does not divide.
 
     Returns: what `fn` returns, `[B, T, ...]`.
 
@@ -53,6 +56,22 @@ def chunked(
             )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
+
+    if parts > 1 and length % parts == 0:
+        # A part's columns as rows of their own: a scan along T would have one device after another
+        # compute, or gather what it walks along.
+        def fold(x):  # [B, T, ...] -> [parts * B, T / parts, ...]
+            x = jnp.moveaxis(x.reshape(batch, parts, -1, *x.shape[2:]), 1, 0)
+            return x.reshape(parts * batch, *x.shape[2:])
+
+        def unfold(x):
+            x = jnp.moveaxis(x.reshape(parts, batch, *x.shape[1:]), 0, 1)
+            return x.reshape(batch, length, *x.shape[3:])
+
+        folded = jax.tree.map(fold, (hidden, *per_token))
+        needed = None if needed is None else fold(needed)
+        out = chunked(fn, folded[0], unembed, *folded[1:], chunk_size=chunk_size, needed=needed)
+        return jax.tree.map(unfold, out)
 
     def piece(hidden, *per_token):
         out = fn(unembed(hidden), *per_token)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf.train import minibatches as minibatches
     from rlhf.train import reference as reference
     from rlhf.train import train_step as train_step
+    from rlhf.training import guards as guards
     from rlhf.training.policy import Policy as Policy
 
 # Names are imported on first use: `import rlhf` alone must not wait for JAX, Flax and transformers.
@@ -65,7 +66,9 @@ _MODULES = (
     "classic",
     "ranges",
 )
-__all__ = [*_EXPORTS, *_MODULES, "__version__"]
+# Modules that stand deeper than their short names.
+_SHORT = {"guards": "rlhf.training.guards"}
+__all__ = [*_EXPORTS, *_MODULES, *_SHORT, "__version__"]
 
 
 def __getattr__(name):
@@ -73,6 +76,8 @@ def __getattr__(name):
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     if name in _MODULES:
         return importlib.import_module(f"rlhf.{name}")
+    if name in _SHORT:
+        return importlib.import_module(_SHORT[name])
     if name == "__version__":
         from importlib import metadata
 

@@ -49,7 +49,7 @@ class LoRAWeight(NamedTuple):
     rate: Any = None
 
     def matmul(self, x: Array) -> Array:
-        """`x [N, in]` times the adapted matrix, `[N, out]` in the dtype of `x`; no matrix
+        """`x [..., in]` times the adapted matrix, `[..., out]` in the dtype of `x`; no matrix
         `[in, out]` is made.
         """
         y = linear(x, self.base)
@@ -61,7 +61,7 @@ class LoRAWeight(NamedTuple):
 
         def rescaled(plain: Array) -> Array:
             share = self.magnitude / column_norm(self)
-            return (share[None, :] * (plain + delta)).astype(x.dtype)
+            return (share[(None,) * (x.ndim - 1)] * (plain + delta)).astype(x.dtype)
 
         if self.key is None:
             return rescaled(y)

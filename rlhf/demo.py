@@ -438,7 +438,8 @@ def run(
             "samples.jsonl",
             {"before": first, "after": second, "positive": reviews.sentiment(second)},
         )
-    Checkpoints(folder.path / "checkpoint").save(state)
+    with Checkpoints(folder.path / "checkpoint") as checkpoint:
+        checkpoint.save(state)
     huggingface.save(folder.path / "model", models.lm, params, tokenizer=task.tokenizer)
     _check_export(folder, models, params, task)
     _plot(folder, algorithm)

@@ -2,6 +2,7 @@
 jitted for a mesh.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,15 +14,17 @@ from rlhf import hosts
 
 # The one table from an array's axes to the mesh's: models name their axes, and know of no mesh.
 RULES: Mapping[str, Any] = {
-    "batch": ("data", "fsdp"),
-    "sequence": None,
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": "sequence",
+    # Rows of a decoding loop, whose single columns cannot be split.
+    "decoded": ("data", "fsdp", "expert", "sequence"),
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
     "kv": "tensor",
     "mlp": "tensor",
     "layers": None,
-    "expert": None,
+    "expert": "expert",
 }
 # Where a loop of decoding steps reads parameters: left on `fsdp`, every layer would be gathered
 # again for every token.
@@ -29,24 +32,45 @@ ROLLOUT_RULES: Mapping[str, Any] = {**RULES, "embed": None}
 # Elements.  Larger arrays of a state are always split when fsdp > 1; of smaller ones, such as
 # norms, a copy on every device is cheaper than gathering them.
 SMALL = 1024
+# The mesh's axes, those that exchange the most last: their devices are neighbours.
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh with axes `data` (batch), `fsdp` (batch and parameters) and `tensor` (heads, MLP,
-    vocabulary).
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    expert: int = 1,
+    *,
+    devices=None,
+) -> Mesh:
+    """A mesh with axes `data` (batch), `fsdp` (batch and parameters), `expert` (batch and experts),
+    `sequence` (columns of the batch) and `tensor` (heads, MLP, vocabulary).
 
     Raises: ValueError where the sizes do not multiply to the number of devices.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
-    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    {'data': 1, 'fsdp': 1, 'expert': 1, 'sequence': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
-    if data * fsdp * tensor != len(devices):
-        raise ValueError(
-            f"data {data} × fsdp {fsdp} × tensor {tensor} = {data * fsdp * tensor} but "
-            f"{len(devices)} devices"
-        )
-    return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    given = dict(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence, expert=expert)
+    if (product := math.prod(given.values())) != len(devices):
+        raise ValueError(f"{product_of(given)} = {product} but {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape([given[axis] for axis in AXES]), AXES)
+
+
+def product_of(sizes: Mapping[str, int]) -> str:
+    """Sizes of a mesh in words; axes that few use are named where they have a size.
+
+    >>> product_of(dict(data=2, fsdp=1, sequence=4, expert=1))
+    'data 2 × fsdp 1 × sequence 4'
+    """
+    return " × ".join(
+        f"{axis} {size}"
+        for axis, size in sizes.items()
+        if size > 1 or axis not in ("sequence", "expert")
+    )
 
 
 def spec(names, mesh, rules: Mapping[str, Any] = RULES) -> PartitionSpec:
@@ -161,19 +185,26 @@ def create(init: Callable, axes: Any, mesh: Mesh, *args, rules: Mapping[str, Any
     return jax.jit(init, out_shardings=where)(*args)
 
 
-def batch_sharding(mesh: Mesh, rules: Mapping[str, Any] = RULES) -> NamedSharding:
-    """Rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, spec(("batch",), mesh, rules))
+def batch_sharding(
+    mesh: Mesh, shape: tuple[int, ...] = (), rules: Mapping[str, Any] = RULES
+) -> NamedSharding:
+    """Rows over `data`, `fsdp` and `expert`; columns over `sequence`, where the shape `[B, T, ...]`
+    has as many as divide.
+    """
+    rows, columns = spec(("batch", "sequence"), mesh, rules)
+    if columns is None or len(shape) < 2 or shape[1] % _ways(columns, mesh):
+        return NamedSharding(mesh, PartitionSpec(rows))
+    return NamedSharding(mesh, PartitionSpec(rows, columns))
 
 
 def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
-    """Puts a batch's rows over `data` and `fsdp`; scalars and keys are copied to every device.
+    """Puts a batch's rows over `data`, `fsdp` and `expert`, and its columns over `sequence` where
+    they divide; scalars and keys are copied to every device.
 
     Raises: ValueError where the rows do not divide.
     """
-    rows = batch_sharding(mesh, rules)
+    ways = _ways(batch_sharding(mesh, rules=rules).spec[0], mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    ways = _ways(rows.spec[0], mesh)
 
     def place(path, x):
         shape = jax.typeof(x).shape
@@ -182,7 +213,7 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any
                 f"{'.'.join(_path(path))} {list(shape)}: {shape[0]} rows do not divide by {ways} "
                 "devices"
             )
-        return hosts.put(x, rows if shape else replicated)
+        return hosts.put(x, batch_sharding(mesh, shape, rules) if shape else replicated)
 
     return jax.tree_util.tree_map_with_path(place, batch)
 
@@ -221,33 +252,47 @@ def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> 
     return MeshStep(jitted, mesh)
 
 
+def fitting(
+    names: tuple[str | None, ...], shape: tuple[int, ...], rules: Mapping[str, Any] = RULES
+) -> PartitionSpec:
+    """`spec` on the mesh that is set, without axes by which a size does not divide: the last of
+    several first, and at worst all.
+
+    >>> tuple(fitting(("batch", None), (3, 2)))
+    (None, None)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def one(size, part):
+        axes = (part,) if isinstance(part, str) else part or ()
+        fit = [axes[:n] for n in range(len(axes) + 1) if size % _ways(axes[:n], mesh) == 0][-1]
+        return fit[0] if len(fit) == 1 else fit or None
+
+    if mesh.empty:
+        return PartitionSpec(*[None] * len(shape))
+    return PartitionSpec(*map(one, shape, spec(names, mesh, rules)))
+
+
 def constrain(x: jax.Array, *names: str | None, rules: Mapping[str, Any] = RULES) -> jax.Array:
     """Keeps an activation where its names say, if a mesh is set and the sizes divide; elsewhere `x`
     as it is.
     """
     # Without constraints XLA may replicate activations of a sharded batch on every device.
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    parts = [
-        # Sizes that do not divide, such as a single row in sampling, stay as they are.
-        part if size % _ways(part, mesh) == 0 else None
-        for size, part in zip(x.shape, spec(names, mesh, rules), strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, rules))
 
 
 def constrain_rows(tree: Any) -> Any:
-    """Keeps the rows of activations `[B, ...]` over `data` and `fsdp`, if a mesh is set and their
-    number divides; XLA places the other axes.
+    """Keeps the rows of a decoding loop's activations `[B, ...]` over all axes but `tensor`, if a
+    mesh is set and as far as their number divides; XLA places the other axes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return tree
-    rows = spec(("batch",), mesh)[0]
 
     def one(x):
-        if not x.ndim or x.shape[0] % _ways(rows, mesh):
+        rows = fitting(("decoded",), x.shape[:1])[0] if x.ndim else None
+        if not x.ndim or (rows is None and ways("decoded") > 1):
             return x
         others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
         return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *others))

@@ -100,7 +100,12 @@ def score(
     names = tuple(heads)
     # Static parts of the heads apart from their parameters, which are traced.
     applies = tuple(heads[name][0].apply for name in names)
-    return _score(
+    length = tokens.shape[1]
+    more, (tokens, positions, segment_ids, mask) = _widened(
+        inputs, tokens, positions, segment_ids, mask
+    )
+    shared = shared and shared._replace(suffix=shared.suffix + more)
+    scored = _score(
         lm,
         names,
         applies,
@@ -115,6 +120,13 @@ def score(
         mask,
         jnp.asarray(temperature, jnp.float32),
         inputs,
+    )
+    if not more:
+        return scored
+    return scored._replace(
+        logprobs=scored.logprobs[:, :length],
+        entropy=scored.entropy[:, :length],
+        values={name: x[:, :length] for name, x in scored.values.items()},
     )
 
 
@@ -201,9 +213,12 @@ def classify(
     _check_shared(shared, tokens)
     if isinstance(tokens, np.ndarray):
         check_ids(lm, tokens, segment_ids, positions)
+    length = tokens.shape[1]
+    more, (tokens, positions, segment_ids) = _widened(inputs, tokens, positions, segment_ids)
+    shared = shared and shared._replace(suffix=shared.suffix + more)
     hidden, _ = _hidden(lm, params["lm"], tokens, positions, segment_ids, inputs, shared)
     if head.reads == "every":
-        return head.apply(params["head"], hidden)
+        return head.apply(params["head"], hidden)[:, :length]
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)
     # A sequence starts one column after the end of the one before. For sequences that a row does
     # not have, the last column stands in.
@@ -249,11 +264,13 @@ def _score(
     if ways("embed") > 1:
         chunk_size = max(chunk_size, CHUNK_TOKENS * ways("batch") // tokens.shape[0])
 
+    devices = ways("batch") * ways("sequence")
+
     def of_columns(part):
         unembed = partial(lm.unembed, params)
         # Whether a chunk has any that is needed is a question to all devices; one of completions
         # nearly always has.
-        needed = requested[:, part] if ways("batch") == 1 or part.stop else None
+        needed = requested[:, part] if devices == 1 or part.stop else None
         return losses.chunked(
             per_position,
             before(hidden)[:, part],
@@ -261,10 +278,12 @@ def _score(
             tokens[:, part],
             chunk_size=chunk_size,
             needed=needed,
+            parts=ways("sequence"),
         )
 
-    # Cut where prompts end, so that chunks of prompts alone are skipped, and none holds both.
-    start = 0 if shared is None else tokens.shape[1] - shared.suffix
+    # Cut where prompts end, so that chunks of prompts alone are skipped, and none holds both.  Not
+    # where devices have a part of the columns each: the cut would move them.
+    start = 0 if shared is None or ways("sequence") > 1 else tokens.shape[1] - shared.suffix
     parts = [of_columns(part) for part in ([slice(start)] if start else []) + [slice(start, None)]]
     logprobs, entropy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     # A head's value of state s_t is read before token t, like its prediction.
@@ -281,6 +300,18 @@ def _score(
         },
         aux=aux,
     )
+
+
+def _widened(inputs, tokens: Array, *others: Array | None) -> tuple[int, list]:
+    """How many columns of padding `[B, T]` need so that the mesh's axis `sequence` divides them, and
+    the arrays with these.
+    """
+    # Of what a model is conditioned on some have the tokens' columns: left as they are, and whole.
+    more = 0 if inputs else -tokens.shape[1] % ways("sequence")
+    per_token = (tokens, *others)
+    if not more:
+        return 0, list(per_token)
+    return more, [None if x is None else jnp.pad(x, ((0, 0), (0, more))) for x in per_token]
 
 
 def _hidden(

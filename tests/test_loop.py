@@ -166,7 +166,7 @@ def test_what_is_fixed_is_not_saved(tmp_path):
             stop=3,
             context=context(1.0),
         )
-    written = (tmp_path / "run" / "checkpoints" / "3" / "default" / "_METADATA").read_text()
+    written = (tmp_path / "run" / "checkpoints" / "3" / "state" / "_METADATA").read_text()
     assert "'context', 'n'" in written
     assert "shift" not in written
     state, _ = run(tmp_path / "run", CONSTANT, resume=True, context=context(0.0))
@@ -220,13 +220,14 @@ def test_a_run_asked_to_stop_ends_with_its_step_and_goes_on(place, number, tmp_p
             "export", written.append((float(state.params["w"][0]), over, card.exists()))
         ),
     )
-    training = dataclasses.replace(CONSTANT, eval_every=1, save_every=1 if place == "export" else 0)
+    often = lambda every: dict(save_every=every, export_every=every)
+    training = dataclasses.replace(CONSTANT, eval_every=1, **often(1 if place == "export" else 0))
     with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6; go on with --resume"):
         run(tmp_path / "run", training, **hooks)
     assert signal.getsignal(number) is before
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 3
     np.testing.assert_allclose(written[-1], (W[3], False, True), rtol=1e-6)
-    run(tmp_path / "run", dataclasses.replace(training, save_every=2), resume=True, **hooks)
+    run(tmp_path / "run", dataclasses.replace(training, **often(2)), resume=True, **hooks)
     np.testing.assert_allclose(written[-2:], [(W[4], False, True), (W[6], True, True)], rtol=1e-6)
     assert "| eval_loss | 0 | 6 |" in card.read_text()
     card.unlink()

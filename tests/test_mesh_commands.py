@@ -11,7 +11,8 @@ from logs import steady
 from marks import exhaustive
 from safetensors.numpy import load_file
 
-from rlhf import cli
+from rlhf import cli, tasks
+from rlhf.models import huggingface, transformer
 from rlhf.sharding import SMALL
 from rlhf.training import loop, meshes
 
@@ -34,12 +35,17 @@ MESHES = {
     "data8": ["--data", "8"],
     "fsdp8": ["--fsdp", "8"],
     "fsdp2tensor4": ["--fsdp", "2", "--tensor", "4"],
+    "fsdp4sequence2": ["--fsdp", "4", "--sequence", "2"],
+    "expert4data2": ["--expert", "4", "--data", "2"],
 }
+# Of a mixture of experts; on the others it would test nothing new.
+OF_EXPERTS = "expert4data2"
 CASES = [
     (command, adapters, mesh)
     for command in COMMANDS
     for adapters in (False, True)
     for mesh in MESHES
+    if mesh != OF_EXPERTS or not adapters
 ]
 IDS = [f"{command}{'-lora' if adapters else ''}-{mesh}" for command, adapters, mesh in CASES]
 QUICK = [("sft", False, "fsdp2tensor4")]
@@ -79,18 +85,41 @@ def run(command: str, model: str, adapters: bool, output: Path, *more: str) -> N
 
 
 @pytest.fixture(scope="module")
-def of_one_device(model, tmp_path_factory):
-    """`(command, adapters) -> folder` of the run on one device, made once."""
+def mixture(tmp_path_factory):
+    """The folder of a tiny mixture of four experts."""
+    like, folder = (tmp_path_factory.mktemp("models") / name for name in ("like", "mixture"))
+    tokenizer = tasks.find("task:reverse").tokenizer()
+    config = {
+        "model_type": "mixtral",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    like.mkdir()
+    (like / "config.json").write_text(json.dumps(config))
+    lm = transformer(huggingface.read_config(like))
+    huggingface.save(folder, lm, lm.init(jax.random.key(0)), like=like, tokenizer=tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def of_one_device(tmp_path_factory):
+    """`(command, adapters, model) -> folder` of the run on one device, made once."""
     made: dict = {}
 
-    def folder(command: str, adapters: bool) -> Path:
-        if (command, adapters) not in made:
+    def folder(command: str, adapters: bool, model: str) -> Path:
+        if (command, adapters, model) not in made:
             output = tmp_path_factory.mktemp("one") / "run"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(meshes, "local_devices", lambda: jax.devices()[:1])
                 run(command, model, adapters, output)
-            made[command, adapters] = output
-        return made[command, adapters]
+            made[command, adapters, model] = output
+        return made[command, adapters, model]
 
     return folder
 
@@ -119,9 +148,10 @@ def assert_equal_runs(found: Path, wanted: Path) -> None:
 @pytest.mark.mesh
 @pytest.mark.parametrize(("command", "adapters", "mesh"), exhaustive(CASES, quick=QUICK), ids=IDS)
 def test_a_mesh_gives_what_one_device_gives(
-    command, adapters, mesh, model, of_one_device, tmp_path, monkeypatch
+    command, adapters, mesh, model, mixture, of_one_device, tmp_path, monkeypatch
 ):
-    wanted = of_one_device(command, adapters)
+    model = mixture if mesh == OF_EXPERTS else model
+    wanted = of_one_device(command, adapters, model)
     found: dict = {}
     original = loop.run_steps
 
@@ -133,7 +163,7 @@ def test_a_mesh_gives_what_one_device_gives(
     monkeypatch.setattr(loop, "run_steps", watched)
     run(command, model, adapters, tmp_path / "run", *MESHES[mesh])
     assert_equal_runs(tmp_path / "run", wanted)
-    ways = 8 if mesh == "fsdp8" else 2 if mesh == "fsdp2tensor4" else 1
+    ways = {"fsdp8": 8, "fsdp2tensor4": 2, "fsdp4sequence2": 4}.get(mesh, 1)
     for path, x in jax.tree_util.tree_leaves_with_path(found["state"]):
         assert len(x.sharding.device_set) == 8, jax.tree_util.keystr(path)
         if ways > 1 and x.size > SMALL:
@@ -173,7 +203,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(
         "2",
         "--resume",
     )
-    assert_equal_runs(tmp_path / "run", of_one_device("grpo", adapters))
+    assert_equal_runs(tmp_path / "run", of_one_device("grpo", adapters, model))
 
 
 @pytest.mark.mesh
@@ -182,7 +212,14 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(
     [
         (["--data", "3"], "data 3 × fsdp 1 × tensor 1 = 3 but 8 devices"),
         (["--data", "3", "--fsdp", "-1"], "data 3 × tensor 1 = 3 does not divide 8 devices"),
+        (["--sequence", "3"], "data 1 × fsdp 1 × tensor 1 × sequence 3 = 3 but 8 devices"),
+        (["--expert", "3", "--fsdp", "-1"], "tensor 1 × expert 3 = 3 does not divide 8 devices"),
+        (["--data", "-1", "--sequence", "-1"], "-1 (the rest) for one axis at most"),
         (["--data", "-1", "--fsdp", "-1"], "-1 (the rest) for one axis at most"),
+        (
+            ["--expert", "8", "--batch_size", "4"],
+            "4 rows cannot be shared by data 1 × fsdp 1 × expert 8 = 8 devices; change --batch_size",
+        ),
         (
             ["--batch_size", "4"],
             "4 rows cannot be shared by data 1 × fsdp 8 = 8 devices; change --batch_size",

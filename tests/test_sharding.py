@@ -1,5 +1,6 @@
 """On eight CPU devices the demo's steps equal those on one, rollouts included, and no large array of a state is ever whole."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,13 +14,14 @@ from marks import exhaustive
 
 import rlhf
 from rlhf import demo, rollouts, sharding
+from rlhf.models import transformer
 from rlhf.recipes import dpo, grpo, ppo, reward
 from rlhf.training import meshes
 from rlhf.training.policy import Policy
 
 import steps as tiny  # isort: skip
 
-MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4))
+MESHES = (dict(data=8), dict(fsdp=8), dict(fsdp=2, tensor=4), dict(fsdp=4, sequence=2))
 ROWS, SEQUENCE = 16, 12
 SMALLEST = 512  # elements of a matrix, far above what rows of the batch have
 
@@ -202,18 +204,17 @@ def test_few_prompts_give_the_same_on_many_devices(task, models, created):
     assert not found.tokens.sharding.is_fully_replicated
 
 
-def test_a_chunk_is_counted_in_tokens_of_a_device_where_the_output_matrix_is_split(models, created):
+def test_a_chunk_is_counted_in_tokens_of_a_device_where_the_output_matrix_is_split(models):
     """`[B, C, V]` of the logits that exist at a time."""
     rows = rollouts.unpacked_rows(jnp.ones((8, 128), jnp.int32), jnp.ones((8, 128), bool))
+    # A size that no other array has.
+    lm = transformer(dataclasses.replace(models.config, vocab_size=104))
+    params = jax.eval_shape(lm.init, jax.random.key(0))
 
     def columns(**shape):
-        mesh, params = created(**shape)
-        with jax.set_mesh(mesh):
-            traced = jax.make_jaxpr(lambda params: rollouts.score_batch(models.lm, params, rows))(
-                params
-            )
-        size = models.lm.unembed(params, jnp.zeros((1, 32))).shape[-1]
-        return {int(found) for found in re.findall(rf"f32\[8,(\d+),{size}\]", str(traced))}
+        with jax.set_mesh(sharding.make_mesh(**shape)):
+            traced = jax.make_jaxpr(lambda params: rollouts.score_batch(lm, params, rows))(params)
+        return {int(found) for found in re.findall(r"f32\[8,(\d+),104\]", str(traced))}
 
     assert columns(data=8) == {64}
     assert columns(fsdp=8) == {128}
@@ -227,6 +228,9 @@ def test_refusals_name_both_sides():
         sharding.spec(("colour",), mesh)
     with pytest.raises(ValueError, match="'heads' and 'mlp'.*both map to mesh axis 'tensor'"):
         sharding.spec(("heads", "mlp"), mesh)
+    axes = ("batch", "sequence", "decoded")
+    with pytest.raises(ValueError, match="'batch' and 'decoded'.*both map to mesh axis 'expert'"):
+        sharding.spec(axes, sharding.make_mesh(expert=8))
     with pytest.raises(
         ValueError, match=r"w \[6, 8\]: heads = 6 does not divide by mesh axis tensor = 4"
     ):

@@ -173,6 +173,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     for i in range(3, 6):
         straight, _ = step(straight, data(i))
 
+    checkpoints.wait()
     resumed = Checkpoints(tmp_path / "run").restore(fresh())
     assert int(resumed.step) == 3
     for i in range(3, 6):

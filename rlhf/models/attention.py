@@ -1,12 +1,14 @@
 """Attention: one function, and the fastest exact way to compute it where it runs."""
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rlhf.models.linear import in_float32
-from rlhf.sharding import platform
+from rlhf.sharding import fitting, platform, ways
 from rlhf.shared_prefix import SharedPrefix
 
 Array = jax.Array
@@ -29,6 +31,7 @@ def attention(
     scale: float,
     kernel: str | None = None,
     last: bool = False,
+    cached: bool = False,
 ) -> Array:
     """`softmax(scale q kᵀ + bias + mask) v`, within a segment, grouped queries  (arXiv:1706.03762,
     eq. 1; arXiv:2305.13245).
@@ -50,6 +53,8 @@ def attention(
         it can serve, else "xla".  Without a cache, positions must grow along the columns of a
         segment: kernels leave out the keys of later columns.
       last: there is no cache, and the queries are those of the keys' last columns.
+      cached: the keys are those of a cache, of which no mesh splits the columns.  Else, on a mesh
+        with an axis `sequence`, each device computes its own queries and gathers all keys.
 
     Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.
 
@@ -72,19 +77,70 @@ def attention(
         )
     # A kernel that was named must serve or raise; one that we chose ourselves may give way.
     chosen = "xla" if refused else kernel or here
+    k, v = (_one_a_device(x, q.shape[1]) for x in (k, v))
+    splits = not cached and ways("sequence") > 1 and q.shape[2] % ways("sequence") == 0
     if chosen == "splash":
         # Imported where it is used only: no other device needs Pallas' kernels for TPUs.
         from rlhf.models.splash import splash
 
         # The kernel has no scale of its own, so the queries carry it.
-        return splash(q * scale, k, v, segment_ids, kv_segment_ids, window=window, softcap=softcap)
-    mask = visible(positions, segment_ids, kv_positions, kv_segment_ids, causal, window)
-    if chosen == "cudnn":
-        return _cudnn(q, k, v, mask, scale)
-    # In two halves a layer of 256 tokens takes 64 ms on a CPU instead of 80; four parts were no
-    # faster and compile longer.  Short rows have too little to save.
-    xla = _in_halves if same_tokens and causal and q.shape[2] >= 128 else _xla
-    return xla(q, k, v, mask, softcap, bias, scale)
+        return splash(
+            q * scale,
+            k,
+            v,
+            segment_ids,
+            kv_segment_ids,
+            window=window,
+            softcap=softcap,
+            splits=splits,
+        )
+
+    def attend(q, k, v, bias, *where):
+        mask = visible(*where, causal, window)
+        if chosen == "cudnn":
+            return _cudnn(q, k, v, mask, scale)
+        # In two halves a layer of 256 tokens takes 64 ms on a CPU instead of 80; four parts were no
+        # faster and compile longer.  Short rows have too little to save.
+        halves = same_tokens and causal and q.shape[2] >= 128 and not splits
+        return (_in_halves if halves else _xla)(q, k, v, mask, softcap, bias, scale)
+
+    if splits:
+        attend = _over_columns(attend, q, k, bias, check=chosen == "xla")
+    return attend(q, k, v, bias, positions, segment_ids, kv_positions, kv_segment_ids)
+
+
+def _one_a_device(x, heads):
+    """Key heads `[B, K, S, H]` repeated where a mesh splits the query heads into more parts than
+    there are: each device then has those of its queries.
+    """
+    parts = ways("heads")
+    if x.shape[1] % parts == 0 or heads % parts:
+        return x
+    return jnp.repeat(x, math.lcm(x.shape[1], parts) // x.shape[1], axis=1)
+
+
+def _over_columns(attend, q, k, bias, check):
+    """`attend`, each device for its own columns of the queries and all of the keys.
+
+    XLA by itself would gather scores: the queries of a group are put beside each other for the
+    product, after which their columns cannot lie apart.
+    """
+    queries, keys, biases = (
+        None if x is None else fitting(("batch", "heads", "sequence", None), x.shape)
+        for x in (q, k, bias)
+    )
+    rows, _, columns, _ = queries
+
+    def local(q, k, v, *others):
+        if keys[2]:
+            k, v = (jax.lax.all_gather(x, keys[2], axis=2, tiled=True) for x in (k, v))
+        return attend(q, k, v, *others)
+
+    of_queries, of_keys = PartitionSpec(rows, columns), PartitionSpec(rows, None)
+    where = of_queries, of_queries, of_keys, of_keys
+    specs = (queries, keys, keys, biases, *where)
+    # cuDNN's call says nothing of the axes that its results vary over, as the check wants.
+    return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=check)
 
 
 def shared_prefix_attention(

@@ -95,7 +95,7 @@ class Block(Weights):
         real = self.shared.deduplicate(attention_inputs["segment_ids"] != 0)
 
         def feed(h):
-            return self.sparse(h, real) if kind.sparse else (self.mlp(h), None)
+            return self.sparse(h, real, cached) if kind.sparse else (self.mlp(h), None)
 
         # GPT-J reads both branches from one norm, GPT-NeoX from a norm each; neither reads the
         # other.
@@ -159,6 +159,7 @@ class Block(Weights):
             softcap=c.attention_softcap,
             scale=c.scale,
             kernel=kernel,
+            cached=cached is not None,
         )
         attend = (
             attention
@@ -228,7 +229,7 @@ class Block(Weights):
         )
         return linear(h, w, self.bias(c.mlp_bias, "down_bias", c.hidden_size, "embed"))
 
-    def sparse(self, x, real):
+    def sparse(self, x, real, cached):
         c = self.config
         axes = ("expert", "embed", "mlp")
         init = nn.initializers.normal(c.hidden_size**-0.5)
@@ -246,5 +247,6 @@ class Block(Weights):
             per_token=c.experts_per_token,
             renormalise=c.expert_renormalise,
             activate=ACTIVATIONS[c.activation],
+            cached=cached is not None,
         )
         return experts(x, router, gate, up, down, real, **options)

@@ -618,6 +618,8 @@ def _read(
             "",
         )
         raise ValueError(f"the tensors of {folder} do not fit its config: {found}{hint}")
+    if mesh:
+        _check_heads(last, mesh.shape.get("tensor", 1), say)
     out = {}
     for name, (part, _) in parts.items():
         where = (
@@ -643,6 +645,19 @@ def _read(
             mapping.read(places[name], tensors, leaves[name], last.kv_heads, put)
         )
     return out
+
+
+def _check_heads(config: TransformerConfig, tensor: int, say: Callable | None) -> None:
+    """Says, or without `say` raises, that a mesh does not divide the heads of attention."""
+    heads = config.num_heads
+    if heads % tensor == 0:
+        return
+    divide = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    what = f"attention [{heads} heads]: tensor = {tensor} does not divide them"
+    cure = f"take one of {divide}"
+    if say is None:
+        raise ValueError(f"{what}; {cure}")
+    say(f"{what}: every device computes all of them; {cure}")
 
 
 def _put(x: np.ndarray, sharding) -> jax.Array:

@@ -7,25 +7,56 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf.sharding import ways
+
 Array = jax.Array
 
 
 def linear(x: Array, weight: Any, bias: Array | None = None, *, wide: bool = False) -> Array:
-    """`x W + b` in the dtype of `x`.
+    """`x W + b` in the dtype of `x`; the gradient of `W` in its own, as sums over devices need.
 
     Args:
       x: `[..., in]`.
-      weight: `[in, out]`, or an object with `matmul(x [N, in]) -> [N, out]` in its place: a matrix
+      weight: `[in, out]`, or an object with `matmul(x [..., in]) -> [..., out]` in its place: a matrix
         with an adapter, or one held in four bits.
       bias: `[out]`.
       wide: in at least float32 instead, sums and all, where the weight is a plain array.
     """
-    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.
-    flat = x.reshape(-1, x.shape[-1])
-    product = partial(in_float32, jnp.matmul) if wide else jnp.matmul
-    y = weight.matmul(flat) if hasattr(weight, "matmul") else product(flat, weight.astype(x.dtype))
+    # One plain matrix product: on CPU its backward pass takes half the time of a batched one.  Not
+    # where devices share the columns: XLA would gather them, to put all rows' one after another.
+    flat = x if ways("sequence") > 1 else x.reshape(-1, x.shape[-1])
+    y = weight.matmul(flat) if hasattr(weight, "matmul") else _product(wide, flat, weight)
     y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + rows(bias, y)
+
+
+def _product(wide: bool, x: Array, weight: Array) -> Array:
+    if weight.dtype.itemsize > x.dtype.itemsize:
+        return _of_master(wide, x, weight)
+    product = partial(in_float32, jnp.matmul) if wide else jnp.matmul
+    return product(x, weight.astype(x.dtype))
+
+
+# A derivative of its own: that of `astype` would round each device's share of the gradient to 8
+# bits before the devices add them up.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_master(wide, x, master):
+    return jnp.matmul(
+        x, master.astype(x.dtype), preferred_element_type=jnp.float32 if wide else None
+    )
+
+
+def _back_of_master(wide, operands, gradient):
+    x, master = operands
+    gradient = gradient.astype(x.dtype)
+    of_x = jnp.matmul(gradient, master.astype(x.dtype).T)
+    leading = tuple(range(x.ndim - 1))
+    return of_x, jnp.tensordot(x, gradient, (leading, leading), preferred_element_type=master.dtype)
+
+
+_of_master.defvjp(
+    lambda wide, x, master: (_of_master(wide, x, master), (x, master)), _back_of_master
+)
 
 
 def in_float32(product: Callable, a: Array, b: Array) -> Array:

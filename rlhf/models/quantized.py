@@ -28,7 +28,7 @@ class QuantizedWeight(NamedTuple):
     array: Any
 
     def matmul(self, x: Array) -> Array:
-        """`x [N, in]` times the matrix; in the backward pass the matrix is computed again, not
+        """`x [..., in]` times the matrix; in the backward pass the matrix is computed again, not
         saved.
         """
         # Saved for the backward pass, the wide matrices of all layers would undo what few bits

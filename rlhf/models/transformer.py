@@ -145,7 +145,7 @@ class Stack(Weights):
             places = jnp.where((segment_ids != 0) & (positions < 0), -1, places)
             x = x + look_up(self.position_embedding, shared.deduplicate(places)).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
-        x = constrain(x, "batch", "sequence", None)
+        x = constrain(x, *(("batch", "sequence") if cache is None else ("decoded", None)), None)
         layers = self.layers
         cross = None
         if encoded is not None:
@@ -195,7 +195,7 @@ class Stack(Weights):
         carry = x, self._no_routing(x)
         for first, number, stack in _stacks(layers, c):
             # Vectors of all layers at once: gathered one by one, each would cost a message.
-            stack = {name: _whole_if_vectors(leaf) for name, leaf in stack.items()}
+            stack = {name: _replicated_if_vectors(leaf) for name, leaf in stack.items()}
             kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
 
             # Defaults bind this round's values; a closure would see the last round's.
@@ -344,8 +344,9 @@ class Transformer(Stack):
             raise ValueError(
                 f"this model is conditioned on its tokens alone, but got inputs {unknown}"
             )
-        # Every device must have as many groups as the others: smaller ones, if need be.
-        shared = shared.fitting(len(tokens), ways("batch"))
+        # Every device must have as many groups as the others: smaller ones, if need be.  Where
+        # devices share the columns, those of a group are on one device no more.
+        shared = shared.fitting(len(tokens), ways("batch")) if ways("sequence") == 1 else NOT_SHARED
         x = embed(c, self.embedding, shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids)))
         if c.token_types:
             types = or_zero(
@@ -415,10 +416,21 @@ def embed(c: TransformerConfig, embedding, tokens) -> Array:
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:
     """`s (h W) + b` in at least float32, capped where the config says."""
     # In float32 (`wide`): small differences of logits matter, and half precision rounds them away.
-    y = linear(hidden, embedding.T if c.tied else unembedding, wide=True)
+    matrix = _divisible(embedding.T if c.tied else unembedding)
+    y = linear(hidden, matrix, wide=True)[..., : c.vocab_size]
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32)) * c.logit_scale
     y = y if bias is None else y + rows(bias, y)
     return y if c.final_softcap is None else c.final_softcap * jnp.tanh(y / c.final_softcap)
+
+
+def _divisible(matrix: Any) -> Any:
+    """An output matrix `[D, V]` with as many columns of zeros as it takes for a mesh to split it by
+    tokens; the state holds it as it is in the files, whole where the mesh does not divide V.
+    """
+    more = -matrix.shape[-1] % ways("vocab")
+    if not more or hasattr(matrix, "matmul"):
+        return matrix
+    return constrain(jnp.pad(matrix, ((0, 0), (0, more))), None, "vocab")
 
 
 def _block(c, layer, x, kind, rotations, cached, attention_inputs, cross, shared=NOT_SHARED):
@@ -482,7 +494,7 @@ def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int
     return [(0, below, bottom), (below, c.num_layers - below, top)]
 
 
-def _whole_if_vectors(leaf: Any) -> Any:
+def _replicated_if_vectors(leaf: Any) -> Any:
     """Norms and biases `[layers, D]` on every device of the mesh that is set; all else as it is."""
     is_vectors = isinstance(leaf, jax.Array) and leaf.ndim == 2
     return constrain(leaf, None, None) if is_vectors else leaf

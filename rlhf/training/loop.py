@@ -45,8 +45,8 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-# Steps after which a run ends if every one was skipped: a model of NaN never recovers.
-HOPELESS = 20
+# Where the batch is that a run could not learn from.
+BAD_BATCH = "bad_batch.npz"
 
 
 def in_its_folder(train: Callable[P, R]) -> Callable[P, R]:
@@ -103,8 +103,8 @@ def fit(
       callbacks: `(number, metrics)`, called with every line that is logged; one that returns True
         ends the run, after the step that is under way by then.
       evaluate: `(state) -> metrics`, every `training.eval_every` steps and at the end.
-      export: `(state, over) -> None`, with every checkpoint: writes the model as it is; `over` at
-        the end of the run.
+      export: `(state, over) -> None`, every `training.export_every` steps, at a stop and at the end,
+        where `over` is True: writes the model as it is.
       shown: metrics beside the progress bar, and in `curves.png`; patience compares the first that
         evaluations have.
       mesh: where the state is; steps and evaluations see it.  None: no mesh.
@@ -113,17 +113,19 @@ def fit(
     Returns: the last state, with the averaged parameters where there are.
 
     Raises: ValueError where no step was taken, since every gradient was infinite or NaN: after the
-    first steps already, and
-      nothing is exported.  KeyboardInterrupt where the process is told to stop before the last
-      step: after its step, which is saved; where it is told twice, at once, and nothing is.
-      Stopped where a step or an evaluation raises it: what was trained until then is saved.
+      first `training.max_skipped` steps already, and nothing is exported; ValueError where
+      checkpoints are damaged, or are of another model.  KeyboardInterrupt where the process is told
+      to stop before the last step: after its step, which is saved; where it is told twice, at once,
+      and nothing is.  Stopped where a step or an evaluation raises it, and after
+      `training.max_skipped` skipped steps in a row: what was trained until then is saved.  OSError
+      where the last save failed; one that fails on the way is said, and the next tries again.
     """
     average = AVERAGES[training.average](training)
     averaged = average.init(state.params) if average else None
     # XLA's collectives among CPU devices may wait for each other for ever where two programs are
     # under way at once: there the next step begins when this one has ended.
     waits = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    checkpoints = Checkpoints(run.path / "checkpoints", keep=training.keep)
+    checkpoints = Checkpoints(run.path / "checkpoints", keep=training.keep, say=run.say)
 
     def split_context(state: TrainState) -> TrainState:
         """The state as it is saved: without what no step changes, and with the averaged
@@ -137,20 +139,29 @@ def fit(
     def with_average(state: TrainState) -> TrainState:
         return state._replace(params=average.value(averaged, state.params)) if average else state
 
-    best = Checkpoints(run.path / "best", keep=1) if training.keep_best else None
+    best = Checkpoints(run.path / "best", keep=1, say=run.say) if training.keep_best else None
     if run.resumed and checkpoints.latest() is not None:
         # The fresh state says the form; what is fixed was left out, and comes from the fresh one.
         saved = checkpoints.restore(split_context(state))
         moving = dict(saved.context)
         averaged = moving.pop("average", None)
         state = saved._replace(context={**dict(state.context), **moving})
+    elif run.resumed and run.read("metrics.jsonl"):
+        run.say(f"{run.path}: no checkpoint was whole yet; the run begins again at step 0")
     # The state counts optimizer steps; a step of the loop takes `updates` of them.
     done = int(state.step) // updates
     # Lines beyond the checkpoint are of steps that are taken again.
     run.forget_after(done)
     # A resumed run may be over already: it was killed between its last checkpoint and its end.
     over = done >= total or _is_stuck(run, shown, training.patience)
-    with trackers(training.track, run) as track, stop_requests() as stop_requested, _set_mesh(mesh):
+    with (
+        trackers(training.track, run) as track,
+        stop_requests() as stop_requested,
+        _set_mesh(mesh),
+        # Last, so that they are waited for first: until then a second request to stop is heeded.
+        checkpoints,
+        best or nullcontext(),
+    ):
         wants_to_stop = False
 
         def log(phase: str, number: int, metrics: dict[str, float]) -> None:
@@ -163,13 +174,45 @@ def fit(
         # Steps of this process whose update was not skipped: a number on the device, so that the
         # host need not wait for it at every step.
         taken: Any = 0
+        # The newest of them that were skipped without one between, and when to look at that number:
+        # no earlier than it can be too many, since a look waits for the device.
+        skipped_last: Any = 0
+        look = done + training.max_skipped
         # The last complete state: what is saved where a step raises `Stopped`.
         newest = state
 
         def save(state: TrainState) -> None:
+            # The best state is whole before a checkpoint that counts its evaluation, or a resumed
+            # run would hold an older one for the best.
+            if best is not None:
+                best.wait()
+            try:
+                checkpoints.wait()
+            except OSError as error:
+                # Going on loses nothing: the state is in memory, and is saved again below.
+                run.say(f"{error}; the run goes on, and saves again now")
             checkpoints.save(split_context(state))
+
+        def write_model(state: TrainState) -> None:
             run.card()
             export(with_average(state), over)
+
+        def check_skipped(number: int) -> None:
+            """Raises where too many steps in a row were skipped: a model of NaN never recovers."""
+            nonlocal look
+            if number != look:
+                return
+            skipped = int(skipped_last)
+            look += training.max_skipped - skipped
+            if skipped < training.max_skipped:
+                return
+            run.arrays(BAD_BATCH, batches(number - 1))
+            where = f"the batch of step {number} is in {run.path / BAD_BATCH}"
+            _check_taken(run, number - done - int(taken), number - done, done, where)
+            raise Stopped(
+                f"the last {skipped} were skipped, since their gradients were infinite or NaN; "
+                f"{where}"
+            )
 
         def after(number: int, state: TrainState, report: Callable[[], None]) -> bool:
             nonlocal over, newest
@@ -177,9 +220,7 @@ def fit(
             # A callback may look at the clock: the first process's answer is that of all.
             stops = hosts.broadcast(wants_to_stop) if callbacks else False
             over = number == total or stops
-            evaluates = evaluate is not None and (
-                over or (training.eval_every > 0 and number % training.eval_every == 0)
-            )
+            evaluates = evaluate is not None and (over or _is_due(number, training.eval_every))
             # The line of this step comes before that of its evaluation.
             if over or evaluates:
                 report()
@@ -196,27 +237,31 @@ def fit(
                     best.save(split_context(state))
                 stops = hosts.broadcast(wants_to_stop) if callbacks else False
                 over = over or stops or _is_stuck(run, shown, training.patience)
-            # Fetching `taken` waits for the device: only twice in a run.
-            if over or number - done == HOPELESS:
+            check_skipped(number)
+            # Fetching `taken` waits for the device: once in a run.
+            if over:
                 _check_taken(run, number - done - int(taken), number - done, done)
-            saves = (
-                over
-                or stop_requested()
-                or (training.save_every > 0 and number % training.save_every == 0)
-            )
+            saves = over or stop_requested() or _is_due(number, training.save_every)
             if saves:
                 report()
                 save(state)
             # A stop that was requested while saving ends the run here: this step is saved already.
-            return over or (saves and stop_requested())
+            ends = over or (saves and stop_requested())
+            if ends or _is_due(number, training.export_every):
+                report()
+                write_model(state)
+                ends = ends or (saves and stop_requested())
+            return ends
 
         def step_and_count(state: TrainState, number: int) -> tuple[TrainState, dict]:
-            nonlocal taken, averaged
+            nonlocal taken, skipped_last, averaged
             state, metrics = step(state, batches(number))
             if waits:
                 jax.block_until_ready((state, metrics))
             # Below 1: a mean over several updates, of which some were skipped, still moved.
-            taken = taken + (metrics.get("skipped", 0.0) < 1)
+            moved = metrics.get("skipped", 0.0) < 1
+            taken = taken + moved
+            skipped_last = (skipped_last + 1) * (1 - moved)
             # Hooks before the average: one of them may alter the parameters.
             for hook in hooks:
                 state = hook(number + 1, state)
@@ -228,9 +273,8 @@ def fit(
             metrics = jax.device_get(evaluate(with_average(state)))
             log("eval", 0, {f"eval_{name}": float(value) for name, value in metrics.items()})
         if over:
-            run.card()
             # The model may be missing: killed after the last checkpoint, or deleted since.
-            export(with_average(state), over)
+            write_model(state)
         else:
             try:
                 state = run_steps(
@@ -256,13 +300,16 @@ def fit(
                 # Not where the newest checkpoint is of this step already.
                 if checkpoints.latest() != int(newest.step):
                     save(newest)
+                write_model(newest)
+                # Only what is whole is said to be saved.
+                checkpoints.wait()
                 raise Stopped(
                     f"{run.path}: stopped after step {number} of {total}: {stop}; go on with "
                     "--resume"
                 ) from None
         if best is not None and best.latest() is not None and over:
             # Only at the end: a run that goes on later needs its last state, not its best.
-            found = best.restore(split_context(state))
+            found = _restored_best(best, split_context(state))
             # The average of the best step: `with_average` below reads it.
             averaged = found.context.pop("average", None)
             state = found._replace(context={**dict(state.context), **found.context})
@@ -282,9 +329,26 @@ def _set_mesh(mesh: Mesh | None) -> Any:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _check_taken(run: RunFolder, skipped: int, steps: int, before: int) -> None:
+def _is_due(number: int, every: int) -> bool:
+    """Whether a step is one of those of `every`; for 0 none is."""
+    return every > 0 and number % every == 0
+
+
+def _restored_best(best: Checkpoints, like: TrainState) -> TrainState:
+    try:
+        return best.restore(like)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the last state is saved, and in model/: take {best.folder} away and --resume "
+            "to end with that"
+        ) from None
+
+
+def _check_taken(
+    run: RunFolder, skipped: int, steps: int, before: int, where: str | None = None
+) -> None:
     """Raises where no step was taken, in this process or in the steps before it; says how many were
-    skipped.
+    skipped, and where a batch of them is.
     """
     # Of a resumed run the log knows the steps of earlier processes; without them the file is not
     # read.
@@ -298,7 +362,7 @@ def _check_taken(run: RunFolder, skipped: int, steps: int, before: int) -> None:
             f"{run.path}: all {before + skipped} steps were skipped, since their gradients were "
             "infinite or NaN: the model is "
             "as it was; look at the losses in metrics.jsonl, and try --dtype float32, a lower "
-            "--learning_rate, or other rows"
+            f"--learning_rate, or other rows{f'; {where}' if where else ''}"
         )
     if skipped:
         run.say(

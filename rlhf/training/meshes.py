@@ -1,5 +1,6 @@
 """The mesh that options ask for, and rows on it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,9 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf import hosts
-from rlhf.sharding import batch_sharding, make_mesh, shard_batch
+from rlhf.sharding import RULES, batch_sharding, make_mesh, product_of, shard_batch
 from rlhf.training import programs
 from rlhf.training.options import MeshOptions
+
+# The axes that share a batch's rows.
+ROWS = RULES["batch"]
+CHANGE = "change --data, --fsdp, --tensor, --sequence or --expert"
 
 
 def local_devices() -> Sequence[jax.Device]:
@@ -42,32 +47,29 @@ def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 
         others = int(np.prod([size for size in sizes.values() if size > 0]))
         rest = number // others
         if rest * others != number:
-            given = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 0)
-            raise ValueError(
-                f"{given} = {others} does not divide {number} devices; change --data, --fsdp or "
-                "--tensor"
-            )
+            given = product_of({name: size for name, size in sizes.items() if size > 0})
+            raise ValueError(f"{given} = {others} does not divide {number} devices; {CHANGE}")
         sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
     try:
         mesh = make_mesh(**sizes, devices=devices())
     except ValueError as error:
-        raise ValueError(f"{error}; change --data, --fsdp or --tensor") from None
-    # Rows are split over both axes, of every micro-batch: found here, before a model loads, and not
+        raise ValueError(f"{error}; {CHANGE}") from None
+    # Rows are split over these axes, of every micro-batch: found here, before a model loads, and not
     # by XLA at the first step.
-    ways = sizes["data"] * sizes["fsdp"]
+    shared = {name: sizes[name] for name in ROWS}
+    ways = math.prod(shared.values())
     if rows is not None and (rows // micro_batches) % ways:
         parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
         raise ValueError(
-            f"a step's {rows} rows{parts} cannot be shared by data {sizes['data']} × fsdp "
-            f"{sizes['fsdp']} = {ways} devices; "
-            "change --batch_size, or the mesh"
+            f"a step's {rows} rows{parts} cannot be shared by {product_of(shared)} = {ways} "
+            "devices; change --batch_size, or the mesh"
         )
     return mesh
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
-    """A batch's rows over `data` and `fsdp`; on every device where they do not divide, such as a
-    few prompts.
+    """A batch's rows over `data`, `fsdp` and `expert`, its columns over `sequence` where they
+    divide; on every device where the rows do not divide, such as a few prompts.
     """
     if programs.is_planned():
         return place_shapes(batch, mesh)
@@ -87,15 +89,17 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
 
 def _divides(batch: Any, mesh: Mesh) -> bool:
     """Whether the devices that share rows can share these equally."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape.get(name, 1) for name in ROWS)
     return not any(np.shape(x)[0] % ways for x in jax.tree.leaves(batch) if np.ndim(x))
 
 
 def place_shapes(batch: Any, mesh: Mesh) -> Any:
     """What `place` gives, as shapes."""
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    by_rows = batch_sharding(mesh) if _divides(batch, mesh) else replicated
-    where = jax.tree.map(lambda x: by_rows if np.ndim(x) else replicated, batch)
+    divides = _divides(batch, mesh)
+    where = jax.tree.map(
+        lambda x: batch_sharding(mesh, np.shape(x)) if divides and np.ndim(x) else replicated, batch
+    )
     return programs.shaped(batch, where)
 
 

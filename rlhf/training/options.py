@@ -221,6 +221,10 @@ class TrainingOptions(OptimizerOptions):
       patience: evaluations without a better result after which training ends; 0: it never does.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that stay.
+      export_every: steps between two exports of the model, which the end and a stop make anyway; 0:
+        none before.
+      max_skipped: steps in a row with infinite or NaN gradients, which change nothing, after which
+        the run ends; the batch is written out.
       track: where metrics go beside metrics.jsonl: tensorboard, wandb, trackio.
     """
 
@@ -238,6 +242,8 @@ class TrainingOptions(OptimizerOptions):
     patience: Every = 0
     save_every: Every = 0
     keep: Count = 2
+    export_every: Every = 0
+    max_skipped: Count = 20
     track: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(
         default_factory=list
     )
@@ -289,11 +295,17 @@ class MeshOptions:
         others leave.
       tensor: devices over which heads, MLPs and the vocabulary are split; -1: all that the others
         leave.
+      sequence: devices over which the columns of long rows are split, and in sampling the rows; -1:
+        all that the others leave.
+      expert: devices over which rows and the experts of a mixture are split; -1: all that the
+        others leave.
     """
 
     data: Axis | None = None
     fsdp: Axis | None = None
     tensor: Axis | None = None
+    sequence: Axis | None = None
+    expert: Axis | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -309,11 +321,11 @@ class MeshOptions:
         """The sizes as they were given: 1 where nothing is, but all devices under fsdp where
         nothing at all is.
         """
-        given = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        given = dataclasses.asdict(self)
         # fsdp by default: it shares the memory of parameters and moments, at the cost of gathering
         # them.
         if all(size is None for size in given.values()):
-            return {"data": 1, "fsdp": -1, "tensor": 1}
+            return {name: -1 if name == "fsdp" else 1 for name in given}
         return {name: 1 if size is None else size for name, size in given.items()}
 
 

@@ -6,8 +6,10 @@ hosts.json       of several processes: the machine and process id of each
 metrics.jsonl    one line a logged step
 checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
-model/           the model at the newest checkpoint, as Hugging Face writes it; of adapters
-(adapter/) at the end curves.png, README.md
+model/           the model at the end, at a stop and every --export_every steps, as Hugging Face
+                 writes it; of adapters (adapter/) at the end alone
+bad_batch.npz    a batch whose gradient was infinite or NaN, where that ended the run
+curves.png, README.md
 
 Every file is written beside its place and renamed, so that a process that is killed leaves it whole
 or not at all.  Of several processes the first alone decides and writes, and all are told.
@@ -31,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import yaml
 
 from rlhf import files, hosts, yaml_files
@@ -68,11 +72,15 @@ FREE = (
     "data",
     "fsdp",
     "tensor",
+    "sequence",
+    "expert",
     "output",
     "resume",
     "log_every",
     "save_every",
     "keep",
+    "export_every",
+    "max_skipped",
     "track",
     "reward_timeout",
     "max_reward_failures",
@@ -299,6 +307,23 @@ class RunFolder:
         prefix = "" if phase == "eval" else f"{phase}_"
         with files.replacing(self.path / "samples" / f"{prefix}{step:08d}.parquet") as part:
             pyarrow.parquet.write_table(pyarrow.table(dict(table)), part)
+
+    def arrays(self, name: str, tree: Any) -> None:
+        """The leaves of a tree as an npz file, each under its path: arrays, numbers and texts."""
+
+        def plain_array(x: Any) -> np.ndarray:
+            is_key = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            array = np.asarray(jax.random.key_data(x) if is_key else x)
+            # An object would be pickled, which is refused when the file is read.
+            return np.asarray(str(x)) if array.dtype == object else array
+
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        by_path = {
+            jax.tree_util.keystr(path, simple=True, separator=".") or "batch": plain_array(x)
+            for path, x in named
+        }
+        with files.replacing(self.path / name) as part:
+            np.savez(part, **by_path)
 
     def plot(self, names: tuple[str, ...]) -> None:
         """`curves.png`: logged metrics by step."""

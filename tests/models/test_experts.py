@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import exhaustive
 
 from rlhf import losses
 from rlhf.models.experts import Routing, experts
+from rlhf.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
 BATCH, LENGTH, SIZE, NUMBER, INNER = 2, 5, 3, 4, 6
@@ -81,3 +83,38 @@ def test_the_balance_is_that_of_transformers():
     choices = np.eye(NUMBER)[picked].sum(-2) * REAL[None, :, :, None]
     routing = (probs * REAL[None, :, :, None]).sum((0, 2)), choices.sum((0, 2)), 3 * REAL.sum(1)
     np.testing.assert_allclose(losses.routing.balance(*routing).sum(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bound"),
+    exhaustive(
+        [
+            (dict(expert=4, data=2), "float32", 2e-7),
+            (dict(expert=2, sequence=2, tensor=2), "float64", 1e-12),
+        ],
+        quick=[(dict(expert=4, data=2), "float32", 2e-7)],
+    ),
+)
+def test_experts_on_several_devices_are_those_of_one(shape, dtype, bound):
+    """Values, statistics and all five gradients; tokens go to the experts' devices and back, none is dropped."""
+    rng = np.random.default_rng(1)
+    x, toward = (rng.normal(size=(8, 6, SIZE)).astype(np.float32) for _ in range(2))
+    real = np.arange(6)[None] < rng.integers(3, 7, (8, 1))
+    how = dict(per_token=2, renormalise=True, activate=jax.nn.silu)
+
+    def graded(weights):
+        y, vjp, routing = jax.vjp(
+            lambda *weights: experts(*weights, real, **how), *weights, has_aux=True
+        )
+        return y, routing, vjp(toward)
+
+    # As small as a model's: large ones round more.
+    weights = (x, *(0.3 * w for w in (ROUTER, GATE, UP, DOWN)))
+    with jax.enable_x64(dtype == "float64"):
+        weights, toward = jax.tree.map(lambda w: jnp.asarray(w, dtype), (weights, toward))
+        wanted = jax.jit(graded)(weights)
+        with jax.set_mesh(make_mesh(**shape)):
+            found = jax.jit(graded)(weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound * np.abs(b).max())
+        assert np.abs(b).max() > 0

@@ -222,6 +222,15 @@ def test_parameters_are_born_on_a_mesh():
     jax.tree.map(np.testing.assert_array_equal, params, load("llama")[1])
 
 
+def test_heads_that_a_mesh_does_not_divide_are_told_of():
+    message = "tensor = 8 does not divide them"
+    with pytest.raises(ValueError, match=rf"attention \[4 heads\]: {message}; take one of 1, 2, 4"):
+        huggingface.load(CHECKPOINTS / "llama", mesh=make_mesh(tensor=8))
+    told = []
+    huggingface.load(CHECKPOINTS / "llama", mesh=make_mesh(tensor=8), say=told.append)
+    assert sum(f"{message}: every device computes all" in text for text in told) == 1
+
+
 def test_many_files_are_written_and_read_back(tmp_path):
     lm, params, _ = load("llama")
     huggingface.save(tmp_path / "a", lm, params, shard_bytes=40_000)

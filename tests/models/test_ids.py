@@ -68,7 +68,7 @@ def hidden(lm, params, values, **more):
 def hidden_rows(lm, values, inputs=None, cache=False):
     return finite_rows(
         hidden(
-            lm, params_of(lm), values, cache=lm.init_cache(3, 3) if cache else None, inputs=inputs
+            lm, params_of(lm), values, cache=lm.init_cache(3, 4) if cache else None, inputs=inputs
         )[0]
     )
 

@@ -8,7 +8,7 @@ import pytest
 from rlhf.models import LayerKind, Rope, TransformerConfig, transformer
 from rlhf.models.attention import attention
 from rlhf.models.experts import experts
-from rlhf.models.linear import in_float32
+from rlhf.models.linear import in_float32, linear
 from rlhf.models.rotary import rotate, rotations
 from rlhf.rollouts import samplers
 
@@ -96,6 +96,21 @@ def test_gradients_of_products_in_float32_are_those_of_plain_ones(shape):
     for x, y in zip(got, exact, strict=True):
         assert x.dtype == LOW
         np.testing.assert_allclose(x.astype(jnp.float32), y, atol=0.05 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("of_logits", [False, True])
+def test_gradients_of_masters_are_not_rounded(of_logits):
+    """`xᵀ g` in float32, of activations in half precision."""
+    x, master = low(16, 8), low(8, 5).astype(jnp.float32) + 2**-12
+    weigh = low(16, 5).astype(jnp.float32)
+
+    def loss(master):
+        return (linear(x, master, wide=of_logits).astype(jnp.float32) * weigh).sum()
+
+    got = jax.grad(loss)(master)
+    exact = jnp.matmul(x.astype(jnp.float32).T, weigh, precision="highest")
+    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
+    assert (got != got.astype(LOW).astype(jnp.float32)).any()
 
 
 def test_far_positions_turn_by_their_own_angles():
