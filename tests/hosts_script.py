@@ -38,6 +38,8 @@ def work_in(folder: Path) -> None:
     run = RunFolder(folder, {"model": "m"})
     with run.at_work():
         run.log("train", 1, {"loss": 0.5})
+        rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+        run.arrays("batch.npz", {"rows": hosts.put(np.arange(4), rows), "key": jax.random.key(3)})
 
 
 def main() -> None:

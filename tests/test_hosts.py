@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from logs import steady
 from marks import exhaustive
@@ -94,6 +95,7 @@ def test_arrays_are_put_over_hosts_and_fetched(pair):
 def test_one_process_writes_a_run_and_a_folder_must_be_shared(pair, folder_of_pair):
     assert [one["work"] for one in pair] == ["nothing"] * 2
     assert len((folder_of_pair / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert np.load(folder_of_pair / "run" / "batch.npz")["rows"].tolist() == [0, 1, 2, 3]
     host = f"process 1 ({hosts.this().name}, pid {pair[0]['hosts'][1]})"
     for one in pair:
         assert f"not seen by {host}; give an --output on a file system that all" in one["apart"]

@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections import deque
 
+from rlhf import hosts
 from rlhf.typing import Callback
 
 
@@ -79,7 +80,7 @@ def kl_above(bound: float, *, lines: int = 1, metric: str = "objective/kl") -> C
 
 def _ends(step: int, metric: str, value: float, bound: float, what: str) -> bool:
     """Whether a value is beyond its bound, which is said."""
-    if value > bound:
+    if value > bound and hosts.is_first():
         print(
             f"step {step}: {metric} {value:.4g} is above {bound:.4g}, {what}; the run ends",
             file=sys.stderr,

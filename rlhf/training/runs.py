@@ -313,7 +313,7 @@ class RunFolder:
 
         def plain_array(x: Any) -> np.ndarray:
             is_key = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            array = np.asarray(jax.random.key_data(x) if is_key else x)
+            array = np.asarray(hosts.fetch(jax.random.key_data(x) if is_key else x))
             # An object would be pickled, which is refused when the file is read.
             return np.asarray(str(x)) if array.dtype == object else array
 
@@ -322,8 +322,12 @@ class RunFolder:
             jax.tree_util.keystr(path, simple=True, separator=".") or "batch": plain_array(x)
             for path, x in named
         }
-        with files.replacing(self.path / name) as part:
-            np.savez(part, **by_path)
+
+        def write() -> None:
+            with files.replacing(self.path / name) as part:
+                np.savez(part, **by_path)
+
+        hosts.of_first(write)
 
     def plot(self, names: tuple[str, ...]) -> None:
         """`curves.png`: logged metrics by step."""
