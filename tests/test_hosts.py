@@ -441,9 +441,10 @@ def test_a_run_goes_on_on_other_hosts(model, tmp_path):
     assert run.returncode == 130, said
     assert "stopped after step" in said
     last = steady(output, "train")[-1]["step"]
-    # Its line is written when the step is over.
+    # Its line is written when the step is over; saving, the export and the plot come after.  10 s on
+    # a machine of its own, of which other tests may leave a part.
     written = (output / "metrics.jsonl").stat().st_mtime
-    assert time.time() - written < 10
+    assert time.time() - written < 30
     assert last < 40
     assert (output / "checkpoints" / str(2 * last)).is_dir()
     assert cli.main([*argv, "--resume"]) == 0
