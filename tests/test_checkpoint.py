@@ -113,7 +113,7 @@ def flip(file):
 def test_a_damaged_file_of_any_kind_is_named_and_an_earlier_one_taken(damage, tmp_path):
     saved(tmp_path / "whole", 1, 2)
     names = kinds(tmp_path / "whole" / "2")
-    assert {"whole.json", "state/_METADATA", "state/manifest.ocdbt"} < set(names)
+    assert {"manifest.json", "state/_METADATA", "state/manifest.ocdbt"} < set(names)
     for name in names:
         folder = tmp_path / "run"
         shutil.copytree(tmp_path / "whole", folder)
@@ -140,7 +140,7 @@ def test_a_half_written_one_is_named(tmp_path):
 
 def test_what_is_damaged_goes_when_the_next_one_is_whole_and_counts_for_none(tmp_path):
     saved(tmp_path, 1, 2, 3, keep=3)
-    flip(tmp_path / "3" / "whole.json")
+    flip(tmp_path / "3" / "manifest.json")
     with Checkpoints(tmp_path, keep=2, say=lambda text: None) as checkpoints:
         checkpoints.restore(state_of(0))
         assert (tmp_path / "3").exists()
@@ -150,8 +150,8 @@ def test_what_is_damaged_goes_when_the_next_one_is_whole_and_counts_for_none(tmp
 
 def test_none_whole_is_an_error(tmp_path):
     saved(tmp_path, 1, 2)
-    flip(tmp_path / "1" / "whole.json")
-    (tmp_path / "2" / "whole.json").unlink()
+    flip(tmp_path / "1" / "manifest.json")
+    (tmp_path / "2" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint is whole: .*step 2.*missing; .*step 1"):
         Checkpoints(tmp_path).restore(state_of(0))
 
@@ -216,9 +216,9 @@ def test_restored_onto_another_mesh(tmp_path):
     assert restored.params["w"].sharding == like.params["w"].sharding
 
 
-def test_whole_json_says_what_it_is(tmp_path):
+def test_the_manifest_says_what_it_is(tmp_path):
     saved(tmp_path, 1)
-    whole = json.loads((tmp_path / "1" / "whole.json").read_text())
-    assert whole["step"] == 1
-    assert whole["leaves"]["key"] == "uint32[2]"
-    assert whole["leaves"]["opt_state.0.mu.w"] == "float32[64,64]"
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    assert manifest["step"] == 1
+    assert manifest["leaves"]["key"] == "uint32[2]"
+    assert manifest["leaves"]["opt_state.0.mu.w"] == "float32[64,64]"

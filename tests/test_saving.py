@@ -88,7 +88,7 @@ def test_a_run_goes_on_from_the_newest_whole_one_and_forgets_what_came_after(tmp
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", OFTEN, stop=5)
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "5" / "whole.json").unlink()
+    (folder / "5" / "manifest.json").unlink()
     (folder / "4" / "state" / "_METADATA").write_text("{}")
     numbers = []
     batches = lambda number: numbers.append(number) or jnp.ones(1)
@@ -108,7 +108,7 @@ def test_a_run_without_a_whole_one_is_refused_and_one_without_any_begins_again(t
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", dataclasses.replace(CONSTANT, save_every=2), stop=3)
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "2" / "whole.json").unlink()
+    (folder / "2" / "manifest.json").unlink()
     before = lines(tmp_path / "run")
     with pytest.raises(ValueError, match="no checkpoint is whole"):
         run(tmp_path / "run", resume=True)
@@ -146,7 +146,7 @@ def test_a_damaged_best_state_is_an_error_that_loses_nothing(tmp_path):
     losses = [3, 1, 2, 4, 5, 6]
     with pytest.raises(KeyboardInterrupt):
         keeping_best(tmp_path / "run", losses, stop=5)
-    (tmp_path / "run" / "best" / "2" / "whole.json").unlink()
+    (tmp_path / "run" / "best" / "2" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint is whole.*take .*best away and --resume"):
         keeping_best(tmp_path / "run", losses, resume=True)
     shutil.rmtree(tmp_path / "run" / "best")
