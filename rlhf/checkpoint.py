@@ -11,6 +11,7 @@ on.
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import sys
@@ -56,6 +57,9 @@ class Checkpoints:
         # Here: importing Orbax takes seconds, which tools without checkpoints need not wait for.
         import orbax.checkpoint as ocp
 
+        for name in ("absl", "asyncio"):
+            # The same filter each time, which is added once.
+            logging.getLogger(name).addFilter(_is_not_raised_too)
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._say = say or (lambda text: print(text, file=sys.stderr))
@@ -103,6 +107,11 @@ class Checkpoints:
 
         try:
             part.mkdir(parents=True, exist_ok=True)
+            free = _of_first(lambda: shutil.disk_usage(part).free)
+            size = sum(x.nbytes for x in jax.tree.leaves(state))
+            # Orbax compresses, floats by a tenth: what cannot fit is said before it is tried.
+            if free < size / 2:
+                raise OSError(f"{size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
             # Orbax holds host copies until they are written.  On a CPU that is the state's own
             # memory: XLA sees the hold, and a step that is given the state takes new memory.
             self._orbax.save(part / STATE, state)
@@ -211,10 +220,15 @@ class Checkpoints:
         left = "there is none before it" if newest is None else f"that of step {newest} stays"
         failure = OSError(
             f"{self.folder / str(step)}: the checkpoint could not be written; {left}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{' '.join(str(error).split())[:500]}"
         )
         failure.__cause__ = error
         return failure
+
+
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is more than an error of Orbax's threads, which `wait` raises."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
 def _is_first() -> bool:
@@ -255,7 +269,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             return content
     # No text, no JSON, or no mapping.
     except (ValueError, AttributeError, TypeError):
-        pass
+        logging.getLogger("absl").addFilter(_is_not_raised_too)
     raise ValueError(f"{folder / MANIFEST} is not as it was written")
 
 

@@ -1,9 +1,11 @@
 """Checkpoints: written in the background, whole or passed over, of this model and this version or refused; keys and bits."""
 
 import json
-import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -182,23 +184,67 @@ def test_of_a_newer_version(tmp_path, monkeypatch):
         assert_same(Checkpoints(tmp_path).restore(state_of(0)), state_of(1))
 
 
-def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["save", "wait_until_finished"])
+def test_a_full_disk_leaves_the_earlier_ones_whole(where, tmp_path, monkeypatch):
     saved(tmp_path, 1)
-    # To write beyond this size fails, as on a full disk.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = Checkpoints(tmp_path)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
-    try:
+    with monkeypatch.context() as patch:
+        full = Mock(side_effect=ValueError("RESOURCE_EXHAUSTED: No space left on device"))
+        patch.setattr(checkpoints._orbax, where, full)
         checkpoints.save(state_of(2))
-        with pytest.raises(OSError, match="2: the checkpoint could not be written; that of step 1"):
+        message = "2: the checkpoint could not be written; that of step 1 stays: .*No space left"
+        with pytest.raises(OSError, match=message):
             checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
     assert_same(checkpoints.restore(state_of(0)), state_of(1))
     # With room again the same object writes again.
     checkpoints.save(state_of(3))
     assert_same(checkpoints.restore(state_of(0)), state_of(3))
+
+
+FULL = """
+import resource, sys
+import jax, jax.numpy as jnp, optax
+from rlhf.checkpoint import Checkpoints
+from rlhf.train import init_state
+
+state = init_state({"w": jnp.sin(jnp.arange(4096.0))}, optax.adam(0.1), jax.random.key(0))
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(state._replace(step=jnp.int32(1)))
+checkpoints.wait()
+# Nothing beyond this size is written any more, as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+checkpoints.save(state._replace(step=jnp.int32(2)))
+try:
+    checkpoints.wait()
+except OSError as error:
+    print(error)
+print("whole:", int(checkpoints.restore(state).step))
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_disk_that_is_really_full(tmp_path):
+    """In a process of its own: Orbax's threads go on for a moment, and complain on stderr."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "checkpoints")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "2: the checkpoint could not be written; that of step 1 stays: " in out
+    assert out.endswith("whole: 1\n")
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1"]
+
+
+def test_what_cannot_fit_is_not_tried(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1)
+    size = sum(x.nbytes for x in numbers(state_of(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Mock(free=size // 2 - 1))
+        checkpoints.save(state_of(2))
+        message = "2: the checkpoint could not be written; that of step 1 stays: 0 MB, and 0 MB"
+        with pytest.raises(OSError, match=message):
+            checkpoints.wait()
+        patch.setattr(shutil, "disk_usage", lambda path: Mock(free=size // 2))
+        checkpoints.save(state_of(3))
+    assert checkpoints.latest() == 3
 
 
 def test_restored_onto_another_mesh(tmp_path):

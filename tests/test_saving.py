@@ -163,7 +163,11 @@ def test_a_run_ends_after_so_many_skipped_steps_in_a_row(good, ends, log_every, 
     """The first `good` steps are taken but for the second; `ends` is the third skipped one in a row."""
     training = dataclasses.replace(CONSTANT, steps=9, max_skipped=3, log_every=log_every)
     step = skipping(lambda number: float(number > good or number == 2 < good))
-    batches = lambda number: {"x": jnp.full(1, number), "texts": ["a", "b"], "key": jax.random.key(1)}
+    batches = lambda number: {
+        "x": jnp.full(1, number),
+        "texts": ["a", "b"],
+        "key": jax.random.key(1),
+    }
     take = lambda state, batch: step(state, batch["x"])
     message = f"stopped after step {ends} of 9: the last 3 were skipped.*step {ends} is in .*npz"
     with pytest.raises(loop.Stopped, match=message):
