@@ -44,12 +44,13 @@ def test_exports_are_their_own_steps(every, expected, tmp_path):
 
 @pytest.fixture
 def full(monkeypatch):
-    """Steps whose checkpoints cannot be written."""
+    """Steps whose checkpoints cannot be written at the first try."""
     steps = set()
     finish = Checkpoints._finish
 
     def failing(self, step, *rest):
         if step in steps and self.folder.name == "checkpoints":
+            steps.remove(step)
             raise OSError("No space left on device")
         return finish(self, step, *rest)
 
@@ -78,9 +79,22 @@ def test_a_run_whose_last_save_fails_ends_with_that(full, stop, tmp_path):
     training = dataclasses.replace(CONSTANT, save_every=3)
     with pytest.raises(OSError, match="could not be written; that of step 3 stays.*No space left"):
         run(tmp_path / "run", training, step=step)
-    full.clear()
     state, _ = run(tmp_path / "run", training, resume=True)
     np.testing.assert_allclose(state.params["w"], W[STEPS], rtol=1e-6)
+
+
+def test_a_run_that_stops_after_a_save_that_failed_saves_again(full, tmp_path, capsys):
+    full.add(4)
+
+    def step(state, batch):
+        if int(state.step) == 4:
+            raise loop.Stopped("no more")
+        return quarter(state, batch)
+
+    with pytest.raises(loop.Stopped, match="stopped after step 4 of 6: no more"):
+        run(tmp_path / "run", dataclasses.replace(CONSTANT, save_every=4), step=step)
+    assert "checkpoints/4: the checkpoint could not be written" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 4
 
 
 def test_a_run_goes_on_from_the_newest_whole_one_and_forgets_what_came_after(tmp_path, capsys):
