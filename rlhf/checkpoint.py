@@ -96,9 +96,6 @@ class Checkpoints:
         state = _keys_to_data(state)
         leaves = _leaves(state)
         part = self.folder / f"{files.PART}{step}"
-        if hosts.is_first():
-            for left in self._parts():
-                shutil.rmtree(left, ignore_errors=True)
 
         def write() -> None:
             try:
@@ -110,12 +107,7 @@ class Checkpoints:
 
         self._is_open = True
         try:
-            part.mkdir(parents=True, exist_ok=True)
-            free = hosts.of_first(lambda: shutil.disk_usage(part).free)
-            size = sum(x.nbytes for x in jax.tree.leaves(state))
-            # Orbax compresses, floats by a tenth: what cannot fit is said before it is tried.
-            if free < size / 2:
-                raise OSError(f"{size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+            hosts.of_first(lambda: self._make_room(part, _bytes(state)))
             # Orbax holds host copies until they are written.  On a CPU that is the state's own
             # memory: XLA sees the hold, and a step that is given the state takes new memory.
             self._orbax.save(part / STATE, state)
@@ -124,6 +116,16 @@ class Checkpoints:
             return
         self._writing = threading.Thread(target=write, name="checkpoint")
         self._writing.start()
+
+    def _make_room(self, part: Path, size: int) -> None:
+        """Makes the folder of a checkpoint.  Raises: OSError where so many bytes cannot fit."""
+        for left in self._parts():
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(part).free
+        # Orbax compresses, floats by a tenth: what cannot fit is said before it is tried.
+        if free < size / 2:
+            raise OSError(f"{size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
 
     def wait(self) -> None:
         """Returns when what was saved is whole on disk.
@@ -329,6 +331,10 @@ def _leaves(tree: Any) -> dict[str, str]:
         )
         for path, x in named
     }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _form(x):
