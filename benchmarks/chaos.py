@@ -62,9 +62,9 @@ def start(ask: list[str], output: Path, log: Path) -> subprocess.Popen:
         )
 
 
-def wait(process: subprocess.Popen, seen: Callable[[], bool]) -> None:
-    """Until something is seen, or the process has ended."""
-    while process.poll() is None and not seen():
+def wait(process: subprocess.Popen, seen: Callable[[], bool], *, until: bool = True) -> None:
+    """Until something is seen, or is no longer, or the process has ended."""
+    while process.poll() is None and seen() != until:
         time.sleep(0.0005)
 
 
@@ -85,11 +85,11 @@ def kill(
     if moment == "set-up":
         wait(process, (output / ".lock").exists)
         time.sleep(rng.uniform(0, 0.5))
-    for kind, seen in (("checkpoint", is_saving), ("export", is_exporting)):
+    for kind, is_under_way in (("checkpoint", is_saving), ("export", is_exporting)):
         # Not always the first one.
         for _ in range(rng.randint(1, 3) if moment == kind else 0):
-            wait(process, lambda seen=seen: not seen())
-            wait(process, seen)
+            wait(process, is_under_way, until=False)
+            wait(process, is_under_way)
             time.sleep(rng.uniform(0, 0.02))
     ended = process.poll() is not None
     with suppress(ProcessLookupError):

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder, `folder/<step>`, that is renamed into place when it is whole:
 
-state/       the arrays, as Orbax writes them
-whole.json   what the state is, by which version, and a digest of every file
+state/           the arrays, as Orbax writes them
+manifest.json   what the state is, by which version, and a digest of every file
 
 Orbax's files hold no checksums of large arrays: without the digests a flipped bit would be trained
 on.
@@ -11,6 +11,7 @@ on.
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import sys
@@ -27,7 +28,7 @@ import rlhf
 from rlhf import files, hosts
 
 STATE = "state"
-WHOLE = "whole.json"
+MANIFEST = "manifest.json"
 # Leaves that a message names of those that differ: enough to see what is another.
 NAMED = 3
 
@@ -56,6 +57,9 @@ class Checkpoints:
         # Here: importing Orbax takes seconds, which tools without checkpoints need not wait for.
         import orbax.checkpoint as ocp
 
+        for name in ("absl", "asyncio"):
+            # The same filter each time, which is added once.
+            logging.getLogger(name).addFilter(_is_not_raised_too)
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._say = say or (lambda text: print(text, file=sys.stderr))
@@ -92,9 +96,6 @@ class Checkpoints:
         state = _keys_to_data(state)
         leaves = _leaves(state)
         part = self.folder / f"{files.PART}{step}"
-        if hosts.is_first():
-            for left in self._parts():
-                shutil.rmtree(left, ignore_errors=True)
 
         def write() -> None:
             try:
@@ -106,7 +107,7 @@ class Checkpoints:
 
         self._is_open = True
         try:
-            part.mkdir(parents=True, exist_ok=True)
+            hosts.of_first(lambda: self._make_room(part, _bytes(state)))
             # Orbax holds host copies until they are written.  On a CPU that is the state's own
             # memory: XLA sees the hold, and a step that is given the state takes new memory.
             self._orbax.save(part / STATE, state)
@@ -115,6 +116,16 @@ class Checkpoints:
             return
         self._writing = threading.Thread(target=write, name="checkpoint")
         self._writing.start()
+
+    def _make_room(self, part: Path, size: int) -> None:
+        """Makes the folder of a checkpoint.  Raises: OSError where so many bytes cannot fit."""
+        for left in self._parts():
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(part).free
+        # Orbax compresses, floats by a tenth: what cannot fit is said before it is tried.
+        if free < size / 2:
+            raise OSError(f"{size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
 
     def wait(self) -> None:
         """Returns when what was saved is whole on disk.
@@ -149,7 +160,7 @@ class Checkpoints:
         """
         self.wait()
         form = jax.tree.map(_form, _keys_to_data(like))
-        step, passed = hosts.of_first(self._newest_whole)
+        step, passed = hosts.of_first(self._newest_complete)
         if step is None and not self._steps():
             raise FileNotFoundError(f"no checkpoint in {self.folder}")
         if step is None:
@@ -157,9 +168,9 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint is whole: {'; '.join(fault for _, fault in passed)}; "
                 "put one back from elsewhere, or begin anew in another folder"
             )
-        whole = _whole(self.folder / str(step))
-        _check_version(self.folder / str(step), whole["rlhf"])
-        _check_leaves(self.folder / str(step), whole["leaves"], _leaves(form))
+        manifest = _manifest(self.folder / str(step))
+        _check_version(self.folder / str(step), manifest["rlhf"])
+        _check_leaves(self.folder / str(step), manifest["leaves"], _leaves(form))
         for _, fault in passed if hosts.is_first() else []:
             self._say(f"{self.folder}: {fault}; taken instead: the checkpoint of step {step}")
         self._damaged = self._steps() & {number for number, _ in passed}
@@ -182,10 +193,10 @@ class Checkpoints:
     def _names(self) -> list[str]:
         return [entry.name for entry in self.folder.iterdir()] if self.folder.exists() else []
 
-    def _newest_whole(self) -> tuple[int | None, list[tuple[int, str]]]:
+    def _newest_complete(self) -> tuple[int | None, list[tuple[int, str]]]:
         """The step of the newest whole checkpoint, and what is wrong with each one after it."""
-        begun = (part.name.removeprefix(files.PART) for part in self._parts())
-        half = {int(name) for name in begun if name.isdecimal()} - self._steps()
+        unfinished = (part.name.removeprefix(files.PART) for part in self._parts())
+        half = {int(name) for name in unfinished if name.isdecimal()} - self._steps()
         passed: list[tuple[int, str]] = []
         for step in sorted(self._steps() | half, reverse=True):
             fault = "half written" if step in half else _fault(self.folder / str(step))
@@ -202,13 +213,13 @@ class Checkpoints:
             "leaves": leaves,
             "files": _digests(part),
         }
-        files.write(part / WHOLE, json.dumps({"digest": _seal(content), **content}, indent=1))
+        files.write(part / MANIFEST, json.dumps({"digest": _seal(content), **content}, indent=1))
         # A damaged one of the same step may stand there.
         with files.renewed(self.folder / str(step)) as new:
             part.rename(new)
         self._damaged.discard(step)
-        whole = sorted(old for old in self._steps() - self._damaged if old <= step)
-        for old in {*whole[: -self._keep], *self._damaged}:
+        complete = sorted(old for old in self._steps() - self._damaged if old <= step)
+        for old in {*complete[: -self._keep], *self._damaged}:
             # First another name: a folder that is deleted by half is no checkpoint.
             gone = self.folder / f"{files.PART}old.{old}"
             (self.folder / str(old)).rename(gone)
@@ -222,16 +233,21 @@ class Checkpoints:
         left = "there is none before it" if newest is None else f"that of step {newest} stays"
         failure = OSError(
             f"{self.folder / str(step)}: the checkpoint could not be written; {left}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{' '.join(str(error).split())[:500]}"
         )
         failure.__cause__ = error
         return failure
 
 
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is more than an error of Orbax's threads, which `wait` raises."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None where every file is as it was written."""
     try:
-        written = _whole(folder)["files"]
+        written = _manifest(folder)["files"]
         found = _digests(folder, written)
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
@@ -241,16 +257,16 @@ def _fault(folder: Path) -> str | None:
     return f"{folder / changed[0]} is not as it was written" if changed else None
 
 
-def _whole(folder: Path) -> dict[str, Any]:
-    """whole.json of a checkpoint.  Raises: ValueError where it is not as it was written."""
+def _manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint.  Raises: ValueError where it is not as it was written."""
     try:
-        content = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if content.pop("digest", None) == _seal(content):
             return content
     # No text, no JSON, or no mapping.
     except (ValueError, AttributeError, TypeError):
-        pass
-    raise ValueError(f"{folder / WHOLE} is not as it was written")
+        logging.getLogger("absl").addFilter(_is_not_raised_too)
+    raise ValueError(f"{folder / MANIFEST} is not as it was written")
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -315,6 +331,10 @@ def _leaves(tree: Any) -> dict[str, str]:
         )
         for path, x in named
     }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _form(x):

@@ -80,6 +80,8 @@ def test_sft_resumes_bit_for_bit(base, tmp_path, monkeypatch):
         "5",
         "--save_every",
         "2",
+        "--export_every",
+        "2",
         "--packing",
         "bfd",
     ]

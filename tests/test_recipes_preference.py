@@ -358,6 +358,8 @@ def test_bco_from_data_to_a_model_in_two_runs_with_one_mean(base, rows, tmp_path
         "3",
         "--save_every",
         "1",
+        "--export_every",
+        "1",
     ]
     ask += ["--lora_rank", "2", "--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:

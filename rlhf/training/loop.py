@@ -181,7 +181,8 @@ def fit(
         # The last complete state: what is saved where a step raises `Stopped`.
         newest = state
 
-        def save(state: TrainState) -> None:
+        def settle() -> None:
+            """Waits for the save that is under way."""
             # The best state is whole before a checkpoint that counts its evaluation, or a resumed
             # run would hold an older one for the best.
             if best is not None:
@@ -189,8 +190,11 @@ def fit(
             try:
                 checkpoints.wait()
             except OSError as error:
-                # Going on loses nothing: the state is in memory, and is saved again below.
+                # Going on loses nothing: the state is in memory, and is saved again.
                 run.say(f"{error}; the run goes on, and saves again now")
+
+        def save(state: TrainState) -> None:
+            settle()
             checkpoints.save(split_context(state))
 
         def write_model(state: TrainState) -> None:
@@ -297,6 +301,7 @@ def fit(
                 over = False
                 if number == 0:
                     raise
+                settle()
                 # Not where the newest checkpoint is of this step already.
                 if checkpoints.latest() != int(newest.step):
                     save(newest)

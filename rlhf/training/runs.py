@@ -318,7 +318,7 @@ class RunFolder:
             return np.asarray(str(x)) if array.dtype == object else array
 
         named = jax.tree_util.tree_leaves_with_path(tree)
-        by_path = {
+        by_path: dict[str, Any] = {
             jax.tree_util.keystr(path, simple=True, separator=".") or "batch": plain_array(x)
             for path, x in named
         }
