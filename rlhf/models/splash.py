@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from rlhf.sharding import RULES, spec
+from rlhf.sharding import RULES, spec, ways
 
 Array = jax.Array
 LANES = 128  # the length is padded to a multiple of this
@@ -64,7 +64,9 @@ def splash(
     # XLA cannot split a kernel over devices by itself; each runs it on its own rows and heads.
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        heads = spec(("batch", "heads", None, None), mesh, RULES)
+        # Prompts may be too few for the devices, each of which then reads all of them.
+        is_split = q.shape[0] % ways("batch") == 0
+        heads = spec(("batch" if is_split else None, "heads", None, None), mesh, RULES)
         rows = PartitionSpec(heads[0], None)
         local = jax.shard_map(
             local, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False
