@@ -60,6 +60,7 @@ class Collective(NamedTuple):
       bytes: that a device receives each time.
       times: how often it is done; in a loop of tokens, for a token.
       devices: numbers of the devices of the first group.
+      depth: loops that it stands in, one within another.
       loop: of tokens, in which it stands, by its place among them; None: in none.
       op_name: what JAX calls the operation that it serves.
     """
@@ -69,6 +70,7 @@ class Collective(NamedTuple):
     bytes: int
     times: int
     devices: tuple[int, ...]
+    depth: int
     loop: int | None
     op_name: str
 
@@ -134,7 +136,7 @@ def size(shape: str, *, of_memory: bool = False) -> int:
     total = 0
     for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?", shape):
         if dtype in BYTES and not (of_memory and "S(1)" in layout):
-            total += BYTES[dtype] * _product(sizes)
+            total += BYTES[dtype] * product(sizes)
     return total
 
 
@@ -210,6 +212,7 @@ class _Step(NamedTuple):
     computation: str
     instruction: Instruction
     times: int
+    depth: int  # loops that it stands in
     token: int | None  # the loop of tokens that it stands in, by its place among them
 
 
@@ -280,24 +283,25 @@ def _walk(text: str) -> Iterator[_Step]:
     program = _Program(text)
     loops = itertools.count()
 
-    def visit(name: str, times: int, token: int | None) -> Iterator[_Step]:
+    def visit(name: str, times: int, depth: int, token: int | None) -> Iterator[_Step]:
         for line in program.lines.get(name, {}).values():
-            yield _Step(program, name, line, times, token)
+            yield _Step(program, name, line, times, depth, token)
             if line.op == "while":
                 number = program.trips(name, line)
                 (body,) = _called(line.attributes, "body")
                 inside = next(loops) if number is None and token is None else token
-                yield from visit(body, times * (1 if number is None else number), inside)
+                turns = 1 if number is None else number
+                yield from visit(body, times * turns, depth + 1, inside)
             elif line.op in ("call", "async-start"):
                 for called in _called(line.attributes, "to_apply|calls|called_computations"):
-                    yield from visit(called, times, token)
+                    yield from visit(called, times, depth, token)
             elif line.op == "conditional":
                 # One branch is taken; the dearest is not known, so that all are counted.
                 branches = "branch_computations|true_computation|false_computation"
                 for called in _called(line.attributes, branches):
-                    yield from visit(called, times, token)
+                    yield from visit(called, times, depth, token)
 
-    yield from visit("", 1, None)
+    yield from visit("", 1, 0, None)
 
 
 def _called(attributes: str, kinds: str) -> list[str]:
@@ -349,7 +353,14 @@ def _collective(kind: str, step: _Step) -> Collective:
     name = re.search(r'op_name="([^"]*)"', line.attributes)
     shape = ", ".join(parts)
     return Collective(
-        kind, shape, received, step.times, devices, step.token, name[1] if name else ""
+        kind,
+        shape,
+        received,
+        step.times,
+        devices,
+        step.depth,
+        step.token,
+        name[1] if name else "",
     )
 
 
@@ -371,7 +382,7 @@ def groups(attributes: str) -> tuple[int, ...]:
         return tuple(int(x) for x in listed[1].split(","))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        numbers = np.arange(_product(iota[2])).reshape(_sizes(iota[2]))
+        numbers = np.arange(product(iota[2])).reshape(_sizes(iota[2]))
         order = _sizes(iota[3]) if iota[3] else range(numbers.ndim)
         return tuple(numbers.transpose(order).reshape(_sizes(iota[1]))[0].tolist())
     mesh = re.search(
@@ -478,5 +489,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(x) for x in text.split(",") if x)
 
 
-def _product(text: str) -> int:
+def product(text: str) -> int:
+    """Numbers of an array, of its sizes as XLA writes them.
+
+    >>> product("2,8"), product("")
+    (16, 1)
+    """
     return math.prod(_sizes(text))

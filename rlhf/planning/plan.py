@@ -16,8 +16,10 @@ from rlhf.planning.topologies import Topology
 from rlhf.training import programs
 
 MIB = 2**20
-# Bytes of an all-reduce in a loop over layers from which on it is one of a matrix.
-MATRIX = MIB
+# Bytes that an all-reduce brings from which on it is one of a matrix: norms of all layers are less.
+MATRIX = 8 * MIB
+# Columns of rows from which on an array of columns by columns matters.
+WIDE = 256
 
 
 @documented
@@ -53,7 +55,7 @@ class Row(NamedTuple):
       temporaries: bytes of all that the program makes and drops, and of results that take no
         argument's place.
       needed: bytes of all together; of what XLA found too large, its own figure.
-      fits: whether the device has as much.
+      memory: bytes that a device has.
       flops: operations of one device, without those of tokens.
       times: of a step, or of reading the prompts.
       token: of a token where the program samples; None: it does not.
@@ -73,7 +75,7 @@ class Row(NamedTuple):
     cache: int
     temporaries: int
     needed: int
-    fits: bool
+    memory: int
     flops: float
     times: roofline.Times
     token: roofline.Times | None
@@ -83,6 +85,11 @@ class Row(NamedTuple):
     weights_by_all_reduce: int
     squares: tuple[str, ...]
     seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has as much as is needed."""
+        return self.needed <= self.memory
 
     @property
     def collective_bytes(self) -> int:
@@ -103,12 +110,14 @@ class Plan(NamedTuple):
       topology: its name.
       mesh: axis -> devices.
       parameters: that are trained.
+      rows_of_update: sequences of an update.
       rows: a program each.
     """
 
     topology: str
     mesh: Mapping[str, int]
     parameters: int
+    rows_of_update: int
     rows: tuple[Row, ...]
 
     @property
@@ -127,11 +136,11 @@ def make(main: Callable, topology: Topology, **options: Any) -> Plan:
 
     Raises: as the recipe does of its options.
     """
-    # One step needs no more devices than its mesh; the recipe checks that they are as many.
     found, state = programs.traced(main, devices=topology.devices, **options)
     mesh = dict(jax.tree.leaves(state)[0].sharding.mesh.shape)
     rows = tuple(row(name, one, state, topology, mesh) for name, one in found.items())
-    return Plan(topology.name, mesh, _numbers(state.params), rows)
+    sequences = max((number for number, _ in _rows(found["update"])), default=0)
+    return Plan(topology.name, mesh, _numbers(state.params), sequences, rows)
 
 
 def row(
@@ -147,6 +156,7 @@ def row(
     known = dict(
         program=name, weights=weights, moments=moments, batch=batch, cache=cache,
         activations=counted.kept // number, flops=counted.count.flops / number,
+        memory=int(topology.chip.memory),
     )  # fmt: skip
     started = time.perf_counter()
     lowered = traced.lower()
@@ -181,7 +191,6 @@ def row(
         **known,
         temporaries=temporaries,
         needed=needed,
-        fits=needed <= topology.chip.memory,
         times=times,
         token=token,
         token_least=token_least,
@@ -208,12 +217,12 @@ def _too_large(known: dict, message: str, topology: Topology, seconds: float) ->
     """A program that XLA refused to compile, since it does not fit."""
     used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
     needed = int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")) if used else 0
+    needed = max(needed, known["memory"] + 1)
     infinite = roofline.Times(float("inf"), float("inf"), float("inf"))
     return Row(
         **known,
         temporaries=max(0, needed - known["weights"] - known["moments"] - known["batch"]),
         needed=needed,
-        fits=False,
         times=infinite,
         token=None,
         token_least=0.0,
@@ -290,5 +299,7 @@ def _rows(traced: jax.stages.Traced) -> list[tuple[int, int]]:
 def _squares(text: str, traced: jax.stages.Traced, state: Any) -> tuple[str, ...]:
     """Shapes `[.., T, T]` for the widths of rows; matrices of the model may be as square."""
     of_model = {x.shape[-2:] for x in jax.tree.leaves(state.params) if len(x.shape) > 1}
-    widths = {width for _, width in _rows(traced) if (width, width) not in of_model}
+    widths = {
+        width for _, width in _rows(traced) if width >= WIDE and (width, width) not in of_model
+    }
     return tuple(shape for width in sorted(widths) for shape in hlo.squares(text, width))
