@@ -187,6 +187,8 @@ def row(
     needed = weights + moments + batch + temporaries
     tokens = _tokens(traced)
     mfu = roofline.mfu(_numbers(state.params), tokens, number, topology.chip, times.step)
+    # Prompts that samples share are read once: fewer operations than the tokens stand for.
+    mfu = min(mfu, known["flops"] / topology.chip.flops / times.step)
     return Row(
         **known,
         temporaries=temporaries,
