@@ -84,7 +84,9 @@ def name_of(case: Case) -> str:
 
 
 def is_installed(case: Case) -> bool:
-    compilers = ("jax_cuda13_plugin", "jax_cuda12_plugin") if case.topology[0] == "h" else ("libtpu",)
+    compilers = (
+        ("jax_cuda13_plugin", "jax_cuda12_plugin") if case.topology[0] == "h" else ("libtpu",)
+    )
     return any(importlib.util.find_spec(compiler) for compiler in compilers)
 
 
@@ -112,8 +114,16 @@ def plan(case: Case) -> dict[str, Any]:
         if case.recipe == "sft":
             argv += ["--max_length", str(LENGTH)]
         else:
-            argv += ["--reward", "length", "--max_new_tokens", str(NEW), "--num_samples", str(SAMPLES)]
+            argv += [
+                "--reward",
+                "length",
+                "--max_new_tokens",
+                str(NEW),
+                "--num_samples",
+                str(SAMPLES),
+            ]
         started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ran = subprocess.run(argv, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         if ran.returncode:
@@ -122,6 +132,7 @@ def plan(case: Case) -> dict[str, Any]:
     return {
         **found,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
         # Of all children so far the most; Linux counts in KiB.
         "host_gb": used.ru_maxrss * 1024 / 1e9,
     }
@@ -160,7 +171,8 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
         "update at best, s": f"{max(update['times'].values()):.2f}",
         "MFU": f"{update['mfu']:.0%}" if update["mfu"] else "",
         "sampling of its memory bound": share,
-        "here": f"{found['seconds']:.0f} s, {found['host_gb']:.1f} GB",
+        "here": f"{found['seconds']:.0f} s, {found.get('cpu_seconds', 0):.0f} CPU s, "
+        f"{found['host_gb']:.1f} GB",
     }
 
 
@@ -214,7 +226,9 @@ def main() -> None:
         plans[name] = plan(case)
         write(plans)
         seconds = plans[name]["seconds"]
-        print(name, f"{seconds:.0f} s" + (f", above {LIMIT}" if seconds > LIMIT else ""), flush=True)
+        print(
+            name, f"{seconds:.0f} s" + (f", above {LIMIT}" if seconds > LIMIT else ""), flush=True
+        )
     write(plans)
 
 

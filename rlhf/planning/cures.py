@@ -52,9 +52,7 @@ def tried(main: Callable, topology: Topology, found: Plan, **options: Any) -> It
             return
 
 
-def _candidates(
-    found: Plan, options: Mapping[str, Any]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _candidates(found: Plan, options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """`(what is typed, options)`, each beside those before it."""
     failing = [row for row in found.rows if not row.fits]
     memory = failing[0].memory

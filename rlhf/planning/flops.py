@@ -170,7 +170,14 @@ def _attention(eqn: Any) -> float:
 
 
 # Operations whose results are their operands in another form.
-SAME = ("optimization_barrier", "sharding_constraint", "reshape", "convert_element_type", "name", "copy")
+SAME = (
+    "optimization_barrier",
+    "sharding_constraint",
+    "reshape",
+    "convert_element_type",
+    "name",
+    "copy",
+)
 PRODUCTS: Mapping[str, Callable[[Any], float]] = {
     "dot_general": _dot_general,
     "ragged_dot": _ragged_dot,

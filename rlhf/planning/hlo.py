@@ -27,6 +27,8 @@ FREE = {
 }  # fmt: skip
 # Operations that read a part of their first operand.
 SLICES = ("dynamic-slice", "slice", "gather")
+# Operations that write a part of their first operand, and which operand that part is.
+PART = {"dynamic-update-slice": 1, "scatter": 2}
 # Operations inside of fusions whose result is the operand in another form.
 SAME = ("bitcast", "reshape", "convert", "copy", "transpose")
 
@@ -239,7 +241,9 @@ class _Program:
         if root.op != "compare" or "direction=LT" not in root.attributes:
             return None
         lines = self.lines[condition]
-        counter = next((lines[x] for x in root.operands if _is(lines, x, "get-tuple-element")), None)
+        counter = next(
+            (lines[x] for x in root.operands if _is(lines, x, "get-tuple-element")), None
+        )
         limit = next((self.constant(condition, x) for x in root.operands[::-1]), None)
         if counter is None or limit is None:
             return None
@@ -426,16 +430,16 @@ def _moved(step: _Step) -> int:
         return size(arrays[1])
     if line.op == "copy-start":
         return read[0] + size(arrays[0], of_memory=True)
-    if line.op == "dynamic-update-slice":
-        return 2 * min(read[1], written)
+    if line.op in PART:
+        return 2 * min(read[PART[line.op]], written)
     if line.op != "fusion":
         return sum(read) + written
     (fused,) = _called(line.attributes, "calls")
     root = step.program.roots[fused]
     # Written in place: what is not the part stays as it is.
-    if root.op == "dynamic-update-slice":
+    if root.op in PART:
         lines = step.program.lines[fused]
-        written = min(written, size(lines[root.operands[1]].shape))
+        written = min(written, size(lines[root.operands[PART[root.op]]].shape))
     return written + sum(
         min(whole, sum(_read(step.program, fused, number)))
         for number, whole in enumerate(read)
@@ -462,8 +466,8 @@ def _read(program: _Program, fused: str, number: int) -> tuple[int, int]:
             place = user.operands.index(name)
             if user.op in SLICES and place == 0:
                 read += size(user.shape)
-            elif user.op == "dynamic-update-slice" and place == 0:
-                read += size(lines[user.operands[1]].shape)
+            elif user.op in PART and place == 0:
+                read += size(lines[user.operands[PART[user.op]]].shape)
             elif user.op in SAME:
                 names.append(user.name)
             elif user.op == "fusion":

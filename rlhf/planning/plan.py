@@ -254,9 +254,7 @@ def _summed(collectives: Sequence[hlo.Collective], mesh: Mapping[str, int]) -> t
     return tuple(sorted(found.values(), key=lambda moved: -moved.bytes))
 
 
-def _weights_by_all_reduce(
-    collectives: Sequence[hlo.Collective], mesh: Mapping[str, int]
-) -> int:
+def _weights_by_all_reduce(collectives: Sequence[hlo.Collective], mesh: Mapping[str, int]) -> int:
     """Bytes of weights that are gathered by all-reduces: each device has zeros where its part is not."""
     return sum(
         one.total

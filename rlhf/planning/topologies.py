@@ -1,5 +1,6 @@
 """Devices of pods and clusters that are elsewhere, by name, and what such a device can do."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -120,7 +121,9 @@ def find(name: str) -> Topology:
     is_known = kind in CHIPS and all(size.isdecimal() and int(size) for size in sizes)
     axes = {"v5e": (2,), "v6e": (2,), "cpu": (1,)}.get(kind, (3,))
     if not is_known or len(sizes) not in axes:
-        raise ValueError(f"topology {name!r} is not known; there are, in these and other sizes: {KNOWN}")
+        raise ValueError(
+            f"topology {name!r} is not known; there are, in these and other sizes: {KNOWN}"
+        )
     chip = CHIPS[kind]
     if kind == "cpu":
         return Topology(name, chip, _cpus(int(shape)))
@@ -131,10 +134,8 @@ def find(name: str) -> Topology:
 
 def _cpus(number: int) -> Sequence[jax.Device]:
     # Before JAX has started its devices their number is a setting; afterwards it stands.
-    try:
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))
-    except RuntimeError:
-        pass
     there = jax.devices("cpu")
     if len(there) < number:
         raise ValueError(
@@ -206,4 +207,3 @@ device_description_str: "{name}\""""
 def devices(name: str) -> Sequence[jax.Device]:
     """`find(name).devices`."""
     return find(name).devices
-

@@ -25,7 +25,7 @@ def main(
     topology: str,
     json: str | None = None,
     overwrite: bool = False,
-    options: Annotated[Mapping[str, Any], FromPython] = {},  # noqa: B006
+    options: Annotated[Mapping[str, Any], FromPython] = {},
 ) -> None:
     """Plans a recipe's step on devices that are elsewhere: memory, collectives and times, as the
     compiler has them.

@@ -16,7 +16,7 @@ from rlhf.rollouts.environment import Environment, EnvironmentFailed, play
 from rlhf.rollouts.reward_worker import Refused, describe, find
 from rlhf.train import TrainState
 from rlhf.training import meshes
-from rlhf.training.collecting import Collector, Completions, trace_sample, sample_shapes
+from rlhf.training.collecting import Collector, Completions, sample_shapes, trace_sample
 from rlhf.training.interrupts import Stopped
 from rlhf.training.loading import Loaded
 from rlhf.training.options import EnvironmentOptions, RewardOptions, SamplingOptions

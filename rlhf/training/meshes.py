@@ -11,7 +11,6 @@ from rlhf.sharding import batch_sharding, make_mesh, shard_batch
 from rlhf.training import programs
 from rlhf.training.options import MeshOptions
 
-
 # Devices under fsdp by default on a torus of three axes: over more, XLA gathers weights by all-reduces
 # of padded matrices, which move twice the bytes.
 RING = 16

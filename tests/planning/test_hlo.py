@@ -29,7 +29,7 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %w = bf16[4,8]{1,0} get-tuple-element(%p), index=1
   %kernel = bf16[4,8]{1,0} custom-call(%w), custom_call_target="tpu_custom_call", backend_config={
 } more }
-  %gathered = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%kernel), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, metadata={op_name="jit(step)/mlp"}
+  %gathered = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%kernel), GROUPS, metadata={op_name="jit(step)/mlp"}
   %done = bf16[16,8]{1,0} all-gather-done(%gathered)
   %small = bf16[4,8]{1,0} fusion(%done), kind=kCustom, calls=%scatter, metadata={op_name="transpose"}
   ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%next, %small)
@@ -66,6 +66,7 @@ ENTRY %main (a: bf16[4,8]) -> (s32[], bf16[4,8]) {
   ROOT %decode = (s32[], bf16[4,8]{1,0}) while(%loop), condition=%alive, body=%token
 }
 """
+TEXT = TEXT.replace("GROUPS", "replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}")
 ONE = TEXT.replace("STEP", "1")
 
 
@@ -104,7 +105,8 @@ def test_an_all_reduce_brings_its_array_twice():
 
 
 @pytest.mark.parametrize(
-    ("devices", "axes"), [((0, 1), ("tensor",)), ((0, 2), ("fsdp",)), (range(8), ("data", "fsdp", "tensor"))]
+    ("devices", "axes"),
+    [((0, 1), ("tensor",)), ((0, 2), ("fsdp",)), (range(8), ("data", "fsdp", "tensor"))],
 )
 def test_a_group_lies_along_axes_of_the_mesh(devices, axes):
     assert hlo.axes_of(tuple(devices), {"data": 2, "fsdp": 2, "tensor": 2}) == axes
@@ -131,6 +133,8 @@ ENTRY %main (w: f32[24,8], n: s32[]) -> f32[8] {
 
 
 def test_traffic_of_a_token_is_of_the_loop_that_ends_early():
-    once, token = hlo.traffic(ONE.replace("%moved = ", "%twice = bf16[4,8]{1,0} negate(%v)\n  %moved = "))
+    once, token = hlo.traffic(
+        ONE.replace("%moved = ", "%twice = bf16[4,8]{1,0} negate(%v)\n  %moved = ")
+    )
     assert token == 64 + 64 + hlo.traffic(ONE)[1]
     assert once == hlo.traffic(ONE)[0]

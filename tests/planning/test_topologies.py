@@ -9,15 +9,15 @@ from rlhf.planning import topologies
 from rlhf.planning.topologies import CHIPS, Topology
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:4x4", "v5e:4x4x4", "cpu:x", "h200:0x1x8", ""])
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5p", "v5p:4x4", "v5e:4x4x4", "cpu:x", "h200:0x1x8", ""]
+)
 def test_an_unknown_topology_lists_those_that_are(name):
     with pytest.raises(ValueError, match=r"is not known; there are.* v5p:4x4x4, v5e:16x16"):
         topologies.find(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"), [("v5p:2x2x1", "plan-tpu"), ("h200:1x1x8", "plan-gpu")]
-)
+@pytest.mark.parametrize(("name", "extra"), [("v5p:2x2x1", "plan-tpu"), ("h200:1x1x8", "plan-gpu")])
 def test_a_missing_compiler_says_how_to_install_it(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"not installed; pip install 'rlhf\[{extra}\]'"):
