@@ -158,6 +158,9 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
     if sample is not None and sample["token"] is not None:
         token = f"{sum(one['bytes'] for one in sample['moved'] if one['per_token']) / 2**20:.2f}"
         share = f"{sample['token_least'] / max(sample['token'].values()):.0%}"
+    spent = [f"{found['seconds']:.0f} s", f"{found['host_gb']:.1f} GB"]
+    if "cpu_seconds" in found:
+        spent.insert(1, f"{found['cpu_seconds']:.0f} CPU s")
     return {
         "plan": name,
         "mesh": " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1),
@@ -171,8 +174,7 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
         "update at best, s": f"{max(update['times'].values()):.2f}",
         "MFU": f"{update['mfu']:.0%}" if update["mfu"] else "",
         "sampling of its memory bound": share,
-        "here": f"{found['seconds']:.0f} s, {found.get('cpu_seconds', 0):.0f} CPU s, "
-        f"{found['host_gb']:.1f} GB",
+        "here": ", ".join(spent),
     }
 
 
