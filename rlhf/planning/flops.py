@@ -12,7 +12,7 @@ from rlhf.fields import documented
 
 
 @documented
-class Count(NamedTuple):
+class Work(NamedTuple):
     """Operations and bytes of matrix products, on all devices together.
 
     Attributes:
@@ -23,8 +23,8 @@ class Count(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
 
-    def plus(self, other: "Count", times: float = 1) -> "Count":
-        return Count(self.flops + times * other.flops, self.bytes + times * other.bytes)
+    def plus(self, other: "Work", times: float = 1) -> "Work":
+        return Work(self.flops + times * other.flops, self.bytes + times * other.bytes)
 
 
 @documented
@@ -32,11 +32,11 @@ class Loop(NamedTuple):
     """A loop whose number of turns is not known, such as one of decoding: a turn is a token.
 
     Attributes:
-      count: of one turn.
+      work: of one turn.
       carried: bytes that it hands from turn to turn, such as the cache.
     """
 
-    count: Count
+    work: Work
     carried: int
 
 
@@ -45,12 +45,12 @@ class Counted(NamedTuple):
     """A program.
 
     Attributes:
-      count: outside of loops of tokens.
+      work: outside of loops of tokens.
       loops: of tokens, in their order.
       kept: bytes that loops over layers keep for the backward pass.
     """
 
-    count: Count
+    work: Work
     loops: tuple[Loop, ...]
     kept: int
 
@@ -62,25 +62,25 @@ def counted(jaxpr: Any) -> Counted:
     >>> x = jax.numpy.ones((2, 3))
     >>> def fn(x):
     ...     return jax.lax.scan(lambda y, _: (y @ x.T @ x, None), x, None, length=5)
-    >>> counted(jax.make_jaxpr(fn)(x)).count.flops == 5 * (2 * 2 * 3 * 2) * 2
+    >>> counted(jax.make_jaxpr(fn)(x)).work.flops == 5 * (2 * 2 * 3 * 2) * 2
     True
     """
     plain = _plain(jaxpr)
     # Derivatives leave computations behind whose results nobody uses; XLA drops them.
     used, _ = dce_jaxpr(plain, [True] * len(plain.outvars))
     loops: list[Loop] = []
-    count = _of(used, loops)
-    return Counted(count, tuple(loops), _kept(used))
+    work = _of(used, loops)
+    return Counted(work, tuple(loops), _kept(used))
 
 
-def _of(jaxpr: Any, loops: list[Loop]) -> Count:
-    total = Count()
+def _of(jaxpr: Any, loops: list[Loop]) -> Work:
+    total = Work()
     for eqn in _plain(jaxpr).eqns:
         name = eqn.primitive.name
         if name in PRODUCTS:
-            total = total.plus(Count(PRODUCTS[name](eqn), _bytes(eqn)))
+            total = total.plus(Work(PRODUCTS[name](eqn), _bytes(eqn)))
         elif name == "pallas_call" or "attention" in name or "fmha" in name:
-            total = total.plus(Count(_attention(eqn), _bytes(eqn)))
+            total = total.plus(Work(_attention(eqn), _bytes(eqn)))
         elif name == "scan":
             total = total.plus(_of(eqn.params["jaxpr"], loops), eqn.params["length"])
         elif name == "while":
@@ -207,11 +207,20 @@ def _follow(jaxpr: Any, given: list, kept: dict[int, int]) -> list:
         found = [of(x) for x in eqn.invars]
         name = eqn.primitive.name
         if name == "scan":
-            first = eqn.params["num_consts"] + eqn.params["num_carry"]
-            kept.update(one for one in found[first:] if one is not None)
             inner = _plain(eqn.params["jaxpr"])
+            # By their shapes: how JAX writes their numbers differs from version to version.
+            read = [
+                one
+                for one, x, part in zip(found, eqn.invars, inner.invars, strict=True)
+                if one is not None and x.aval.shape != part.aval.shape
+            ]
+            kept.update(read)
             _follow(inner, [None] * len(inner.invars), kept)
-            stacked |= {x: (id(x), _size(x)) for x in eqn.outvars[eqn.params["num_carry"] :]}
+            stacked |= {
+                x: (id(x), _size(x))
+                for x, part in zip(eqn.outvars, inner.outvars, strict=True)
+                if x.aval.shape != part.aval.shape
+            }
         elif name in SAME:
             stacked |= dict(zip(eqn.outvars, found, strict=False))
         elif inner_jaxprs := _inner(eqn):

@@ -327,8 +327,8 @@ def _fused(step: _Step) -> list[Collective]:
     if line.op != "all-reduce" or not is_part:
         return [_collective(line.op, step._replace(instruction=line))]
     part = line._replace(shape=step.instruction.shape)
-    name = re.search(r'op_name="[^"]*"', step.instruction.attributes)
-    part = part._replace(attributes=line.attributes + (name[0] if name else ""))
+    op_name = re.search(r'op_name="[^"]*"', step.instruction.attributes)
+    part = part._replace(attributes=line.attributes + (op_name[0] if op_name else ""))
     return [_collective("reduce-scatter", step._replace(instruction=part))]
 
 

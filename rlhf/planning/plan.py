@@ -30,14 +30,14 @@ class Moved(NamedTuple):
       kind: such as `all-gather`.
       axes: of the mesh.
       per_token: whether they stand in a loop of tokens.
-      count: how often, for a token in a loop of tokens.
+      number: how often, for a token in a loop of tokens.
       bytes: that a device receives in all, for a token in a loop of tokens.
     """
 
     kind: str
     axes: tuple[str, ...]
     per_token: bool
-    count: int
+    number: int
     bytes: int
 
 
@@ -153,9 +153,9 @@ def row(
     moments = local_bytes(state.opt_state)
     batch = local_bytes(traced.args_info[0][1:])
     cache = max((loop.carried for loop in counted.loops), default=0) // number
-    known = dict(
+    known: dict[str, Any] = dict(
         program=name, weights=weights, moments=moments, batch=batch, cache=cache,
-        activations=counted.kept // number, flops=counted.count.flops / number,
+        activations=counted.kept // number, flops=counted.work.flops / number,
         memory=int(topology.chip.memory),
     )  # fmt: skip
     started = time.perf_counter()
@@ -177,7 +177,7 @@ def row(
     token_least = 0.0
     if counted.loops:
         inside = _widest([one for one in collectives if one.per_token])
-        operations = max(loop.count.flops for loop in counted.loops) / number
+        operations = max(loop.work.flops for loop in counted.loops) / number
         token = roofline.times(topology.chip, operations, of_token, inside, topology)
         read = _read_by_a_token(state, mesh) + cache
         token_least = read / topology.chip.memory_rate
@@ -250,7 +250,7 @@ def _summed(collectives: Sequence[hlo.Collective], mesh: Mapping[str, int]) -> t
             continue
         key = one.kind, hlo.axes_of(one.devices, mesh), one.per_token
         before = found.get(key, Moved(*key, 0, 0))
-        found[key] = Moved(*key, before.count + one.times, before.bytes + one.total)
+        found[key] = Moved(*key, before.number + one.times, before.bytes + one.total)
     return tuple(sorted(found.values(), key=lambda moved: -moved.bytes))
 
 

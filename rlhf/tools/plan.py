@@ -156,7 +156,7 @@ def show(console: Console, recipe: str, found: Any) -> None:
         for one in row.moved:
             where = f"{row.program}, a token" if one.per_token else row.program
             size = f"{one.bytes / 2**20:.1f}"
-            table.add_row(where, one.kind, ", ".join(one.axes), str(one.count), size)
+            table.add_row(where, one.kind, ", ".join(one.axes), str(one.number), size)
     console.print(table)
     for text in warnings(found):
         console.print(text)
