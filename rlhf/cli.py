@@ -54,6 +54,7 @@ COMMANDS = {  # command -> where its `main` is, and what it does
     ),
     "rft": ("rlhf.recipes.rft", "sample completions, keep the best, learn to write them"),
     "ilql": ("rlhf.recipes.ilql", "values of logged completions, by which a model then samples"),
+    "plan": ("rlhf.tools.plan", "a recipe's step on a pod or cluster that is elsewhere"),
     "new": ("rlhf.tools.new", "a small model with random weights, to train from scratch"),
     "launch": ("rlhf.tools.launch", "a recipe in several processes of this machine"),
     "eval": ("rlhf.tools.evaluate", "score a model's completions: greedy, and pass@k"),
@@ -140,8 +141,10 @@ def _run(name: str, argv: list[str], is_process: bool) -> None:
     from rlhf.command_line import parsed, surroundings
 
     argv, around = surroundings(argv)
-    command = importlib.import_module(COMMANDS[name][0]).main
-    arguments = parsed(command, name, argv)
+    module = importlib.import_module(COMMANDS[name][0])
+    command = module.main
+    # A command whose options are those of another reads its own words.
+    arguments = getattr(module, "parsed", parsed)(command, name, argv)
     # In another's process JAX's settings are the caller's.
     if is_process:
         from rlhf.training import compilations

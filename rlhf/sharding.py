@@ -229,11 +229,13 @@ class MeshStep:
         with jax.set_mesh(self._mesh):
             return self._jitted(state, *inputs)
 
-    def lower(self, state: Any, *inputs: Any) -> jax.stages.Lowered:
-        """Its program, to be compiled ahead of time, from arrays or their shapes with places."""
-        # Lowering needs the mesh's axes alone: its devices may be elsewhere.
+    def trace(self, state: Any, *inputs: Any) -> jax.stages.Traced:
+        """Its program, to be looked at or compiled ahead of time, from arrays or their shapes with
+        places.
+        """
+        # Tracing needs the mesh's axes alone: its devices may be elsewhere.
         with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-            return self._jitted.lower(state, *inputs)
+            return self._jitted.trace(state, *inputs)
 
 
 def jit_step(step: Callable, mesh: Mesh, state: Any, *, donate: bool = True) -> MeshStep:

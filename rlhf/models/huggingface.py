@@ -25,7 +25,7 @@ from rlhf.models import mapping
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Family, Tensor
 from rlhf.models.heads import classifier_head, scalar_head
-from rlhf.models.safetensors_files import DTYPES, FLOATS, INDEX, WEIGHTS, find
+from rlhf.models.safetensors_files import DTYPES, FLOATS, INDEX, WEIGHTS, find, has_weights
 from rlhf.models.tokenizer_files import BESIDE, FAST, OLDER
 from rlhf.models.tokenizer_files import read as _tokenizer
 from rlhf.sharding import shardings
@@ -65,7 +65,8 @@ def load(
       dtype: of the computation, and of the parameters.
       mesh: every parameter is born where its axes say on this mesh; None: on the default device.
       say: as in `rlhf.sharding.shardings`, for sizes that the mesh does not divide.
-      shapes_only: shapes with their places instead of parameters; of the weights only the files' headers are read.
+      shapes_only: shapes with their places instead of parameters; of the weights only the files'
+        headers are read, and config.json alone will do where there are none.
       fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`;
         `param_dtype=jnp.float32` keeps float32 master copies beside a computation in bfloat16.
 
@@ -88,7 +89,7 @@ def load(
     (True, True, None)
     """
     folder, _, family, config, tensors = _found(
-        path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}
+        path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}, shapes_only
     )
     lm = configs.lm_of(config)
     parts = {"lm": (lm, family.rows(config))}
@@ -162,7 +163,7 @@ def load_for_classification(
     Raises: ValueError for an encoder-decoder, a classifier of another kind or with other labels,
     and where a file is broken or tensors do not fit; FileNotFoundError where a file is missing.
     """
-    folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields)
+    folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields, shapes_only)
     rows = family.head_rows(of_tokens)
     # A stored head that does not fit is refused: to replace it silently would lose its training.
     found = next(
@@ -208,7 +209,7 @@ def load_for_classification(
     return lm, head, params | {"head": fresh | params["head"]}, _tokenizer(folder)
 
 
-def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any]):
+def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any], shapes_only: bool = False):
     """What `_found` returns, of a model without an output matrix."""
     config = read_config(path_or_name)
     if not isinstance(config, TransformerConfig):
@@ -217,7 +218,8 @@ def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any]):
             "classifier here; take a "
             "decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT)"
         )
-    return _found(path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False})
+    fields = {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False}
+    return _found(path_or_name, fields, shapes_only)
 
 
 def _head(trunk: TransformerConfig, family: Family, labels: int, of_tokens: bool) -> Head:
@@ -537,16 +539,17 @@ def _folder(path_or_name) -> Path:
         raise FileNotFoundError(f"{nowhere} ({type(error).__name__}: {why})") from error
 
 
-def _found(path_or_name, fields: Mapping[str, Any]):
+def _found(path_or_name, fields: Mapping[str, Any], shapes_only: bool = False):
     """`(folder, transformers' config, family, our config, tensors)`; tensors by their full names,
-    and nothing of them read.
+    and nothing of them read.  `shapes_only` needs none.
     """
     folder = _folder(path_or_name)
     hf, config = configs.read(folder)
     configs.generation(folder, hf.vocab_size)
     family = configs.family_of(hf.model_type)
     config = configs.replaced(config, **fields)
-    tensors = {_full_name(name, family, config): stored for name, stored in find(folder).items()}
+    stored_tensors = find(folder) if not shapes_only or has_weights(folder) else {}
+    tensors = {_full_name(name, family, config): stored for name, stored in stored_tensors.items()}
     # Some files store an output matrix of its own beside a config that ties it: the files are
     # right, as transformers has it.
     if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
@@ -590,6 +593,12 @@ def _read(
     shapes_only: bool = False,
 ) -> dict[str, Params]:
     """The parameters of each part, `(LM or Head, rows)`, once all tensors are known to fit."""
+    leaves = {name: _leaves(part) for name, (part, _) in parts.items()}
+    if shapes_only and not tensors:
+        return {
+            name: mapping.nested(_shaped(leaves[name], part, mesh, say))
+            for name, (part, _) in parts.items()
+        }
     last = configs.decoder_of(config)
     # Counted before any name is made: a config could claim millions of layers or experts.
     if (least := mapping.least(config)) > len(tensors):
@@ -598,7 +607,6 @@ def _read(
             f"with {last.experts} experts, so "
             f"at least {least:,} tensors, but the files have {len(tensors)}"
         )
-    leaves = {name: _leaves(part) for name, (part, _) in parts.items()}
     shapes = {name: {path: leaf.shape for path, leaf in leaves[name].items()} for name in parts}
     places = {name: mapping.places(rows, shapes[name], config) for name, (_, rows) in parts.items()}
     outputs = _outputs(family.rows(config))
@@ -622,24 +630,14 @@ def _read(
         _check_heads(last, mesh.shape.get("tensor", 1), say)
     out = {}
     for name, (part, _) in parts.items():
-        where = (
-            mapping.flat(shardings(mapping.nested(leaves[name]), part.axes(), mesh, say=say))
-            if mesh
-            else {}
-        )
-
+        shaped = _shaped(leaves[name], part, mesh, say)
         if shapes_only:
-            out[name] = mapping.nested(
-                {
-                    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.get(path))
-                    for path, leaf in leaves[name].items()
-                }
-            )
+            out[name] = mapping.nested(shaped)
             continue
 
-        # The default binds this part's shardings; a closure would see the last part's.
-        def put(path, x, where=where):
-            return _put(x, where.get(path))
+        # The default binds this part's shapes; a closure would see the last part's.
+        def put(path, x, shaped=shaped):
+            return _put(x, shaped[path].sharding)
 
         out[name] = mapping.nested(
             mapping.read(places[name], tensors, leaves[name], last.kv_heads, put)
@@ -658,6 +656,17 @@ def _check_heads(config: TransformerConfig, tensor: int, say: Callable | None) -
     if say is None:
         raise ValueError(f"{what}; {cure}")
     say(f"{what}: every device computes all of them; {cure}")
+
+
+def _shaped(leaves: Mapping, part: LM | Head, mesh: Mesh | None, say: Callable | None) -> dict:
+    """Path -> shape with its place on the mesh."""
+    where = (
+        mapping.flat(shardings(mapping.nested(leaves), part.axes(), mesh, say=say)) if mesh else {}
+    )
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.get(path))
+        for path, leaf in leaves.items()
+    }
 
 
 def _put(x: np.ndarray, sharding) -> jax.Array:

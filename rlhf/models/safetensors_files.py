@@ -59,6 +59,11 @@ class Stored(NamedTuple):
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds tensors, or an index that names files of them."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+
+
 def find(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder by name; headers are read and checked, values are not.
 

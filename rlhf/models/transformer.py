@@ -455,16 +455,16 @@ def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str,
 
 def unstacked(params: dict[str, Any], c: TransformerConfig) -> dict[str, Any]:
     """Parameters for a loop of decoding steps: matrices in the dtype of the computation, and on CPU
-    with the layers cut from the stack.
+    and GPU with the layers cut from the stack.
     """
     # Read again for every token: float32 masters would be cast each time.  The same numbers, since
     # `linear` and `look_up` cast them where they are used.
     params = jax.tree_util.tree_map_with_path(
         partial(_narrowed, c), params, is_leaf=lambda x: hasattr(x, "matmul")
     )
-    # XLA on CPU copies each layer out of the stack at every step; elsewhere a slice is read in
-    # place.
-    if platform() == "cpu":
+    # XLA on CPU and GPU copies each layer out of the stack at every step, so that a token reads and
+    # writes its weights twice; on TPU a slice is read in place.
+    if platform() != "tpu":
         return {**params, "layers": cut(params["layers"], c)}
     return params
 

@@ -306,10 +306,10 @@ def main(
         state, metrics = update(state, meshes.place(batch, devices))
         return state, {**metrics, "on_policy": float(rows.on_policy)}
 
-    def lower(state, rows: DistillationBatch):
-        found = update.lower(state, meshes.place(rows.batch, devices))
+    def trace(state, rows: DistillationBatch):
+        found = update.trace(state, meshes.place(rows.batch, devices))
         if lmbda:
-            found["sample"] = collecting.lower_sample(
+            found["sample"] = collecting.trace_sample(
                 of_student, devices, state, rows.prompts, rows.key
             )
         return found
@@ -323,7 +323,7 @@ def main(
         run,
         training,
         state,
-        Step(step, lower),
+        Step(step, trace),
         lambda number: take(train, training.seed, number, training.batch_size, lmbda),
         total=total,
         # The teacher is loaded again on resuming, and in no checkpoint.

@@ -229,11 +229,11 @@ def main(
         step_number = hosts.put(np.asarray(end, state.step.dtype), state.step.sharding)
         return state._replace(step=step_number), metrics
 
-    def lower(state, batch: PromptBatch):
+    def trace(state, batch: PromptBatch):
         # A step's batches have few sizes, powers of two: the largest holds all completions.
         rows = jax.eval_shape(rollouts.token_rows, collector.shapes(state, batch))
-        lowered = update.lower(state, meshes.place(rows, inputs.mesh))
-        return {**collector.lower(state, batch), **lowered}
+        traced = update.trace(state, meshes.place(rows, inputs.mesh))
+        return {**collector.trace(state, batch), **traced}
 
     # 4. The shared loop: metrics, evaluations, checkpoints, export.
     evaluate = evaluation.of_completions(
@@ -243,7 +243,7 @@ def main(
         run,
         training,
         state,
-        Step(step, lower),
+        Step(step, trace),
         inputs.batch,
         total=inputs.total,
         updates=updates,

@@ -52,12 +52,12 @@ class Collector(NamedTuple):
     Attributes:
       collect: `(state, batch) -> Completions`.
       shapes: `(state, batch) -> Rollout` of the shapes that `collect` returns.
-      lower: `(state, batch) -> {name: lowered program}`, for shapes.
+      trace: `(state, batch) -> {name: traced program}`, for shapes.
     """
 
     collect: Callable[[TrainState, Any], Completions]
     shapes: Callable[[TrainState, Any], Rollout]
-    lower: Callable[[TrainState, Any], dict[str, jax.stages.Lowered]]
+    trace: Callable[[TrainState, Any], dict[str, jax.stages.Traced]]
 
 
 def table(tokenizer: Any, completions: Completions) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def sampled(sample: SampleFn, reward_fn: RewardFn, mesh: Mesh) -> Collector:
     def shapes(state: TrainState, batch: PromptBatch) -> Rollout:
         return sample_shapes(sample, mesh, state, batch.prompts, batch.key)
 
-    def lower(state: TrainState, batch: PromptBatch) -> dict[str, jax.stages.Lowered]:
-        return {"sample": lower_sample(sample, mesh, state, batch.prompts, batch.key)}
+    def trace(state: TrainState, batch: PromptBatch) -> dict[str, jax.stages.Traced]:
+        return {"sample": trace_sample(sample, mesh, state, batch.prompts, batch.key)}
 
-    return Collector(collect, shapes, lower)
+    return Collector(collect, shapes, trace)
 
 
 def sample_shapes(sample: SampleFn, mesh: Mesh, state: TrainState, prompts: Any, key: Any) -> Any:
@@ -121,12 +121,12 @@ def sample_shapes(sample: SampleFn, mesh: Mesh, state: TrainState, prompts: Any,
     return meshes.place_shapes(rollout, mesh)
 
 
-def lower_sample(
+def trace_sample(
     sample: SampleFn, mesh: Mesh, state: TrainState, prompts: Any, key: Any
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """The program that samples, for shapes."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(sample).lower(state, *_shaped(prompts, key, mesh))
+        return jax.jit(sample).trace(state, *_shaped(prompts, key, mesh))
 
 
 def _shaped(prompts: Any, key: Any, mesh: Mesh) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from rlhf.rollouts.environment import Environment, EnvironmentFailed, play
 from rlhf.rollouts.reward_worker import Refused, describe, find
 from rlhf.train import TrainState
 from rlhf.training import meshes
-from rlhf.training.collecting import Collector, Completions, lower_sample, sample_shapes
+from rlhf.training.collecting import Collector, Completions, sample_shapes, trace_sample
 from rlhf.training.interrupts import Stopped
 from rlhf.training.loading import Loaded
 from rlhf.training.options import EnvironmentOptions, RewardOptions, SamplingOptions
@@ -164,9 +164,9 @@ def played(
     def shapes(state: TrainState, batch: PromptBatch) -> Rollout:
         return sample_shapes(one_turn, mesh, state, batch.prompts, batch.key)
 
-    def lower(state: TrainState, batch: PromptBatch) -> dict[str, jax.stages.Lowered]:
+    def trace(state: TrainState, batch: PromptBatch) -> dict[str, jax.stages.Traced]:
         # The longest of the programs that a conversation needs: turns after the first have longer
         # prompts, in widths of powers of two.
-        return {"sample": lower_sample(one_turn, mesh, state, batch.prompts, batch.key)}
+        return {"sample": trace_sample(one_turn, mesh, state, batch.prompts, batch.key)}
 
-    return Collector(collect, shapes, lower)
+    return Collector(collect, shapes, trace)

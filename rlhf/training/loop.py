@@ -58,7 +58,7 @@ def in_its_folder(train: Callable[P, R]) -> Callable[P, R]:
         run: Any = kwargs.get("run") or args[0]
         if programs.is_planned():  # the step's programs alone are wanted: nothing is made
             _, _, state, step, batches = cast(Any, args)
-            raise programs.Planned(step.lower(state, batches(0)))
+            raise programs.Planned(step.trace(state, batches(0)), state)
         with run.at_work():
             return train(*args, **kwargs)
 

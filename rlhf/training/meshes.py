@@ -16,6 +16,9 @@ from rlhf.training.options import MeshOptions
 # The axes that share a batch's rows.
 ROWS = RULES["batch"]
 CHANGE = "change --data, --fsdp, --tensor, --sequence or --expert"
+# Devices under fsdp by default on a torus of three axes: over more, XLA gathers weights by all-reduces
+# of padded matrices, which move twice the bytes.
+RING = 16
 
 
 def local_devices() -> Sequence[jax.Device]:
@@ -42,6 +45,8 @@ def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 
     """
     sizes = options.sizes()
     number = len(devices())
+    if options == MeshOptions() and _is_torus(devices()) and number > RING and number % RING == 0:
+        sizes = {**sizes, "data": -1, "fsdp": RING}
     if -1 in sizes.values():
         # The axis given as -1 gets what the others leave, as in a reshape.
         others = int(np.prod([size for size in sizes.values() if size > 0]))
@@ -65,6 +70,13 @@ def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 
             "devices; change --batch_size, or the mesh"
         )
     return mesh
+
+
+def _is_torus(devices: Sequence[jax.Device]) -> bool:
+    """Whether devices lie along three axes, as TPUs v4, v5p and 7x do."""
+    places = [tuple(getattr(device, "coords", ())) for device in devices]
+    along = [len(set(axis)) for axis in zip(*places, strict=True)]
+    return sum(size > 1 for size in along) == 3
 
 
 def place(batch: Any, mesh: Mesh) -> Any:

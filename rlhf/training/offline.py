@@ -36,7 +36,7 @@ def make_step(update: StepFn, mesh: Mesh, state: TrainState) -> Step:
 
     jitted = jit_step(step, mesh, state)
 
-    def lower(state: TrainState, batch: Any) -> dict[str, jax.stages.Lowered]:
-        return {"update": jitted.lower(state, batch)}
+    def trace(state: TrainState, batch: Any) -> dict[str, jax.stages.Traced]:
+        return {"update": jitted.trace(state, batch)}
 
-    return Step(jitted, lower)
+    return Step(jitted, trace)

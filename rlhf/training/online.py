@@ -212,14 +212,14 @@ def make_step(
         state, metrics = jitted(state, *inputs)
         return state, {**scored.metrics, **metrics, **scored.of_all, **scored.times}
 
-    def lower(state: TrainState, batch: Any) -> dict[str, jax.stages.Lowered]:
+    def trace(state: TrainState, batch: Any) -> dict[str, jax.stages.Traced]:
         rollout = collector.shapes(state, batch)
         scores = jax.ShapeDtypeStruct((len(rollout.tokens),), np.float32)
         update_key = programs.shaped(batch.key, NamedSharding(mesh, PartitionSpec()))
-        updated = jitted.lower(state, rollout, meshes.place(scores, mesh), update_key)
-        return {**collector.lower(state, batch), "update": updated}
+        updated = jitted.trace(state, rollout, meshes.place(scores, mesh), update_key)
+        return {**collector.trace(state, batch), "update": updated}
 
-    return Step(step, lower)
+    return Step(step, trace)
 
 
 def log_completions(

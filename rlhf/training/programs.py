@@ -18,11 +18,14 @@ _DEVICES: ContextVar[Sequence[jax.Device] | None] = ContextVar("devices", defaul
 
 
 class Planned(Exception):
-    """Raised where a run would take its first step; holds the programs of that step."""
+    """Raised where a run would take its first step; holds the programs of that step and the state
+    before it.
+    """
 
-    def __init__(self, programs: Mapping[str, jax.stages.Lowered]):
+    def __init__(self, programs: Mapping[str, jax.stages.Traced], state: Any):
         super().__init__("a run of which only the programs are wanted")
         self.programs = dict(programs)
+        self.state = state
 
 
 def devices() -> Sequence[jax.Device] | None:
@@ -54,6 +57,21 @@ def of(
 
     Raises: as the recipe does of its options.
     """
+    found, _ = traced(main, devices=devices, **options)
+    return {name: program.lower() for name, program in found.items()}
+
+
+def traced(
+    main: Callable, *, devices: Sequence[jax.Device] | None = None, **options: Any
+) -> tuple[dict[str, jax.stages.Traced], Any]:
+    """`(programs, state)`: those of `of` before they are lowered, and the shapes of the state before
+    the first step, with their places.
+
+    Args:
+      main, devices, options: as of `of`.
+
+    Raises: as the recipe does of its options.
+    """
     with (
         _planning(jax.devices() if devices is None else devices),
         tempfile.TemporaryDirectory() as folder,
@@ -61,7 +79,7 @@ def of(
         try:
             main(**{"output": str(Path(folder) / "run"), **options})
         except Planned as plan:
-            return plan.programs
+            return plan.programs, plan.state
     raise ValueError(f"{main.__module__} took no step; it is no recipe, or its run is over")
 
 
@@ -98,12 +116,12 @@ class Step:
 
     Args:
       call: `(state, batch) -> (state, metrics)`.
-      lower: `(state, batch) -> {name: lowered program}`, of shapes.
+      trace: `(state, batch) -> {name: traced program}`, of shapes.
     """
 
-    def __init__(self, call: Callable, lower: Callable):
+    def __init__(self, call: Callable, trace: Callable):
         self._call = call
-        self.lower = lower
+        self.trace = trace
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         return self._call(state, batch)

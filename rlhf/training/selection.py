@@ -176,7 +176,7 @@ def informative(collector: Collector, groups: int, num_samples: int, mesh: Mesh)
         collect,
         # Every round has the shapes of the step.
         lambda state, batch: collector.shapes(state, batch.batches[0]),
-        lambda state, batch: collector.lower(state, batch.batches[0]),
+        lambda state, batch: collector.trace(state, batch.batches[0]),
     )
 
 
