@@ -6,6 +6,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 from marks import exhaustive
 
@@ -67,7 +68,7 @@ def test_a_plan_s_peak_is_that_of_the_run(name, model, tmp_path, monkeypatch):
 
 
 def _is_key(x) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 @pytest.mark.exhaustive

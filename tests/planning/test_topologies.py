@@ -38,7 +38,7 @@ class Core:
 def torus(kind, *sizes):
     x, y, z = sizes
     cores = [Core(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
-    return Topology(f"{kind}:{x}x{y}x{z}", CHIPS[kind], cores)  # type: ignore[arg-type]
+    return Topology(f"{kind}:{x}x{y}x{z}", CHIPS[kind], cores)
 
 
 def test_a_ring_brings_from_both_sides_and_two_axes_twice():
