@@ -135,7 +135,9 @@ def find(name: str) -> Topology:
 def _cpus(number: int) -> Sequence[jax.Device]:
     # Before JAX has started its devices their number is a setting; afterwards it stands.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(number, jax.config.values["jax_num_cpu_devices"]))
+        jax.config.update(
+            "jax_num_cpu_devices", max(number, jax.config.values["jax_num_cpu_devices"])
+        )
     there = jax.devices("cpu")
     if len(there) < number:
         raise ValueError(
