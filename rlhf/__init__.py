@@ -49,6 +49,7 @@ _MODULES = (
     "checkpoint",
     "metrics",
     "train",
+    "planning",
     "training",
     "lm",
     "bound",
