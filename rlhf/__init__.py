@@ -51,6 +51,7 @@ _MODULES = (
     "checkpoint",
     "metrics",
     "train",
+    "planning",
     "training",
     "lm",
     "bound",

@@ -42,13 +42,13 @@ def tried(main: Callable, topology: Topology, found: Plan, **options: Any) -> It
     """
     for typed, changed in _candidates(found, options):
         try:
-            made = plan.make(main, topology, **changed)
+            new_plan = plan.make(main, topology, **changed)
         # Such as rows that the devices cannot share.
         except ValueError as error:
             yield Cure(typed, None, str(error))
             continue
-        yield Cure(typed, made)
-        if made.fits:
+        yield Cure(typed, new_plan)
+        if new_plan.fits:
             return
 
 

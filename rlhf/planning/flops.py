@@ -47,12 +47,12 @@ class Counted(NamedTuple):
     Attributes:
       work: outside of loops of tokens.
       loops: of tokens, in their order.
-      kept: bytes that loops over layers keep for the backward pass.
+      saved: bytes that loops over layers keep for the backward pass.
     """
 
     work: Work
     loops: tuple[Loop, ...]
-    kept: int
+    saved: int
 
 
 def counted(jaxpr: Any) -> Counted:
@@ -70,7 +70,7 @@ def counted(jaxpr: Any) -> Counted:
     used, _ = dce_jaxpr(plain, [True] * len(plain.outvars))
     loops: list[Loop] = []
     work = _of(used, loops)
-    return Counted(work, tuple(loops), _kept(used))
+    return Counted(work, tuple(loops), _saved(used))
 
 
 def _of(jaxpr: Any, loops: list[Loop]) -> Work:
@@ -186,16 +186,16 @@ PRODUCTS: Mapping[str, Callable[[Any], float]] = {
 }
 
 
-def _kept(jaxpr: Any) -> int:
+def _saved(jaxpr: Any) -> int:
     """Bytes of what one scan stacks and a later one reads: what the backward pass needs of layers."""
-    kept: dict[int, int] = {}
-    _follow(_plain(jaxpr), [None] * len(_plain(jaxpr).invars), kept)
-    return sum(kept.values())
+    saved: dict[int, int] = {}
+    _follow(_plain(jaxpr), [None] * len(_plain(jaxpr).invars), saved)
+    return sum(saved.values())
 
 
-def _follow(jaxpr: Any, given: list, kept: dict[int, int]) -> list:
+def _follow(jaxpr: Any, given: list, saved: dict[int, int]) -> list:
     """`(number, bytes)` of the results of a jaxpr that are stacked by a scan, None for others; what a
-    scan reads of them is put into `kept`.
+    scan reads of them is put into `saved`.
     """
     # The inputs of a scan's body are parts of arrays, and no stacks.
     stacked = dict(zip(jaxpr.invars, given, strict=True))
@@ -214,8 +214,8 @@ def _follow(jaxpr: Any, given: list, kept: dict[int, int]) -> list:
                 for one, x, part in zip(found, eqn.invars, inner.invars, strict=True)
                 if one is not None and x.aval.shape != part.aval.shape
             ]
-            kept.update(read)
-            _follow(inner, [None] * len(inner.invars), kept)
+            saved.update(read)
+            _follow(inner, [None] * len(inner.invars), saved)
             stacked |= {
                 x: (id(x), _size(x))
                 for x, part in zip(eqn.outvars, inner.outvars, strict=True)
@@ -226,6 +226,6 @@ def _follow(jaxpr: Any, given: list, kept: dict[int, int]) -> list:
         elif inner_jaxprs := _inner(eqn):
             inner = _plain(inner_jaxprs[0])
             if len(inner.invars) == len(found):
-                results = _follow(inner, found, kept)
+                results = _follow(inner, found, saved)
                 stacked |= dict(zip(eqn.outvars, results, strict=False))
     return [of(x) for x in jaxpr.outvars]

@@ -172,17 +172,17 @@ def traffic(text: str) -> tuple[int, int]:
     An estimate: every operation reads its operands and writes its result once; of a slice the part
     that is read; arrays in vector memory are free.
     """
-    once = 0
+    outside = 0
     per_token: dict[int, int] = {}
     for step in _walk(text):
         if step.instruction.op in FREE or step.instruction.op.endswith("-done"):
             continue
         moved = step.times * _moved(step)
         if step.token is None:
-            once += moved
+            outside += moved
         else:
             per_token[step.token] = per_token.get(step.token, 0) + moved
-    return once, max(per_token.values(), default=0)
+    return outside, max(per_token.values(), default=0)
 
 
 def squares(text: str, length: int) -> list[str]:
@@ -266,8 +266,8 @@ class _Program:
         return int(value) if value.lstrip("-").isdigit() else None
 
     def _operand(self, computation: str, name: str, index: int) -> str | None:
-        made = self.lines[computation].get(name)
-        return made.operands[index] if made is not None and made.op == "tuple" else None
+        source = self.lines[computation].get(name)
+        return source.operands[index] if source is not None and source.op == "tuple" else None
 
     def _grows_by(self, body: str, index: int) -> int:
         root = self.roots[body]
@@ -343,16 +343,16 @@ def _collective(kind: str, step: _Step) -> Collective:
             parts = parts[1:2]
         elif kind != "all-reduce" and len(parts) >= 2 * many:
             parts = parts[many : 2 * many]
-    whole = sum(size(part) for part in parts)
+    full = sum(size(part) for part in parts)
     devices = groups(line.attributes)
     others = len(devices) - 1
     received = {
-        "all-gather": whole * others // len(devices),
+        "all-gather": full * others // len(devices),
         # Its result is reduced of the parts of all, then handed on.
-        "all-reduce": 2 * whole * others // len(devices),
-        "reduce-scatter": whole * others,
-        "all-to-all": whole * others // len(devices),
-        "collective-permute": whole,
+        "all-reduce": 2 * full * others // len(devices),
+        "reduce-scatter": full * others,
+        "all-to-all": full * others // len(devices),
+        "collective-permute": full,
     }[kind]
     name = re.search(r'op_name="([^"]*)"', line.attributes)
     shape = ", ".join(parts)
@@ -441,9 +441,9 @@ def _moved(step: _Step) -> int:
         lines = step.program.lines[fused]
         written = min(written, size(lines[root.operands[PART[root.op]]].shape))
     return written + sum(
-        min(whole, sum(_read(step.program, fused, number)))
-        for number, whole in enumerate(read)
-        if whole
+        min(full, sum(_read(step.program, fused, number)))
+        for number, full in enumerate(read)
+        if full
     )
 
 
@@ -457,9 +457,9 @@ def _read(program: _Program, fused: str, number: int) -> tuple[int, int]:
     passed = 0
     while names:
         name = names.pop()
-        whole = size(lines[name].shape)
+        full = size(lines[name].shape)
         if name == program.roots[fused].name:
-            passed = whole
+            passed = full
         for user in lines.values():
             if name not in user.operands:
                 continue
@@ -473,10 +473,10 @@ def _read(program: _Program, fused: str, number: int) -> tuple[int, int]:
             elif user.op == "fusion":
                 (inner,) = _called(user.attributes, "calls")
                 of_inner, is_result = _read(program, inner, place)
-                read += min(whole, of_inner)
+                read += min(full, of_inner)
                 names += [user.name] if is_result else []
             else:
-                read += whole
+                read += full
     return read, passed
 
 

@@ -155,7 +155,7 @@ def row(
     cache = max((loop.carried for loop in counted.loops), default=0) // number
     known: dict[str, Any] = dict(
         program=name, weights=weights, moments=moments, batch=batch, cache=cache,
-        activations=counted.kept // number, flops=counted.work.flops / number,
+        activations=counted.saved // number, flops=counted.work.flops / number,
         memory=int(topology.chip.memory),
     )  # fmt: skip
     started = time.perf_counter()
@@ -171,8 +171,8 @@ def row(
     text = compiled.as_text()
     collectives = hlo.collectives(text)
     outside = [one for one in collectives if not one.per_token]
-    once, of_token = hlo.traffic(text)
-    times = roofline.times(topology.chip, known["flops"], once, outside, topology)
+    outside_bytes, of_token = hlo.traffic(text)
+    times = roofline.times(topology.chip, known["flops"], outside_bytes, outside, topology)
     token = None
     token_least = 0.0
     if counted.loops:

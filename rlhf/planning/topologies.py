@@ -81,8 +81,8 @@ class Topology(NamedTuple):
         """
         if self.host:
             hosts = {number // self.host for number in group}
-            together = self.chip.network_rate * len(group) / len(hosts)
-            return self.chip.link_rate if len(hosts) == 1 else min(self.chip.link_rate, together)
+            of_host = self.chip.network_rate * len(group) / len(hosts)
+            return self.chip.link_rate if len(hosts) == 1 else min(self.chip.link_rate, of_host)
         if not hasattr(self.devices[0], "coords"):
             return self.chip.link_rate
         every = np.array([device.coords for device in self.devices])

@@ -71,10 +71,10 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of `main` from the command line, those of the recipe among them."""
     # An accelerator of this machine has no part in a plan.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    own, rest = _split(argv)
-    if not own or "--help" in own:
-        return command_line.parsed(fn, name, own or ["--help"])
-    arguments = command_line.parsed(fn, name, own)
+    plan_words, rest = _split(argv)
+    if not plan_words or "--help" in plan_words:
+        return command_line.parsed(fn, name, plan_words or ["--help"])
+    arguments = command_line.parsed(fn, name, plan_words)
     recipe = arguments["recipe"]
     # Nothing is written there: a plan ends before the first step.
     output = [] if "--help" in rest or "--print_config" in rest else ["--output", "plan"]
@@ -85,21 +85,21 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words that are `main`'s, and those that are the recipe's."""
-    own: list[str] = []
+    plan_words: list[str] = []
     rest: list[str] = []
     words = list(argv)
     if words and not words[0].startswith("-"):
-        own.append(words.pop(0))
+        plan_words.append(words.pop(0))
     taker = rest
     for word in words:
         if word.startswith("-"):
             option = word.lstrip("-").partition("=")[0]
             mine = option in ("recipe", "topology", "json", "overwrite")
             # Help before a recipe is of the plan.
-            mine = mine or (option in ("h", "help") and not own)
-            taker = own if mine else rest
+            mine = mine or (option in ("h", "help") and not plan_words)
+            taker = plan_words if mine else rest
         taker.append(word)
-    return own, rest
+    return plan_words, rest
 
 
 def _recipe(name: str) -> Callable:
