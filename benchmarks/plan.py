@@ -140,11 +140,13 @@ def plan(case: Case) -> dict[str, Any]:
 
 def must_move(found: dict[str, Any]) -> float:
     """Bytes that FSDP with remat must bring to a device: matrices in bfloat16 gathered twice, their
-    gradients reduced once, and what is left of these over `data`.
+    gradients reduced once in float32, and what is left of these over `data`.
     """
     fsdp, data, tensor = (found["mesh"][axis] for axis in ("fsdp", "data", "tensor"))
-    of_device = 2 * found["parameters"] / tensor
-    return 3 * of_device * (fsdp - 1) / fsdp + 2 * of_device / fsdp * (data - 1) / data
+    of_device = found["parameters"] / tensor
+    gathered = 2 * 2 * of_device * (fsdp - 1) / fsdp
+    reduced = 4 * of_device * (fsdp - 1) / fsdp
+    return gathered + reduced + 2 * 4 * of_device / fsdp * (data - 1) / data
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
@@ -188,8 +190,8 @@ AdamW, `--remat full`.
 - *fits*: parameters, moments, batch and temporaries of the program that needs most.
 - *MiB a token*: what a decoding loop brings from other devices for a token.
 - *must*: with P parameters on fsdp n, data d and tensor t, matrices in bfloat16 gathered for the forward
-  pass and for its recomputation, gradients reduced and scattered: 3 · 2P/t · (n - 1)/n, and the rest of
-  these summed over `data`: 2 · 2P/(t n) · (d - 1)/d bytes.
+  pass and for its recomputation, gradients reduced and scattered in float32: (2 · 2 + 4) · P/t · (n - 1)/n,
+  and the rest of these summed over `data`: 2 · 4P/(t n) · (d - 1)/d bytes.
 - *at best*, *MFU*: the longest of products at the peak rate, of memory traffic and of links, all
   overlapped (`rlhf/planning/roofline.py`; rates and their sources: `rlhf/planning/topologies.py`).
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
