@@ -278,6 +278,10 @@ def test_ctrl_c_in_one_of_several_processes_asks_all_and_a_second_one_ends_it(mo
         with stop_requests() as stop_requested:
             assert not stop_requested()
             signal.raise_signal(signal.SIGINT)
+            # Another thread of the process may be the one that the signal interrupts.
+            deadline = time.monotonic() + 10
+            while not received and time.monotonic() < deadline:
+                time.sleep(0.01)
             assert received == [signal.SIGTERM]
             # At the step that all have agreed on, and from there on without asking again.
             assert [stop_requested() for _ in range(3)] == [False, True, True]

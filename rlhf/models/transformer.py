@@ -427,8 +427,9 @@ def _divisible(matrix: Any) -> Any:
     """An output matrix `[D, V]` with as many columns of zeros as it takes for a mesh to split it by
     tokens; the state holds it as it is in the files, whole where the mesh does not divide V.
     """
-    more = -matrix.shape[-1] % ways("vocab")
-    if not more or hasattr(matrix, "matmul"):
+    # An adapter's matrix is left as it is.
+    more = 0 if hasattr(matrix, "matmul") else -matrix.shape[-1] % ways("vocab")
+    if not more:
         return matrix
     return constrain(jnp.pad(matrix, ((0, 0), (0, more))), None, "vocab")
 

@@ -72,8 +72,9 @@ def parsed(fn: Callable, name: str, argv: Sequence[str]) -> dict[str, Any]:
     # An accelerator of this machine has no part in a plan.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     plan_words, rest = _split(argv)
+    # Without a recipe there are no options but those of the plan.
     if not plan_words or "--help" in plan_words:
-        return command_line.parsed(fn, name, plan_words or ["--help"])
+        return command_line.parsed(fn, name, plan_words or rest)
     arguments = command_line.parsed(fn, name, plan_words)
     recipe = arguments["recipe"]
     # Nothing is written there: a plan ends before the first step.

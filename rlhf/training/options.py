@@ -321,7 +321,13 @@ class MeshOptions:
         """The sizes as they were given: 1 where nothing is, but all devices under fsdp where
         nothing at all is.
         """
-        given = dataclasses.asdict(self)
+        given = {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "tensor": self.tensor,
+            "sequence": self.sequence,
+            "expert": self.expert,
+        }
         # fsdp by default: it shares the memory of parameters and moments, at the cost of gathering
         # them.
         if all(size is None for size in given.values()):
