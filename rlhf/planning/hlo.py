@@ -145,12 +145,17 @@ def size(shape: str, *, of_memory: bool = False) -> int:
 def collectives(text: str) -> list[Collective]:
     """Every collective of a program, with how often it is done."""
     found = []
+    # On TPU one that goes on beside several products stands in the fusions of all of them.
+    channels = set()
     for step in _walk(text):
         kind = step.instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
             found.append(_collective(kind, step))
         elif step.instruction.op == "fusion":
-            found += _fused(step)
+            for one, channel in _fused(step):
+                if channel is None or (step.computation, channel) not in channels:
+                    channels.add((step.computation, channel))
+                    found.append(one)
     return found
 
 
@@ -314,22 +319,26 @@ def _called(attributes: str, kinds: str) -> list[str]:
     return [name.strip().lstrip("%") for many, one in found for name in (many or one).split(",")]
 
 
-def _fused(step: _Step) -> list[Collective]:
-    """Collectives inside a fusion: on TPU a reduce-scatter is an all-reduce there, of which a part
-    is kept.
+def _fused(step: _Step) -> list[tuple[Collective, str | None]]:
+    """Collectives inside a fusion, and the channel of each: on TPU a reduce-scatter is an all-reduce
+    there, of which a part is kept.
     """
     (name,) = _called(step.instruction.attributes, "calls")
     inside = [line for line in step.program.lines[name].values() if line.op in COLLECTIVES]
-    if len(inside) != 1:
-        return [_collective(line.op, step._replace(instruction=line)) for line in inside]
-    (line,) = inside
-    is_part = size(step.instruction.shape) < size(line.shape)
-    if line.op != "all-reduce" or not is_part:
-        return [_collective(line.op, step._replace(instruction=line))]
-    part = line._replace(shape=step.instruction.shape)
-    op_name = re.search(r'op_name="[^"]*"', step.instruction.attributes)
-    part = part._replace(attributes=line.attributes + (op_name[0] if op_name else ""))
-    return [_collective("reduce-scatter", step._replace(instruction=part))]
+    found = []
+    for line in inside:
+        kind = line.op
+        is_part = len(inside) == 1 and size(step.instruction.shape) < size(line.shape)
+        if kind == "all-reduce" and is_part:
+            kind = "reduce-scatter"
+            op_name = re.search(r'op_name="[^"]*"', step.instruction.attributes)
+            line = line._replace(
+                shape=step.instruction.shape,
+                attributes=line.attributes + (op_name[0] if op_name else ""),
+            )
+        channel = re.search(r"channel_id=(\d+)", line.attributes)
+        found.append((_collective(kind, step._replace(instruction=line)), channel and channel[1]))
+    return found
 
 
 def _collective(kind: str, step: _Step) -> Collective:

@@ -138,3 +138,28 @@ def test_traffic_of_a_token_is_of_the_loop_that_ends_early():
     )
     assert token == 64 + 64 + hlo.traffic(ONE)[1]
     assert once == hlo.traffic(ONE)[0]
+
+
+GOES_ON = """HloModule jit_step
+
+%begin (w: bf16[4,8]) -> bf16[16,8] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  ROOT %first = bf16[16,8]{1,0} all-gather(%w), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%end (v: bf16[4,8]) -> bf16[16,8] {
+  %v = bf16[4,8]{1,0} parameter(0)
+  ROOT %second = bf16[16,8]{1,0} all-gather(%v), channel_id=CHANNEL, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[16,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %one = bf16[16,8]{1,0} fusion(%a), kind=kOutput, calls=%begin
+  ROOT %two = bf16[16,8]{1,0} fusion(%a), kind=kOutput, calls=%end
+}
+"""
+
+
+def test_a_collective_that_goes_on_in_several_fusions_is_one():
+    assert len(hlo.collectives(GOES_ON.replace("CHANNEL", "7"))) == 1
+    assert len(hlo.collectives(GOES_ON.replace("CHANNEL", "8"))) == 2
