@@ -43,8 +43,12 @@ def main(
       options: of the recipe.
     """
     # Here: these start JAX, which a mistake in the options need not wait for.
+    import jax
+
     from rlhf.planning import cures, plan, topologies
 
+    # Programs for devices that are elsewhere cannot be read back from it.
+    jax.config.update("jax_enable_compilation_cache", False)
     recipe_main = _recipe(recipe)
     if json is not None:
         files.check_output(json, overwrite=overwrite)
