@@ -274,6 +274,8 @@ def test_ctrl_c_in_one_of_several_processes_asks_all_and_a_second_one_ends_it(mo
     received = []
     # In place of JAX's own, which tells the other processes.
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    # Ignored where the tests themselves run in a shell's background.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with stop_requests() as stop_requested:
             assert not stop_requested()
@@ -289,6 +291,7 @@ def test_ctrl_c_in_one_of_several_processes_asks_all_and_a_second_one_ends_it(mo
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert "stopping after this step, and saving" in capfd.readouterr().err
 
 

@@ -75,7 +75,7 @@ def _is_key(x) -> bool:
 def test_a_plan_says_what_a_step_needs(model):
     main, options = OPTIONS["grpo"]
     found = plan.make(main, topologies.find("cpu:8"), model=model, fsdp=8, **options)
-    assert found.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert {axis: size for axis, size in found.mesh.items() if size > 1} == {"fsdp": 8}
     rows = {row.program: row for row in found.rows}
     assert rows.keys() == {"sample", "update"}
     # Two moments of each parameter, which is float32.
