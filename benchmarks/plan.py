@@ -197,6 +197,8 @@ AdamW, `--remat full`.
   the tokens of all rows; of `grpo` a prompt is read once for its 8 samples.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
+- *[.., T, T]*: arrays of the rows' length squared.  `bf16[4,1024,1024]` on v5p is none: 4 rows of 1,024 tokens, and
+  keys of 8 heads of 128.
 - *here*: what the plan took on this machine.
 """
 
