@@ -197,8 +197,9 @@ AdamW, `--remat full`.
   the tokens of all rows; of `grpo` a prompt is read once for its 8 samples.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
-- *[.., T, T]*: arrays of the rows' length squared.  `bf16[4,1024,1024]` on v5p is none: 4 rows of 1,024 tokens, and
-  keys of 8 heads of 128.
+- *[.., T, T]*: shapes that end in the rows' length twice.  Those of `grpo` on TPUs hold no scores: 1,024 is the length,
+  and the width of a device's keys (v5p) or queries (v5e) too.
+- *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
 - *here*: what the plan took on this machine.
 """
 
