@@ -193,8 +193,9 @@ AdamW, `--remat full`.
   pass and for its recomputation, gradients reduced and scattered in float32: (2 · 2 + 4) · P/t · (n - 1)/n,
   and the rest of these summed over `data`: 2 · 4P/(t n) · (d - 1)/d bytes.
 - *at best*, *MFU*: the longest of products at the peak rate, of memory traffic and of links, all
-  overlapped (`rlhf/planning/roofline.py`; rates and their sources: `rlhf/planning/topologies.py`).  MFU counts
-  the tokens of all rows; of `grpo` a prompt is read once for its 8 samples.
+  overlapped (`rlhf/planning/roofline.py`; rates and their sources: `rlhf/planning/topologies.py`).  MFU is of
+  6 operations a parameter and token, or of those that are computed where they are fewer: of `grpo` a prompt is
+  read once for its 8 samples.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
 - *[.., T, T]*: shapes that end in the rows' length twice.  Those of `grpo` on TPUs hold no scores: 1,024 is the length,

@@ -1,6 +1,7 @@
 """What would make a plan fit that does not: tried one after the other, the cheapest first."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def _candidates(found: Plan, options: Mapping[str, Any]) -> Iterator[tuple[str, 
         typed = f"{typed} --remat full".strip()
         options = _with(options, "model", remat="full")
         yield typed, options
-    number = len_of(found.mesh)
+    number = math.prod(found.mesh.values())
     meshes = [{"data": 1, "fsdp": number, "tensor": 1}] + [
         {"data": 1, "fsdp": number // tensor, "tensor": tensor} for tensor in TENSOR
     ]
@@ -83,14 +84,6 @@ def _candidates(found: Plan, options: Mapping[str, Any]) -> Iterator[tuple[str, 
     if not options["model"].has_adapters:
         words = f"{typed} --lora_rank {RANK}".strip()
         yield words, _with(options, "model", lora_rank=RANK)
-
-
-def len_of(mesh: Mapping[str, int]) -> int:
-    """Devices of a mesh."""
-    number = 1
-    for size in mesh.values():
-        number *= size
-    return number
 
 
 def _with(options: Mapping[str, Any], group: str, **values: Any) -> Mapping[str, Any]:

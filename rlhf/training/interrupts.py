@@ -48,21 +48,28 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             reached.append(True)
         return bool(reached)
 
-    with _handled(_pass_on(), signal.SIGINT):
+    def pass_on_to_all() -> None:
+        # What JAX's service takes for the machine's being taken away.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with _handled(_first_request(STOPPING, [], pass_on_to_all), signal.SIGINT):
         yield stop_at_this_step
 
 
-def _pass_on() -> Callable[[int, FrameType | None], None]:
-    """A handler that asks all processes at the first Ctrl-C, and ends this one at the second."""
-    received: list[int] = []
+def _first_request(
+    said: str, received: list[int], pass_on: Callable[[], object] = lambda: None
+) -> Callable[[int, FrameType | None], None]:
+    """A handler that notes the first request, says so and passes it on; the second ends the process
+    where it is.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
+        # A list and no flag: the handler runs between two bytecodes, and an append needs no lock.
         received.append(number)
-        _say(f"\n{STOPPING}\n")
-        # What JAX's service takes for the machine's being taken away.
-        os.kill(os.getpid(), signal.SIGTERM)
+        _say(f"\n{said}\n")
+        pass_on()
 
     return handle
 
@@ -82,16 +89,8 @@ def requested(said: str) -> Iterator[Callable[[], bool]]:
     ...     stop_requested()
     False
     """
-    # A list and no flag: the handler runs between two bytecodes, and an append needs no lock.
     received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        _say(f"\n{said}\n")
-
-    with _handled(handle, signal.SIGINT, signal.SIGTERM):
+    with _handled(_first_request(said, received), signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(received)
 
 
