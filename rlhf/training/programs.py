@@ -117,11 +117,14 @@ class Step:
     Args:
       call: `(state, batch) -> (state, metrics)`.
       trace: `(state, batch) -> {name: traced program}`, of shapes.
+      update_inputs: `(batch) -> tree` of what the update of the last step was given, for a study of one
+        that failed; None: the batch itself.
     """
 
-    def __init__(self, call: Callable, trace: Callable):
+    def __init__(self, call: Callable, trace: Callable, update_inputs: Callable | None = None):
         self._call = call
         self.trace = trace
+        self.update_inputs = update_inputs or (lambda batch: batch)
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         return self._call(state, batch)

@@ -8,7 +8,8 @@ checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
 model/           the model at the end, at a stop and every --export_every steps, as Hugging Face
                  writes it; of adapters (adapter/) at the end alone
-bad_batch.npz    a batch whose gradient was infinite or NaN, where that ended the run
+bad_batch.npz    a batch whose gradient was infinite or NaN, where that ended the run; of recipes that
+                 sample with the rollout and its rewards
 curves.png, README.md
 
 Every file is written beside its place and renamed, so that a process that is killed leaves it whole
