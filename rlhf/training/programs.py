@@ -111,6 +111,26 @@ def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=where)
 
 
+def local_bytes(tree: Any) -> int:
+    """Bytes on one device of shapes with places."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        where = getattr(x, "sharding", None)
+        shape = x.shape if where is None else where.shard_shape(x.shape)
+        # Keys of random numbers say no size of NumPy's: two words each.
+        total += int(np.prod(shape)) * getattr(x.dtype, "itemsize", 8)
+    return total
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int:
+    """Bytes on one device that a program makes beside its arguments: temporaries, and results that
+    take no argument's place.
+    """
+    memory: Any = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results
+
+
 class Step:
     """A step of the loop, and the programs that it runs.
 

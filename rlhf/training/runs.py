@@ -125,7 +125,7 @@ class RunFolder:
             raise ValueError(f"{used}, or move it away")
         resumed = False
         unused = self._unused()
-        before = _options_of(self.path)
+        before = options_of(self.path)
         if before is None or not self.options.get("resume"):
             if not unused:
                 cure = ", or move it away" if before is None else ", move it away, or --resume it"
@@ -525,7 +525,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _options_of(folder: Path) -> dict[str, Any] | None:
+def options_of(folder: Path) -> dict[str, Any] | None:
     """What config.yaml of a run's folder says; None where there is none, or it is no mapping."""
     try:
         return yaml_files.load(folder / "config.yaml")
