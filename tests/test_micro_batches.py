@@ -55,7 +55,9 @@ def test_a_run_takes_the_fewest_that_fit_and_keeps_them(
     monkeypatch.setattr(micro_batches, "memory_of", lambda devices: needed[2])
     run(base, tmp_path / "auto", "--micro_batches", "auto")
     size = f"{needed[2] / GIB:.3g}"
-    said = f"micro_batches auto is 2: the update needs {size} GiB of a device, which has {size}\n"
+    said = (
+        f"micro_batches auto is 2: the update needs {size} GiB of a device, which has {size} GiB\n"
+    )
     assert said in capsys.readouterr().err
     assert config(tmp_path / "auto")["micro_batches"] == 2
     # Resumed where there is more memory, it is the run that it was.
@@ -83,9 +85,25 @@ def test_where_nothing_fits_it_is_the_most_that_rows_can_be_cut_into(base, monke
     assert found["training"].micro_batches == 4
     assert compiled == [1, 2, 4]
     assert said == [
-        "micro_batches auto is 4: the update needs 3 GiB of a device, which has 2; more parts cannot "
-        "be made, try --remat full or more devices"
+        "micro_batches auto is 4: the update needs 3 GiB of a device, which has 2 GiB; more parts "
+        "cannot be made, try --remat full or more devices"
     ]
+
+
+def test_what_xla_refuses_to_compile_does_not_fit(base, monkeypatch):
+    def refuse(self, *given, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
+
+    said: list[str] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    options = {name: value for name, value in SFT.items() if name != "batch_size"}
+    training = TrainingOptions(batch_size=2, micro_batches="auto")
+    arguments = {"model": base, "training": training, **options}
+    found = micro_batches.found(
+        sft.main, arguments, devices=jax.devices()[:1], memory=1 << 60, say=said.append
+    )
+    assert found["training"].micro_batches == 2
+    assert "the update needs more than XLA compiles of a device" in said[0]
 
 
 def test_devices_that_cannot_share_more_parts_end_the_search(monkeypatch):

@@ -97,9 +97,10 @@ def found(
     fits = (
         "" if needed <= memory else "; more parts cannot be made, try --remat full or more devices"
     )
+    size = f"{needed / GIB:.3g} GiB" if math.isfinite(needed) else "more than XLA compiles"
     say(
-        f"micro_batches {AUTO} is {number}: the update needs {needed / GIB:.3g} GiB of a device, "
-        f"which has {memory / GIB:.3g}{fits}"
+        f"micro_batches {AUTO} is {number}: the update needs {size} of a device, which has "
+        f"{memory / GIB:.3g} GiB{fits}"
     )
     return _with(arguments, number)
 
