@@ -152,7 +152,7 @@ NOT_HERE: dict[str, tuple] = {  # why, and the values that say the same as leavi
         False,
     ),
     "auto_find_batch_size": (
-        "the batch is what is given; give --micro_batches where memory is short",
+        "the batch is what is given; give --micro_batches auto, which takes it in parts that fit",
         False,
     ),
     "bnb_4bit_quant_type": ("four bits are nf4 here; leave it out", "nf4"),

@@ -50,6 +50,16 @@ class UpdateFn(Protocol):
     ) -> tuple[Any, dict[str, Any]]: ...
 
 
+class MakeUpdate(Protocol):
+    """`(max_new_tokens) -> update`, of rollouts whose last columns, those of completions, are so many.
+
+    Rollouts are cut to few widths, and each gets an update of its own: `make_update` of a recipe with all
+    its other arguments given.
+    """
+
+    def __call__(self, *, max_new_tokens: int) -> UpdateFn: ...
+
+
 class SampleFn(Protocol):
     """`(state, prompts, key) -> Rollout`, a prompt's completions contiguous."""
 

@@ -9,6 +9,7 @@ from rlhf.fields import documented
 from rlhf.planning import plan
 from rlhf.planning.plan import Plan
 from rlhf.planning.topologies import Topology
+from rlhf.training import micro_batches
 
 RANK = 16  # of the adapters that are tried
 TENSOR = (2, 4, 8)
@@ -63,9 +64,8 @@ def _candidates(found: Plan, options: Mapping[str, Any]) -> Iterator[tuple[str, 
     typed = ""
     ways = found.mesh.get("data", 1) * found.mesh.get("fsdp", 1)
     rows = found.rows_of_update
-    micro = options["training"].micro_batches
-    while helps and micro * 2 * ways <= rows:
-        micro *= 2
+    more = micro_batches.doubled(options["training"].micro_batches, rows // ways)
+    for micro in more if helps else ():
         typed = f"--micro_batches {micro}"
         options = _with(options, "training", micro_batches=micro)
         yield typed, options

@@ -149,9 +149,9 @@ def row(
     """One program of a plan."""
     number = len(topology.devices)
     counted = flops.counted(traced.jaxpr)
-    weights = local_bytes(state.params) + local_bytes(state.context)
-    moments = local_bytes(state.opt_state)
-    batch = local_bytes(traced.args_info[0][1:])
+    weights = programs.local_bytes(state.params) + programs.local_bytes(state.context)
+    moments = programs.local_bytes(state.opt_state)
+    batch = programs.local_bytes(traced.args_info[0][1:])
     cache = max((loop.carried for loop in counted.loops), default=0) // number
     known: dict[str, Any] = dict(
         program=name, weights=weights, moments=moments, batch=batch, cache=cache,
@@ -167,7 +167,6 @@ def row(
             raise
         return _too_large(known, str(error), topology, time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
     text = compiled.as_text()
     collectives = hlo.collectives(text)
     outside = [one for one in collectives if not one.per_token]
@@ -182,8 +181,7 @@ def row(
         read = _read_by_a_token(state, mesh) + cache
         token_least = read / topology.chip.memory_rate
     # Of the update the state is an argument; sampling leaves the moments where they are.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries = memory.temp_size_in_bytes + results
+    temporaries = programs.temporaries(compiled)
     needed = weights + moments + batch + temporaries
     tokens = _tokens(traced)
     mfu = roofline.mfu(_numbers(state.params), tokens, number, topology.chip, times.step)
@@ -202,17 +200,6 @@ def row(
         squares=_squares(text, traced, state),
         seconds=seconds,
     )
-
-
-def local_bytes(tree: Any) -> int:
-    """Bytes on one device of shapes with places."""
-    total = 0
-    for x in jax.tree.leaves(tree):
-        where = getattr(x, "sharding", None)
-        shape = x.shape if where is None else where.shard_shape(x.shape)
-        # Keys of random numbers say no size of NumPy's: two words each.
-        total += int(np.prod(shape)) * getattr(x.dtype, "itemsize", 8)
-    return total
 
 
 def _too_large(known: dict, message: str, topology: Topology, seconds: float) -> Row:

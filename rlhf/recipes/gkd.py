@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf import data, losses, rollouts, tasks
+from rlhf import data, hosts, losses, rollouts, tasks
 from rlhf.data.types import Row
 from rlhf.fields import documented
 from rlhf.lm import LM
@@ -38,7 +38,7 @@ from rlhf.training.policy import Policy
 from rlhf.training.programs import Step
 from rlhf.training.recipe import recipe
 from rlhf.training.runs import RunFolder, model_of
-from rlhf.training.sampling import make_sampler, policy_sampler, stop_criteria
+from rlhf.training.sampling import make_sampler, policy_sampler, stop_criteria, trimmed
 from rlhf.training.supervised import with_weights
 from rlhf.training.trained import Trained, result
 from rlhf.typing import StepFn
@@ -300,9 +300,8 @@ def main(
         # Sampling is its own program; the update is the same for both kinds of rows.
         if rows.on_policy or seq_kd:
             sample = of_student if rows.on_policy else of_teacher
-            batch = rollouts.token_rows(
-                sample(state, meshes.place(rows.prompts, devices), rows.key)
-            )
+            rollout = hosts.fetch(sample(state, meshes.place(rows.prompts, devices), rows.key))
+            batch = rollouts.token_rows(trimmed(rollout, max_new_tokens))
         state, metrics = update(state, meshes.place(batch, devices))
         return state, {**metrics, "on_policy": float(rows.on_policy)}
 

@@ -227,7 +227,8 @@ def main(
 
     # 3. The step: sample or play, score, update.
     collector = online.collector(loaded, inputs, sampling, environment, sampling.num_samples)
-    update = make_update(
+    update_for = partial(
+        make_update,
         loaded.policy,
         optimizer,
         num_samples=sampling.num_samples,
@@ -239,7 +240,6 @@ def main(
         epochs=updates_per_batch,
         num_minibatches=mini_batches,
         micro_batches=training.micro_batches,
-        max_new_tokens=online.completion_tokens(sampling, environment),
         importance=importance.weigh(sampling.sampler(inputs.stop.eos_ids)),
     )
 
@@ -251,7 +251,7 @@ def main(
         inputs,
         state,
         collector,
-        update,
+        update_for,
         selected=selection,
         updates=updates,
         # A reference that moves belongs to the checkpoint; one that stays is loaded again.

@@ -226,7 +226,8 @@ def main(
         inputs,
         state,
         collector,
-        update,
+        # Rows are read by themselves, however many columns their completions have.
+        lambda max_new_tokens: update,
         # The opponent is a device of training: evaluations are of the policy alone.
         evaluated=collecting.sampled(of_policy, inputs.reward_fn, inputs.mesh),
         callbacks=callbacks,

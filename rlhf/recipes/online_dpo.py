@@ -142,7 +142,8 @@ def main(
 
     # 3. The step: sample, score, update.
     sample = policy_sampler(loaded, sampling, inputs.stop, num_samples)
-    update = make_update(
+    update_for = partial(
+        make_update,
         loaded.policy,
         optimizer,
         num_samples=num_samples,
@@ -150,7 +151,6 @@ def main(
         beta=beta,
         num_minibatches=mini_batches,
         micro_batches=training.micro_batches,
-        max_new_tokens=sampling.max_new_tokens,
     )
 
     collector = collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
@@ -163,7 +163,7 @@ def main(
         inputs,
         state,
         collector,
-        update,
+        update_for,
         updates=mini_batches,
         callbacks=callbacks,
         shown=("reward", "rewards/accuracies"),

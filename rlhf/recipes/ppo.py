@@ -374,7 +374,8 @@ def main(
         inputs,
         state,
         collector,
-        update,
+        # Rows are read by themselves, however many columns their completions have.
+        lambda max_new_tokens: update,
         updates=updates,
         callbacks=callbacks,
         shown=("reward", "objective/kl"),

@@ -200,7 +200,7 @@ def main(
         # From the batch's key: a resumed run shuffles as the first would have.
         order = np.random.default_rng(np.asarray(jax.random.key_data(batch.key)))
         # How many rows are selected is only known on the host, which cuts batches of that size.
-        on_host = jax.device_get(scored.rollout)
+        on_host = sample_of.trimmed(jax.device_get(scored.rollout), inputs.max_new_tokens)
         shares = []
         of_updates = []
         for percentile in percentiles:

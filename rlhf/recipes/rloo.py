@@ -218,7 +218,8 @@ def main(
 
     # 3. The step: sample or play, score, update.
     collector = online.collector(loaded, inputs, sampling, environment, num_samples)
-    update = make_update(
+    update_for = partial(
+        make_update,
         loaded.policy,
         optimizer,
         num_samples=num_samples,
@@ -229,7 +230,6 @@ def main(
         epochs=updates_per_batch,
         num_minibatches=mini_batches,
         micro_batches=training.micro_batches,
-        max_new_tokens=online.completion_tokens(sampling, environment),
         importance=importance.weigh(sampling.sampler(inputs.stop.eos_ids)),
     )
 
@@ -241,7 +241,7 @@ def main(
         inputs,
         state,
         collector,
-        update,
+        update_for,
         selected=selection,
         updates=updates,
         callbacks=callbacks,

@@ -201,14 +201,14 @@ def main(
         policy.lm, lambda state: policy.reference_params(state.context), sampling, inputs.stop
     )
     sample = sample_of.pair_sampler(of_policy, opponent)
-    update = make_update(
+    update_for = partial(
+        make_update,
         policy,
         optimizer,
         alpha=alpha,
         loss=LOSSES[loss],
         beta=beta,
         micro_batches=training.micro_batches,
-        max_new_tokens=sampling.max_new_tokens,
     )
 
     collector = collecting.sampled(sample, inputs.reward_fn, inputs.mesh)
@@ -221,7 +221,7 @@ def main(
         inputs,
         state,
         collector,
-        update,
+        update_for,
         # The opponent is a device of training: evaluations are of the policy alone.
         evaluated=collecting.sampled(of_policy, inputs.reward_fn, inputs.mesh),
         callbacks=callbacks,

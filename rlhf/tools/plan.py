@@ -46,6 +46,7 @@ def main(
     import jax
 
     from rlhf.planning import cures, plan, topologies
+    from rlhf.training import micro_batches
 
     # Programs for devices that are elsewhere cannot be read back from it.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -54,6 +55,13 @@ def main(
         files.check_output(json, overwrite=overwrite)
     devices = topologies.find(topology)
     console = Console()
+    options = micro_batches.found(
+        recipe_main,
+        options,
+        devices=devices.devices,
+        memory=int(devices.chip.memory),
+        say=console.print,
+    )
     found = plan.make(recipe_main, devices, **options)
     show(console, recipe, found)
     tried = []
@@ -64,6 +72,8 @@ def main(
             console.print(f"{cure.options}: {fits}")
     if json is not None:
         text = {"recipe": recipe, **as_json(found)}
+        if "training" in options:
+            text["micro_batches"] = options["training"].micro_batches
         text["tried"] = [
             {"options": cure.options, "fits": cure.plan is not None and cure.plan.fits}
             for cure in tried

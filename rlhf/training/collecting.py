@@ -14,6 +14,7 @@ from rlhf.rollouts import Rollout
 from rlhf.train import TrainState
 from rlhf.training import meshes, programs
 from rlhf.training.prompts import PromptBatch
+from rlhf.training.sampling import trimmed
 from rlhf.typing import RewardFn, SampleFn
 
 
@@ -96,7 +97,12 @@ def sampled(sample: SampleFn, reward_fn: RewardFn, mesh: Mesh) -> Collector:
         # Read off the rollout: pair samplers make two completions a prompt, whatever the options
         # say.
         num_samples = len(rollout.tokens) // len(batch.prompts.tokens)
-        rewarded = reward_fn(rollout, batch.columns, num_samples)
+        new_columns = rollout.tokens.shape[1] - batch.prompts.tokens.shape[1]
+        # Reward models read columns too; the rollout stays as wide as those of other steps.
+        scored = trimmed(rollout, new_columns)
+        if scored is not rollout and not hosts.several():
+            scored = meshes.place(scored, mesh)
+        rewarded = reward_fn(scored, batch.columns, num_samples)
         times = {
             "time/sampling": after_sampling - start,
             "time/rewards": time.perf_counter() - after_sampling,

@@ -210,7 +210,11 @@ def fit(
             look += training.max_skipped - skipped
             if skipped < training.max_skipped:
                 return
-            run.arrays(BAD_BATCH, batches(number - 1))
+            batch = batches(number - 1)
+            # A recipe that samples learns from more than its prompts.
+            if isinstance(step, programs.Step):
+                batch = step.update_inputs(batch)
+            run.arrays(BAD_BATCH, batch)
             where = f"the batch of step {number} is in {run.path / BAD_BATCH}"
             _check_taken(run, number - done - int(taken), number - done, done, where)
             raise Stopped(

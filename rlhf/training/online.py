@@ -3,7 +3,7 @@ prompts to an update, and the loop over it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf import hosts
 from rlhf.fields import documented
 from rlhf.rollouts.environment import Environment
-from rlhf.sharding import jit_step
+from rlhf.sharding import MeshStep, jit_step
 from rlhf.train import TrainState
 from rlhf.training import (
     collecting,
@@ -42,8 +42,8 @@ from rlhf.training.options import (
 from rlhf.training.programs import Step
 from rlhf.training.prompts import PromptBatch, PromptSet
 from rlhf.training.runs import RunFolder
-from rlhf.training.sampling import StopCriteria, policy_sampler, stop_criteria
-from rlhf.typing import Export, Hook, RewardFn, UpdateFn
+from rlhf.training.sampling import BUCKET, StopCriteria, policy_sampler, stop_criteria, trimmed
+from rlhf.typing import Export, Hook, MakeUpdate, RewardFn
 
 SINGLE_TURN = EnvironmentOptions()
 UNSELECTED = SelectionOptions()
@@ -63,6 +63,7 @@ class Inputs(NamedTuple):
       mesh: of devices.
       total: steps of the loop.
       batch: `(number) -> PromptBatch` of step `number`, from 0.
+      max_new_tokens: the most tokens after a prompt.
     """
 
     tokenizer: Any
@@ -74,6 +75,7 @@ class Inputs(NamedTuple):
     mesh: Mesh
     total: int
     batch: Callable[[int], PromptBatch]
+    max_new_tokens: int
 
 
 def load_inputs(
@@ -126,7 +128,9 @@ def load_inputs(
         else _no_rewards
     )
     batch = partial(train.take, training.seed, size=training.batch_size)
-    return Inputs(tokenizer, stop, train, held_out, reward_fn, played, devices, total, batch)
+    return Inputs(
+        tokenizer, stop, train, held_out, reward_fn, played, devices, total, batch, longest
+    )
 
 
 def completion_tokens(sampling: SamplingOptions, environment: EnvironmentOptions) -> int:
@@ -172,25 +176,37 @@ def collector(
 
 def make_step(
     collector: Collector,
-    update: UpdateFn,
+    make_update: MakeUpdate,
     mesh: Mesh,
     state: TrainState,
     *,
+    max_new_tokens: int,
+    bucket: int = BUCKET,
     on_rollout: Callable | None = None,
 ) -> Step:
     """`(state, batch) -> (state, metrics)`: collects completions with their rewards, and updates on
-    them.
+    them, in as few columns as hold them: one update is compiled for each multiple of `bucket`.
 
     Args:
       collector: of completions and rewards.
-      update: a recipe's `make_update`.
+      make_update: `(max_new_tokens) -> update`, a recipe's `make_update`.
       mesh: where the state is.
       state: of the run; only where its arrays are is read.
+      max_new_tokens: the last columns of the collected rollouts, which are those of completions.
+      bucket: columns, as of `sampling.trimmed`.
       on_rollout: `(state, completions)`, called before every update, such as `log_completions`;
         None: nothing is.
     """
-    jitted = jit_step(update, mesh, state)
+    # Shapes: the first state's own arrays are consumed, and must not be held here.
+    like = jax.tree.map(lambda x: programs.shaped(x, x.sharding), state)
+
+    @cache
+    def jitted(width: int) -> MeshStep:
+        return jit_step(make_update(max_new_tokens=width), mesh, like)
+
     warn_if_equal = rewards.EqualRewards()
+    # Of the last step: few bytes beside a model's, and all that a study of a failed update needs.
+    given: dict[str, Any] = {}
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         scored = collector.collect(state, batch)
@@ -200,26 +216,31 @@ def make_step(
         if on_rollout is not None:
             on_rollout(state, scored)
         state = state._replace(context={**state.context, **scored.context})
+        rollout = trimmed(scored.rollout, max_new_tokens, bucket=bucket)
+        cut = scored.rollout.tokens.shape[1] - rollout.tokens.shape[1]
         # `batch.key` sampled the rollout; a key is used once, so that the update gets one folded
         # from it.
         update_key = jax.random.fold_in(batch.key, 1)
-        inputs = scored.rollout, scored.rewards, update_key
-        if hosts.several():
+        inputs = rollout, scored.rewards, update_key
+        if cut or hosts.several():
             inputs = (
-                *meshes.place((scored.rollout, np.asarray(scored.rewards)), mesh),
+                *meshes.place((rollout, np.asarray(scored.rewards)), mesh),
                 meshes.everywhere(update_key, mesh),
             )
-        state, metrics = jitted(state, *inputs)
+        given.update(rollout=inputs[0], rewards=inputs[1])
+        state, metrics = jitted(max_new_tokens - cut)(state, *inputs)
         return state, {**scored.metrics, **metrics, **scored.of_all, **scored.times}
 
     def trace(state: TrainState, batch: Any) -> dict[str, jax.stages.Traced]:
         rollout = collector.shapes(state, batch)
         scores = jax.ShapeDtypeStruct((len(rollout.tokens),), np.float32)
         update_key = programs.shaped(batch.key, NamedSharding(mesh, PartitionSpec()))
-        updated = jitted.trace(state, rollout, meshes.place(scores, mesh), update_key)
+        # Of all columns: the widest update is the one that must fit.
+        update = jitted(max_new_tokens)
+        updated = update.trace(state, rollout, meshes.place(scores, mesh), update_key)
         return {**collector.trace(state, batch), "update": updated}
 
-    return Step(step, trace)
+    return Step(step, trace, lambda batch: {**batch._asdict(), **given})
 
 
 def log_completions(
@@ -253,7 +274,7 @@ def train(
     inputs: Inputs,
     state: TrainState,
     collector: Collector,
-    update: UpdateFn,
+    make_update: MakeUpdate,
     *,
     evaluated: Collector | None = None,
     selected: SelectionOptions = UNSELECTED,
@@ -270,7 +291,7 @@ def train(
       run, dataset, training, inputs: of the recipe.
       state: at step 0; consumed.
       collector: of a step's completions.
-      update: `(state, rollout, rewards, key) -> (state, metrics)`.
+      make_update: `(max_new_tokens) -> update`, for rollouts whose last columns are so many.
       evaluated: of held-out prompts; None: the same collector.
       selected: options; which prompts and groups a step learns from.
       updates: optimizer steps of a step.
@@ -282,12 +303,20 @@ def train(
     evaluate = evaluation.of_completions(
         run, evaluated or collector, inputs.held_out, training, inputs.tokenizer
     )
+    update = make_update(max_new_tokens=inputs.max_new_tokens)
     chosen = selection.select(
         selected, training, inputs.train, inputs.mesh, collector, update, state
     )
-    on_rollout = log_completions(run, dataset, inputs.tokenizer, updates)
+    # Groups of earlier steps stand beside those of this one, and all of them in all columns.
+    replays = selected.replay_groups > 0
     step = make_step(
-        chosen.collector, chosen.update, inputs.mesh, chosen.state, on_rollout=on_rollout
+        chosen.collector,
+        (lambda max_new_tokens: chosen.update) if replays else make_update,
+        inputs.mesh,
+        chosen.state,
+        max_new_tokens=inputs.max_new_tokens,
+        bucket=inputs.max_new_tokens if replays else BUCKET,
+        on_rollout=log_completions(run, dataset, inputs.tokenizer, updates),
     )
     return fit(
         run,

@@ -7,7 +7,7 @@ rows, a reward function.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf import tasks
 from rlhf.ranges import (
@@ -34,6 +34,13 @@ from rlhf.training.runs import model_of
 Callbacks = Annotated[Sequence[Callable], FromPython]
 # Devices along an axis of the mesh; -1: all that the others leave.
 Axis = Annotated[int, between(-1, 65_536)]
+# Micro-batches, found by `rlhf.training.micro_batches`.
+AUTO: Any = "auto"
+# A number wherever a recipe reads it: the word is replaced before its `main` begins.
+if TYPE_CHECKING:
+    MicroBatches = Count
+else:
+    MicroBatches = Count | Literal["auto"]
 # Samples of a prompt that are compared with each other: one alone has no other.
 NumSamples = Annotated[int, between(2, 65_536)]
 
@@ -209,7 +216,7 @@ class TrainingOptions(OptimizerOptions):
       epochs: passes over the data, where steps is null.
       batch_size: rows of a step: examples, pairs, or prompts.
       micro_batches: parts that a step's rows are taken in, one after the other; the result is the
-        same.
+        same.  auto: the fewest, 1 and its doubles, with which the update fits the devices' memory.
       average: of the parameters over the steps, which is evaluated and exported in place of the
         last ones.
       average_decay: of ema, which spans about 1 / (1 - average_decay) steps.
@@ -231,7 +238,7 @@ class TrainingOptions(OptimizerOptions):
     steps: Steps | None = None
     epochs: Annotated[float, between(0, 100_000, above=True)] = 1.0
     batch_size: Count = 8
-    micro_batches: Count = 1
+    micro_batches: MicroBatches = 1
     average: Literal["none", "ema", "bema"] = "none"
     average_decay: Annotated[float, between(0, 1, below=True)] = 0.99
     seed: Seed = 0
@@ -257,7 +264,7 @@ class TrainingOptions(OptimizerOptions):
                 f"patience {self.patience} counts evaluations, but there are none before the end; "
                 "give --eval_every"
             )
-        if self.batch_size % self.micro_batches:
+        if self.micro_batches != AUTO and self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be taken in {self.micro_batches} equal "
                 "parts; change --micro_batches"

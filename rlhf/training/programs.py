@@ -111,17 +111,40 @@ def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=where)
 
 
+def local_bytes(tree: Any) -> int:
+    """Bytes on one device of shapes with places."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        where = getattr(x, "sharding", None)
+        shape = x.shape if where is None else where.shard_shape(x.shape)
+        # Keys of random numbers say no size of NumPy's: two words each.
+        total += int(np.prod(shape)) * getattr(x.dtype, "itemsize", 8)
+    return total
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int:
+    """Bytes on one device that a program makes beside its arguments: temporaries, and results that
+    take no argument's place.
+    """
+    memory: Any = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results
+
+
 class Step:
     """A step of the loop, and the programs that it runs.
 
     Args:
       call: `(state, batch) -> (state, metrics)`.
       trace: `(state, batch) -> {name: traced program}`, of shapes.
+      update_inputs: `(batch) -> tree` of what the update of the last step was given, for a study of one
+        that failed; None: the batch itself.
     """
 
-    def __init__(self, call: Callable, trace: Callable):
+    def __init__(self, call: Callable, trace: Callable, update_inputs: Callable | None = None):
         self._call = call
         self.trace = trace
+        self.update_inputs = update_inputs or (lambda batch: batch)
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         return self._call(state, batch)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf import trl_names
 from rlhf.ranges import checked, hints_of
+from rlhf.training import micro_batches
 
 
 def recipe(main: Callable) -> Callable:
@@ -84,7 +85,7 @@ def recipe(main: Callable) -> Callable:
         ]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")
-        return run(**arguments)
+        return run(**micro_batches.resolved(call, arguments))
 
     return call
 

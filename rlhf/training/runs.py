@@ -8,7 +8,8 @@ checkpoints/     the whole state, for --resume
 samples/         what the model says at every evaluation, as Parquet
 model/           the model at the end, at a stop and every --export_every steps, as Hugging Face
                  writes it; of adapters (adapter/) at the end alone
-bad_batch.npz    a batch whose gradient was infinite or NaN, where that ended the run
+bad_batch.npz    a batch whose gradient was infinite or NaN, where that ended the run; of recipes that
+                 sample with the rollout and its rewards
 curves.png, README.md
 
 Every file is written beside its place and renamed, so that a process that is killed leaves it whole
@@ -124,7 +125,7 @@ class RunFolder:
             raise ValueError(f"{used}, or move it away")
         resumed = False
         unused = self._unused()
-        before = _options_of(self.path)
+        before = options_of(self.path)
         if before is None or not self.options.get("resume"):
             if not unused:
                 cure = ", or move it away" if before is None else ", move it away, or --resume it"
@@ -524,7 +525,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _options_of(folder: Path) -> dict[str, Any] | None:
+def options_of(folder: Path) -> dict[str, Any] | None:
     """What config.yaml of a run's folder says; None where there is none, or it is no mapping."""
     try:
         return yaml_files.load(folder / "config.yaml")

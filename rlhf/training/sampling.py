@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf import losses, rollouts
 from rlhf.fields import documented
@@ -15,6 +16,11 @@ from rlhf.training import datasets, model_info
 from rlhf.training.loading import Loaded
 from rlhf.training.options import ModelOptions, SamplingOptions
 from rlhf.typing import SampleFn
+
+# Completions are cut to a multiple of so many columns: a program is compiled for each width.
+BUCKET = 128
+# Fields of a rollout that are [B, T].
+PER_TOKEN = ("tokens", "mask", "positions", "segment_ids", "logprobs", "sampling_logprobs")
 
 
 @documented
@@ -95,6 +101,40 @@ def pair_sampler(first: SampleFn, second: SampleFn) -> SampleFn:
         )
 
     return sample
+
+
+def trimmed(rollout: Rollout, max_new_tokens: int, *, bucket: int = BUCKET) -> Rollout:
+    """A rollout without the last columns, which no completion reaches.
+
+    The columns of completions are cut to the least multiple of `bucket` that holds the longest of
+    them, so that few widths occur.  A function of the rollout alone, the same in every process and
+    in a resumed run.
+
+    Args:
+      rollout: `[B, T]`, all rows in this process.
+      max_new_tokens: the last columns, which are those of completions.
+      bucket: columns.
+
+    Returns: the rollout with per-token fields `[B, T - max_new_tokens + width]`, in NumPy where
+    they are cut; the same object where nothing is.
+
+    >>> one = np.arange(300)[None, :] < 60
+    >>> rollout = Rollout(one, one, one, one, one, one, np.ones(1), 1.0)
+    >>> trimmed(rollout, 290).tokens.shape, trimmed(rollout, 290, bucket=32).tokens.shape
+    ((1, 138), (1, 74))
+    """
+    if max_new_tokens <= bucket:
+        return rollout
+    prompt_columns = rollout.tokens.shape[1] - max_new_tokens
+    # Segments and not the mask: what an environment says stands in a completion too.
+    used = np.flatnonzero((np.asarray(rollout.segment_ids) != 0).any(0)[prompt_columns:])
+    longest = int(used[-1]) + 1 if used.size else 1
+    width = -(-longest // bucket) * bucket
+    if width >= max_new_tokens:
+        return rollout
+    end = prompt_columns + width
+    cut: dict[str, Any] = {name: np.asarray(getattr(rollout, name))[:, :end] for name in PER_TOKEN}
+    return rollout._replace(**cut)
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, Any]:
