@@ -162,7 +162,12 @@ def outcome(output: Path) -> dict[str, object]:
         for line in lines
     ]
     exported = {file.name: file.read_bytes() for file in (output / "model").iterdir()}
-    arrays = ocp.StandardCheckpointer().restore(output / "checkpoints" / str(STEPS) / "state")
+    saved = output / "checkpoints" / str(STEPS) / "state"
+    checkpointer = ocp.PyTreeCheckpointer()
+    # As NumPy: devices of other processes, to which they belong, are not here.
+    in_memory = ocp.RestoreArgs(restore_type=np.ndarray)
+    forms = checkpointer.metadata(saved).item_metadata.tree
+    arrays = checkpointer.restore(saved, restore_args=jax.tree.map(lambda _: in_memory, forms))
     named = jax.tree_util.tree_leaves_with_path(arrays)
     state = {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in named}
     return {"metrics": metrics, "model": exported, "state": state}
