@@ -32,12 +32,8 @@ import report
 
 MOMENTS = ("any time", "set-up", "checkpoint", "export")
 ACTIVITIES = ("no folder yet", "set-up", "training", "saving", "exporting", "over")
-# What is killed; of a run of one process there is only one.
-ALL = "the run"
-LAUNCHER = "the launcher"
-ONE = "one of several"
-NOTHING = "nothing"
-VICTIMS = (ALL, LAUNCHER, ONE, NOTHING)
+LAUNCHER = "launcher"
+PROCESS = "process"
 STEPS = 12
 TINY = ["--hidden_size", "16", "--num_heads", "2", "--num_layers", "1"]
 OF_ALL = [
@@ -127,13 +123,13 @@ def wait_for(
 
 def kill(
     process: subprocess.Popen, output: Path, several: bool, rng: random.Random
-) -> tuple[str, str]:
-    """Kills a run, or one process of several.  Returns: which, and what the run was doing."""
+) -> tuple[str, ...]:
+    """Kills a process of a run, or its launcher.  Returns: which, and what the run was doing."""
     process.send_signal(signal.SIGSTOP)
     # Until it has stopped: a launcher starts no process that is not seen here.  Or has ended.
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     if process.poll() is not None:
-        return NOTHING, "over"
+        return ("over",)
     launched = children(process.pid) if several else []
     victim = rng.choice([process.pid, *launched])
     os.kill(victim, signal.SIGKILL)
@@ -143,9 +139,8 @@ def kill(
     process.wait()
     while any(is_running(pid) for pid in launched):
         time.sleep(0.01)
-    if not several:
-        return ALL, doing
-    return LAUNCHER if victim == process.pid else ONE, doing
+    is_launcher = several and victim == process.pid
+    return LAUNCHER if is_launcher else PROCESS, doing
 
 
 def finish(ask: list[str], output: Path, log: Path) -> None:
@@ -220,8 +215,8 @@ def killed_runs(
         print(f"{killed}; the same bits", flush=True)
     return [
         {"run": name, "processes": processes, "runs": len(range(place, runs, len(RUNS))),
-         "same bits": same[name], "seconds of one": lasts[name],
-         **{what: hit[name, what] for what in (*VICTIMS, *ACTIVITIES)}}
+         "same bits": same[name], "seconds": lasts[name],
+         **{what: hit[name, what] for what in (LAUNCHER, PROCESS, *ACTIVITIES)}}
         for place, name in enumerate(RUNS)
     ]  # fmt: skip
 

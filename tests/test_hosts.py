@@ -192,6 +192,7 @@ def test_a_process_whose_connection_ends_is_named_to_all(capfd):
         assert "process 1 (b, pid 8) is gone: it died, or its machine or network did" in said
         assert "within 60 s; --resume goes on" in said
         # The other hears it, and nothing is said of the other.
+        far_first.settimeout(20)
         assert b"process 1 (b, pid 8) is gone" in far_first.recv(1000)
         assert "process 0" not in said
         far_first.close()
@@ -204,6 +205,10 @@ def test_what_process_0_says_of_another_is_shown(capfd):
         hosts._watch({FIRST: near}, 60)
         far.sendall(b"process 2 (c, pid 9) is gone\n")
         assert "\nrlhf: process 2 (c, pid 9) is gone\n" in printed(capfd, "is gone")
+        # It is not sent back, or it would go round for ever.
+        far.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            far.recv(1)
         far.close()
         printed(capfd, "process 0 (a, pid 7) is gone")
 
