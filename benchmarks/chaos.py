@@ -125,9 +125,11 @@ def kill(
     process: subprocess.Popen, output: Path, several: bool, rng: random.Random
 ) -> tuple[str, ...]:
     """Kills a process of a run, or its launcher.  Returns: which, and what the run was doing."""
-    process.send_signal(signal.SIGSTOP)
-    # Until it has stopped: a launcher starts no process that is not seen here.  Or has ended.
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if process.poll() is None:
+        # Not `send_signal`, which would take note of an end that `waitid` waits for.
+        os.kill(process.pid, signal.SIGSTOP)
+        # Until it has stopped: a launcher starts no process that is not seen here.  Or has ended.
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     if process.poll() is not None:
         return ("over",)
     launched = children(process.pid) if several else []
