@@ -2,6 +2,8 @@
 options.
 """
 
+import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -97,6 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # transformers would advise every user of JAX to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if typed:
+        # At its end Python looks at every object several times: seconds, once JAX and its programs
+        # are loaded.  Frozen objects are passed over.
+        atexit.register(gc.freeze)
     # In a process of its own nothing is lost where it leaves at once: a run's folder is made last,
     # and files are written whole.
     with interrupts.terminable(partial(_leave, name) if typed else None):

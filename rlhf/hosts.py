@@ -5,12 +5,15 @@ here is a plain pass-through.
 knows (a file, an error, a random number) is passed on to all before anything depends on it.
 """
 
+import atexit
 import json
 import os
 import pickle
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +33,10 @@ START = 300
 HEARTBEAT = 60
 # Seconds longer that the others wait for process 0, which can say who is missing.
 PATIENCE = 5
+# Seconds between the ends of two processes that are no error: one may have more to write.
+APART = 10
+# What a process sends to the others when it ends by itself.
+ENDING = "ending"
 # What tells JAX of several processes: (variables that must be there, one that says how many).
 CLUSTERS = (
     (("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"), "SLURM_NTASKS"),
@@ -77,6 +84,9 @@ def start(
       start_timeout: seconds to wait for the others.
       heartbeat_timeout: seconds without a sign of life of one after which the others end.
 
+    Where the coordinator is given, a process that dies is named at once by all others, on stderr;
+    JAX ends them, and knows its number alone.
+
     Raises: ValueError where only some of the three are given, and where a process is missing when
     the time is up (naming it).
 
@@ -97,12 +107,13 @@ def start(
     found_by_jax = coordinator == "auto" or (not is_given and _has_cluster(os.environ))
     if not found_by_jax and not is_given:
         return
+    connections: dict[Host, socket.socket] = {}
     if not found_by_jax:
         place = _checked(coordinator, num_processes, process_id)
         if place.num_processes == 1:
             return
         # JAX ends the process where one is missing, and does not say which.
-        _call_roll(place, start_timeout)
+        connections = _call_roll(place, start_timeout)
         settings |= {
             "coordinator_address": coordinator,
             "num_processes": num_processes,
@@ -113,6 +124,9 @@ def start(
     # What a scheduler sends before it takes a machine away reaches all: `stop_requested`.
     jax.config.update("jax_enable_preemption_service", True)
     jax.distributed.initialize(**settings)
+    for connection in connections.values():
+        _keep_alive(connection, heartbeat_timeout)
+    _watch(connections, heartbeat_timeout)
 
 
 def several() -> bool:
@@ -321,56 +335,136 @@ def _checked(coordinator: str | None, num_processes: int | None, process_id: int
     return _Place((host.strip("[]"), int(port)), num_processes, process_id)
 
 
-def _call_roll(place: _Place, timeout: float) -> None:
+def _call_roll(place: _Place, timeout: float) -> dict[Host, socket.socket]:
     """Returns once all processes have called at the coordinator's address.
+
+    Returns: the connections that stay open: of process 0 to all others, of them to process 0.
 
     Raises: ValueError, in all that have called, which names those that have not.
     """
     deadline = time.monotonic() + timeout
+    this_host = Host(place.process_id, socket.gethostname(), os.getpid())
     if place.process_id == 0:
-        problem = _await_calls(place.address[1], place.num_processes, deadline)
+        problem, connections = _await_calls(place, this_host, deadline)
     else:
-        problem = _call(place, deadline)
+        problem, connections = _call(place, this_host, deadline)
     if problem:
+        for connection in connections.values():
+            connection.close()
         raise ValueError(f"{problem} within {timeout} s; see whether it runs, and its own message")
+    return connections
 
 
-def _await_calls(port: int, number: int, deadline: float) -> str:
+def _await_calls(
+    place: _Place, this_host: Host, deadline: float
+) -> tuple[str, dict[Host, socket.socket]]:
     """Hears the others, and answers all at once: "" where all are there, else what is wrong."""
-    callers: dict[int, socket.socket] = {}
+    callers: dict[int, tuple[Host, socket.socket]] = {}
+    number = place.num_processes
     # On all addresses, and of both versions of IP where the machine has them, as JAX does.
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+    address = ("", place.address[1])
+    with socket.create_server(address, family=family, dualstack_ipv6=dual) as server:
         while len(callers) < number - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, TypeError):
                 caller, _ = server.accept()
                 # Whoever else connects, such as a port scanner, says nothing or nonsense.
                 caller.settimeout(min(left, 10))
-                process = json.loads(caller.makefile().readline(100))["process"]
-                if process in range(1, number):
-                    callers[process] = caller
-        absent = set(range(1, number)) - set(callers)
-        problem = f"{missing([0, *callers], number)} of {number} did not start" if absent else ""
-        for caller in callers.values():
-            with suppress(OSError), caller:
-                caller.sendall((json.dumps(problem) + "\n").encode())
-    return problem
+                host = Host(*json.loads(caller.makefile().readline(1000)))
+                if host.process in range(1, number):
+                    callers[host.process] = (host, caller)
+    absent = set(range(1, number)) - set(callers)
+    problem = f"{missing([0, *callers], number)} of {number} did not start" if absent else ""
+    connections = dict(callers.values())
+    _send(connections.values(), json.dumps([problem, this_host]))
+    return problem, connections
 
 
-def _call(place: _Place, deadline: float) -> str:
+def _call(place: _Place, this_host: Host, deadline: float) -> tuple[str, dict[Host, socket.socket]]:
     """Calls until it is answered.  Returns: what `_await_calls` answers."""
     while time.monotonic() < deadline + PATIENCE:
         # Refused until process 0 listens, and its name is not known until its machine is up.
-        with suppress(OSError), socket.create_connection(place.address, timeout=5) as call:
-            call.sendall((json.dumps({"process": place.process_id}) + "\n").encode())
-            call.settimeout(max(deadline - time.monotonic(), 0) + PATIENCE)
-            if line := call.makefile().readline():
-                return json.loads(line)
+        with suppress(OSError), ExitStack() as stack:
+            connection = socket.create_connection(place.address, timeout=5)
+            stack.enter_context(connection)
+            _send([connection], json.dumps(this_host))
+            connection.settimeout(max(deadline - time.monotonic(), 0) + PATIENCE)
+            if line := connection.makefile().readline():
+                problem, first = json.loads(line)
+                # It stays open.
+                stack.pop_all()
+                return problem, {Host(*first): connection}
         time.sleep(0.2)
     host, port = place.address
-    return f"process 0 did not answer at {host}:{port}"
+    return f"process 0 did not answer at {host}:{port}", {}
+
+
+def _send(connections: Iterable[socket.socket], line: str) -> None:
+    for connection in connections:
+        # Whoever has ended hears nothing.
+        with suppress(OSError):
+            connection.sendall(f"{line}\n".encode())
+
+
+def _watch(connections: Mapping[Host, socket.socket], heartbeat_timeout: int) -> None:
+    """Says on stderr which process has died, as soon as its connection ends.  Ends none: a broken
+    connection may be the network's, and JAX decides by heartbeats of its own.
+
+    Args:
+      connections: what `_call_roll` returns; each is read by a thread until it ends.
+      heartbeat_timeout: seconds until JAX ends this process too.
+    """
+    is_ending = threading.Event()
+
+    def end() -> None:
+        is_ending.set()
+        _send(connections.values(), ENDING)
+
+    def say(text: str, source: socket.socket) -> None:
+        with suppress(OSError):  # whoever reads may be gone already
+            # In one write: the main thread may be printing an error of its own.
+            os.write(2, f"\nrlhf: {text}\n".encode())
+        # Process 0 alone is connected to all.
+        _send((other for other in connections.values() if other is not source), text)
+
+    def listen(host: Host, connection: socket.socket) -> None:
+        has_ended = False
+        # An error is an end, too: of the machine, which answers no more.
+        with suppress(OSError), connection, connection.makefile() as lines:
+            for line in map(str.strip, lines):
+                if line != ENDING:
+                    # Process 0 names another.
+                    say(line, connection)
+                    continue
+                has_ended = True
+                if not is_ending.wait(APART):
+                    say(f"{host} has ended {APART} s before the others", connection)
+        if not has_ended:
+            say(
+                f"{host} is gone: it died, or its machine or network did; without it JAX ends the "
+                f"others within {heartbeat_timeout} s; --resume goes on from the newest checkpoint",
+                connection,
+            )
+
+    for host, connection in connections.items():
+        threading.Thread(target=listen, args=(host, connection), daemon=True).start()
+    # Before JAX's own, in which all wait for each other.
+    atexit.register(end)
+
+
+def _keep_alive(connection: socket.socket, timeout: int) -> None:
+    """Has the system notice, a little before the timeout, that a machine no longer answers."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Elsewhere the system's own times hold.
+    if sys.platform == "linux":
+        # After one interval without a word a probe each interval, of which three may be lost.
+        interval = max(timeout // 6, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 def _portable(error: Exception) -> Exception:

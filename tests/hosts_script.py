@@ -1,5 +1,6 @@
 """Run by `test_hosts.py` in two processes at once: what each finds, as a line of JSON."""
 
+import atexit
 import json
 import os
 import random
@@ -7,6 +8,10 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+if os.environ["JAX_PROCESS_ID"] == "0":
+    # Before JAX, so that it runs after JAX's: the other process is gone before this one is.
+    atexit.register(time.sleep, 3)
 
 import jax
 import numpy as np

@@ -5,6 +5,7 @@ they stop.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -61,6 +62,8 @@ def pair(folder_of_pair) -> list[dict]:
     processes = [started(script, number, port=port, devices=2) for number in (0, 1)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    # No process is named that ends with the others.
+    assert not any("\nrlhf: process" in said for _, said in outputs), outputs
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
@@ -164,6 +167,86 @@ def test_a_coordinator_that_is_not_there_is_named(monkeypatch):
         hosts.start(address, 2, 1, start_timeout=1)
 
 
+FIRST = hosts.Host(0, "a", 7)
+SECOND = hosts.Host(1, "b", 8)
+
+
+def printed(capfd, text: str) -> str:
+    """What stderr has as soon as a text is in it."""
+    found = ""
+    deadline = time.monotonic() + 20
+    while text not in found:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+        found += capfd.readouterr().err
+    return found
+
+
+def test_a_process_whose_connection_ends_is_named_to_all(capfd):
+    first, far_first = socket.socketpair()
+    second, far_second = socket.socketpair()
+    with first, far_first, second:
+        hosts._watch({FIRST: first, SECOND: second}, 60)
+        far_second.close()
+        said = printed(capfd, "is gone")
+        assert "process 1 (b, pid 8) is gone: it died, or its machine or network did" in said
+        assert "within 60 s; --resume goes on" in said
+        # The other hears it, and nothing is said of the other.
+        far_first.settimeout(20)
+        assert b"process 1 (b, pid 8) is gone" in far_first.recv(1000)
+        assert "process 0" not in said
+        far_first.close()
+        printed(capfd, "process 0 (a, pid 7) is gone")
+
+
+def test_what_process_0_says_of_another_is_shown(capfd):
+    near, far = socket.socketpair()
+    with near, far:
+        hosts._watch({FIRST: near}, 60)
+        far.sendall(b"process 2 (c, pid 9) is gone\n")
+        assert "\nrlhf: process 2 (c, pid 9) is gone\n" in printed(capfd, "is gone")
+        # It is not sent back, or it would go round for ever.
+        far.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            far.recv(1)
+        far.close()
+        printed(capfd, "process 0 (a, pid 7) is gone")
+
+
+def test_a_process_that_ends_before_the_others_is_named_after_a_while(monkeypatch, capfd):
+    monkeypatch.setattr(hosts, "APART", 0.1)
+    near, far = socket.socketpair()
+    with near:
+        hosts._watch({FIRST: near}, 60)
+        far.sendall(f"{hosts.ENDING}\n".encode())
+        far.close()
+        said = printed(capfd, "has ended")
+        time.sleep(0.2)
+        assert "is gone" not in said + capfd.readouterr().err
+
+
+JOINED = (
+    "import time; from rlhf import hosts; hosts.start(heartbeat_timeout=3); print(1, flush=True);"
+    + "time.sleep(100)"
+)
+
+
+@pytest.mark.parametrize("number", exhaustive([1, 0], quick=[1]))
+def test_a_process_that_is_killed_is_named_by_all_others(number):
+    port = launch._free_port()
+    all_three = [started(["-c", JOINED], other, 3, port=port) for other in range(3)]
+    for process in all_three:
+        assert process.stdout.readline()
+    all_three[number].kill()
+    said = {other: all_three[other].communicate(timeout=60)[1] for other in range(3)}
+    del said[number]
+    wanted = f"process {number} ({hosts.this().name}, pid {all_three[number].pid}) is gone"
+    for other, text in said.items():
+        assert wanted in text
+        # JAX ends it.
+        assert all_three[other].returncode == -signal.SIGABRT
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -232,6 +315,38 @@ def test_processes_that_end_alike_are_not_reported(capsys):
     assert launch._watch(children("exit(2)", "exit(2)"), lambda: False) == 2
     assert launch._watch(children("", ""), lambda: False) == 0
     assert capsys.readouterr().err == ""
+
+
+LAUNCHER = """
+import os, sys, time
+from rlhf.tools import launch
+sys.executable = sys.argv[1]
+print(launch._start(0, [], os.environ, None).process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the processes go on")
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path):
+    endless = tmp_path / "python"
+    endless.write_text("#!/bin/sh\nexec sleep 60\n")
+    endless.chmod(0o755)
+    argv = [sys.executable, "-c", LAUNCHER, str(endless)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as launcher:
+        pid = int(launcher.stdout.readline())
+        assert is_running(pid)
+        launcher.kill()
+    deadline = time.monotonic() + 10
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_request_to_stop_is_passed_on():
@@ -395,18 +510,27 @@ def test_an_environment_is_refused(model, tmp_path):
 
 # --- how they stop -------------------------------------------------------------------------------
 
+AT_EXIT = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count(), flush=True))
+from rlhf import cli
+sys.argv[1:] = ["help", "trl"]
+cli.main()
+"""
+
+
+def test_python_does_not_look_at_every_object_when_a_command_ends():
+    # With JAX loaded that takes seconds, of the few that a scheduler gives.
+    ran = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True)
+    assert int(ran.stdout.splitlines()[-1]) > 10_000, ran
+
 
 def started_run(argv: list[str], output: Path):
     """A launched run of many steps, once it has taken two more; the pids of its processes."""
     ask = [sys.executable, "-m", "rlhf", "launch", "--processes", "2", "--devices", "4", "--"]
     run = subprocess.Popen([*ask, *argv], stderr=subprocess.PIPE, text=True)
     log = output / "metrics.jsonl"
-    before = lines_of(log)
-    deadline = time.monotonic() + 300
-    while not (output / "hosts.json").exists() or lines_of(log) < before + 2:
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    await_lines(log, lines_of(log) + 2, run)
     listed = json.loads((output / "hosts.json").read_text())["hosts"]
     return run, [host["pid"] for host in listed]
 
@@ -450,6 +574,32 @@ def test_a_run_goes_on_on_other_hosts(model, tmp_path):
     assert (output / "checkpoints" / str(2 * last)).is_dir()
     assert cli.main([*argv, "--resume"]) == 0
     assert_equal_runs(output, tmp_path / "wanted")
+
+
+def await_lines(log: Path, number: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while lines_of(log) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.exhaustive
+def test_sigterm_to_one_process_stops_both_after_the_same_step_saved(model, tmp_path):
+    output = tmp_path / "run"
+    argv = ["-m", "rlhf", *command("sft", model, output, "--steps", "4000")]
+    port = launch._free_port()
+    both = [started(argv, number, port=port, devices=4) for number in (0, 1)]
+    await_lines(output / "metrics.jsonl", 2, both[0])
+    both[1].terminate()
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [130, 130], said
+    last = steady(output, "train")[-1]["step"]
+    for text in said:
+        assert f"run: stopped after step {last} of 4000; go on with --resume" in text
+        assert "is gone" not in text
+    assert (output / "checkpoints" / str(last)).is_dir()
+    assert (output / "model").is_dir()
 
 
 @pytest.mark.exhaustive

@@ -2,6 +2,7 @@
 a GPU.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import IO, NamedTuple
 
@@ -23,6 +24,8 @@ GRACE = 10
 # Lines of another process's output that are shown where the run has failed.
 SHOWN = 20
 DEVICES = "--xla_force_host_platform_device_count"
+# Of `prctl` of Linux: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 @documented
@@ -49,7 +52,8 @@ def main(command: list[str], *, processes: Count = 2, devices: Count | None = No
 
     Shows what the first prints; of the others the last lines, where the run fails.  Where one
     process dies it is named, and the others have 10 seconds to end.  Ctrl-C and SIGTERM are passed
-    on: all stop after the same step, saved.
+    on: all stop after the same step, saved.  Where the launcher itself is killed (SIGKILL), Linux
+    kills the processes with it; on other systems they go on, and are to be ended by hand.
 
     Args:
       command: a recipe with its options, after `--`.
@@ -96,8 +100,28 @@ def _start(
         stderr=subprocess.STDOUT if output else None,
         # Of its own: Ctrl-C goes to all of a terminal's group, and each would stop by itself.
         start_new_session=True,
+        preexec_fn=_end_with_launcher(),
     )
     return Child(number, process, output)
+
+
+def _end_with_launcher() -> Callable[[], None] | None:
+    """For a new process, before its program starts: has the kernel kill it when the launcher ends,
+    however it does.  None where the system is not Linux.
+    """
+    if sys.platform != "linux":
+        return None
+    launcher = os.getpid()
+    # Here: a process that was just forked should load nothing.
+    prctl = ctypes.CDLL(None).prctl
+
+    def request_signal() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The launcher ended before the request: no signal will come.
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    return request_signal
 
 
 def _watch(children: Sequence[Child], stop_requested) -> int:
