@@ -38,7 +38,7 @@ SMALL = 1024
 # Bytes of a gradient that are summed and scattered at a time: of larger arrays XLA for TPU sums all on
 # every device, which moves twice the bytes.
 PIECE = 2**27
-# Columns of a TPU's tile: pieces end where tiles do.
+# Columns of a TPU's tile; pieces end where tiles do.
 LANES = 128
 # The mesh's axes, those that exchange the most last: their devices are neighbours.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
@@ -350,7 +350,7 @@ def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
     if not sharing or not divides or ways("vocab") > 1:
         return fn(params, *arrays)
     leaves, tree = jax.tree.flatten(params)
-    names = tree.flatten_up_to(_names(params, axes))
+    names = jax.tree.leaves(_names(params, axes), is_leaf=_is_names)
     places = {
         i: fitting(one, leaf.shape)
         for i, (leaf, one) in enumerate(zip(leaves, names, strict=True))
@@ -377,17 +377,24 @@ def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
 def _gathered(part: jax.Array, place: PartitionSpec) -> jax.Array:
     """All of a matrix, of the part that a device of a `shard_map` has."""
     for axis, over in enumerate(place):
-        if over is None:
-            continue
-        # In pieces along the longest of the other axes, each of whose gradients is scattered by itself.
-        longest = max({*range(part.ndim)} - {axis}, key=lambda i: part.shape[i], default=axis)
-        size = part.shape[longest]
-        bytes_of_one = part.nbytes // size * jax.lax.axis_size(over)
-        step = max(PIECE // bytes_of_one // LANES, 1) * LANES
-        pieces = jnp.split(part, list(range(step, size, step)), axis=longest)
-        whole = [jax.lax.all_gather(piece, over, axis=axis, tiled=True) for piece in pieces]
-        part = jnp.concatenate(whole, axis=longest)
+        part = part if over is None else _gathered_along(part, axis, over)
     return part
+
+
+def _gathered_along(part: jax.Array, axis: int, over: str | tuple[str, ...]) -> jax.Array:
+    """Parts of a matrix one after another, in pieces whose gradients are scattered one by one."""
+
+    def gather(piece):
+        # Not one after another at once: XLA for TPU scatters sums along a leading axis alone.
+        parts = jnp.moveaxis(jax.lax.all_gather(piece, over), 0, axis)
+        return parts.reshape(*piece.shape[:axis], -1, *piece.shape[axis + 1 :])
+
+    other = 1 if axis == 0 else 0
+    size = part.shape[other]
+    bytes_of_line = part.nbytes // size * jax.lax.axis_size(over)
+    lines = max(PIECE // bytes_of_line // LANES, 1) * LANES
+    pieces = jnp.split(part, list(range(lines, size, lines)), axis=other)
+    return jnp.concatenate([gather(piece) for piece in pieces], axis=other)
 
 
 def _names(params: Any, axes: Any) -> Any:
