@@ -3,6 +3,7 @@
 import collections
 import functools
 import importlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ MATRIX = VOCABULARY * HIDDEN * 4  # bytes
 
 
 def lm_of(tied: bool):
-    sizes = dict(vocab_size=VOCABULARY, num_layers=1, num_heads=2, mlp_size=64)
+    sizes: Any = dict(vocab_size=VOCABULARY, num_layers=1, num_heads=2, mlp_size=64)
     return transformer(TransformerConfig(**sizes, hidden_size=HIDDEN, tied=tied))
 
 
