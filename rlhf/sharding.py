@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,6 +17,8 @@ from rlhf import hosts
 RULES: Mapping[str, Any] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": "sequence",
+    # Rows of embedded tokens while `embed` splits their last axis, as it does the table's.
+    "looked_up": ("data", "expert"),
     # Rows of a decoding loop, whose single columns cannot be split.
     "decoded": ("data", "fsdp", "expert", "sequence"),
     "vocab": "tensor",
@@ -32,6 +35,11 @@ ROLLOUT_RULES: Mapping[str, Any] = {**RULES, "embed": None}
 # Elements.  Larger arrays of a state are always split when fsdp > 1; of smaller ones, such as
 # norms, a copy on every device is cheaper than gathering them.
 SMALL = 1024
+# Bytes of a gradient that are summed and scattered at a time: of larger arrays XLA for TPU sums all on
+# every device, which moves twice the bytes.
+PIECE = 2**27
+# Columns of a TPU's tile; pieces end where tiles do.
+LANES = 128
 # The mesh's axes, those that exchange the most last: their devices are neighbours.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
@@ -313,6 +321,86 @@ def constrain_params(params: Any, axes: Any, rules: Mapping[str, Any] = ROLLOUT_
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return params
+
+    def one(leaf, names):
+        return leaf if names is None else constrain(leaf, *names, rules=rules)
+
+    # Behind a barrier: XLA would gather a matrix anew for each of its uses.
+    return jax.lax.optimization_barrier(jax.tree.map(one, params, _names(params, axes)))
+
+
+def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
+    """`fn(params, *arrays)`, each device for its own rows, with the matrices of the vocabulary gathered
+    over the axes that share rows: once, and their gradients summed and scattered once, however often
+    `fn` reads them.
+
+    XLA by itself gathers a matrix in every turn of a loop that reads it, and sums its gradient over
+    devices there too.  Without a mesh, and where the rows do not divide: `fn(params, *arrays)`.
+
+    Args:
+      fn: row by row: `(params, *arrays [B, ...]) -> pytree of [B, ...]`.
+      params: of a model; gradients flow through them.
+      axes: `lm.axes()`; the matrices are the leaves with an axis `vocab`.
+      arrays: `[B, ...]`, or None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sharing = {axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1}
+    divides = jax.tree.leaves(arrays)[0].shape[0] % ways("batch") == 0
+    # Where `tensor` splits the vocabulary, XLA would gather it over `tensor` too.
+    if not sharing or not divides or ways("vocab") > 1:
+        return fn(params, *arrays)
+    leaves, tree = jax.tree.flatten(params)
+    names = jax.tree.leaves(_names(params, axes), is_leaf=_is_names)
+    places = {
+        i: fitting(one, leaf.shape)
+        for i, (leaf, one) in enumerate(zip(leaves, names, strict=True))
+        if one is not None and "vocab" in one
+    }
+
+    def local(parts, *arrays):
+        gathered = {i: _gathered(part, places[i]) for i, part in parts.items()}
+        read = [gathered.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return fn(tree.unflatten(read), *arrays)
+
+    rows = spec(("batch",), mesh)
+    mapped = jax.shard_map(
+        local,
+        in_specs=(places, *[rows] * len(arrays)),
+        out_specs=rows,
+        axis_names=sharing,
+        # Branches of a cond may vary over different axes, which the check does not allow.
+        check_vma=False,
+    )
+    return mapped({i: leaves[i] for i in places}, *arrays)
+
+
+def _gathered(part: jax.Array, place: PartitionSpec) -> jax.Array:
+    """All of a matrix, of the part that a device of a `shard_map` has."""
+    for axis, over in enumerate(place):
+        part = part if over is None else _gathered_along(part, axis, over)
+    return part
+
+
+def _gathered_along(part: jax.Array, axis: int, over: str | tuple[str, ...]) -> jax.Array:
+    """Parts of a matrix one after another, in pieces whose gradients are scattered one by one."""
+
+    def gather(piece):
+        # Not one after another at once: XLA for TPU scatters sums along a leading axis alone.
+        parts = jnp.moveaxis(jax.lax.all_gather(piece, over), 0, axis)
+        return parts.reshape(*piece.shape[:axis], -1, *piece.shape[axis + 1 :])
+
+    other = 1 if axis == 0 else 0
+    size = part.shape[other]
+    bytes_of_line = part.nbytes // size * jax.lax.axis_size(over)
+    lines = max(PIECE // bytes_of_line // LANES, 1) * LANES
+    pieces = jnp.split(part, list(range(lines, size, lines)), axis=other)
+    return jnp.concatenate([gather(piece) for piece in pieces], axis=other)
+
+
+def _names(params: Any, axes: Any) -> Any:
+    """Logical names of each leaf of `params`, or None: those of `lm.axes()`, also for layers by
+    themselves, and for matrices with an adapter.
+    """
     names = {_without_numbers(path): leaf for path, leaf in _with_path(axes)}
 
     def one(path, leaf):
@@ -321,10 +409,9 @@ def constrain_params(params: Any, axes: Any, rules: Mapping[str, Any] = ROLLOUT_
         # An adapter's matrix stands under `base`, where the matrix itself stood.
         known = names.get(path[:-1] if path[-1:] == ("base",) else path) or ()
         known = known[len(known) - leaf.ndim :]
-        return constrain(leaf, *known, rules=rules) if len(known) == leaf.ndim else leaf
+        return known if len(known) == leaf.ndim else None
 
-    # Behind a barrier: XLA would gather a matrix anew for each of its uses.
-    return jax.lax.optimization_barrier(jax.tree_util.tree_map_with_path(one, params))
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def ways(name: str, rules: Mapping[str, Any] = RULES) -> int:

@@ -11,7 +11,7 @@ from rlhf import losses
 from rlhf.fields import documented
 from rlhf.lm import LM, Head, Params
 from rlhf.rollouts.types import Array, Batch, Rollout, check_ids
-from rlhf.sharding import ways
+from rlhf.sharding import by_rows, ways
 from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
 
 # Of one device, whose logits exist at a time where the output matrix is gathered for them.
@@ -260,26 +260,30 @@ def _score(
         logits = logits / temperature.astype(logits.dtype)
         return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
 
-    # With `fsdp` every chunk gathers the output matrix: as few chunks as fit are fewer bytes.
+    # Each chunk reads and writes the gradient of all of the output matrix, and with `tensor` gathers
+    # the matrix too: as few chunks as fit are fewer bytes.
     if ways("embed") > 1:
         chunk_size = max(chunk_size, CHUNK_TOKENS * ways("batch") // tokens.shape[0])
 
     devices = ways("batch") * ways("sequence")
 
     def of_columns(part):
-        unembed = partial(lm.unembed, params)
         # Whether a chunk has any that is needed is a question to all devices; one of completions
         # nearly always has.
         needed = requested[:, part] if devices == 1 or part.stop else None
-        return losses.chunked(
-            per_position,
-            before(hidden)[:, part],
-            unembed,
-            tokens[:, part],
-            chunk_size=chunk_size,
-            needed=needed,
-            parts=ways("sequence"),
-        )
+
+        def of_rows(params, hidden, tokens, needed):
+            return losses.chunked(
+                per_position,
+                hidden,
+                partial(lm.unembed, params),
+                tokens,
+                chunk_size=chunk_size,
+                needed=needed,
+                parts=ways("sequence"),
+            )
+
+        return by_rows(of_rows, params, lm.axes(), before(hidden)[:, part], tokens[:, part], needed)
 
     # Cut where prompts end, so that chunks of prompts alone are skipped, and none holds both.  Not
     # where devices have a part of the columns each: the cut would move them.

@@ -205,7 +205,7 @@ def test_few_prompts_give_the_same_on_many_devices(task, models, created):
 
 
 def test_a_chunk_is_counted_in_tokens_of_a_device_where_the_output_matrix_is_split(models):
-    """`[B, C, V]` of the logits that exist at a time."""
+    """`[B, C, V]` of the logits of a device that exist at a time."""
     rows = rollouts.unpacked_rows(jnp.ones((8, 128), jnp.int32), jnp.ones((8, 128), bool))
     # A size that no other array has.
     lm = transformer(dataclasses.replace(models.config, vocab_size=104))
@@ -214,7 +214,7 @@ def test_a_chunk_is_counted_in_tokens_of_a_device_where_the_output_matrix_is_spl
     def columns(**shape):
         with jax.set_mesh(sharding.make_mesh(**shape)):
             traced = jax.make_jaxpr(lambda params: rollouts.score_batch(lm, params, rows))(params)
-        return {int(found) for found in re.findall(r"f32\[8,(\d+),104\]", str(traced))}
+        return {int(found) for found in re.findall(r"f32\[1,(\d+),104\]", str(traced))}
 
     assert columns(data=8) == {64}
     assert columns(fsdp=8) == {128}

@@ -348,6 +348,7 @@ class Transformer(Stack):
         # devices share the columns, those of a group are on one device no more.
         shared = shared.fitting(len(tokens), ways("batch")) if ways("sequence") == 1 else NOT_SHARED
         x = embed(c, self.embedding, shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids)))
+        x = _beside_table(x) if cache is None else x
         if c.token_types:
             types = or_zero(
                 inputs.get("token_types", jnp.zeros_like(tokens)), c.token_types, segment_ids
@@ -411,6 +412,13 @@ def ends(module: Weights, c: TransformerConfig) -> tuple[Any, Any, Any]:
 def embed(c: TransformerConfig, embedding, tokens) -> Array:
     """Embedded tokens; NaN for those that the vocabulary has not."""
     return look_up(embedding, tokens).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+
+
+def _beside_table(x: Array) -> Array:
+    """Embedded tokens `[B, T, D]`, each device with the columns that it has of the table: where
+    their gradient is too, the table's is summed there, without those of other columns.
+    """
+    return x if x.shape[-1] % ways("embed") else constrain(x, "looked_up", "sequence", "embed")
 
 
 def logits(c: TransformerConfig, hidden, embedding, unembedding, bias) -> Array:

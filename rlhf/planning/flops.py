@@ -103,10 +103,10 @@ def _ways(eqn: Any) -> int:
     """Devices that each run the body of a `shard_map`; 1 for all else."""
     if eqn.primitive.name != "shard_map":
         return 1
-    mesh = dict(eqn.params["mesh"].shape)
     # Rows or heads that are split make a device's part smaller; those that are not are computed by
-    # every device anew.
-    return math.prod(mesh.values())
+    # every device anew.  Axes that are left to XLA do not show in the body's shapes.
+    mesh = eqn.params["mesh"].shape
+    return math.prod(mesh[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def _inner(eqn: Any) -> list[Any]:

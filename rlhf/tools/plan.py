@@ -190,7 +190,7 @@ def warnings(found: Any) -> list[str]:
             said.append(
                 f"{row.program}: {row.weights_by_all_reduce / 2**20:.0f} MiB of weights move by "
                 "all-reduces of padded matrices, twice the bytes of a gather; a smaller --fsdp with "
-                "more --data may avoid it (on TPU v5p fsdp 16 does)"
+                "more --data may avoid it (on TPUs the default mesh does)"
             )
         if row.squares:
             said.append(

@@ -16,9 +16,11 @@ from rlhf.training.options import MeshOptions
 # The axes that share a batch's rows.
 ROWS = RULES["batch"]
 CHANGE = "change --data, --fsdp, --tensor, --sequence or --expert"
-# Devices under fsdp by default on a torus of three axes: over more, XLA gathers weights by all-reduces
-# of padded matrices, which move twice the bytes.
-RING = 16
+# Devices of a torus from which on parameters are split over half of them by default, and over no more
+# than MOST: over all of 64, and over 256, XLA sums gradients by all-reduces, of which each device keeps
+# its part, and over all of 64 in three axes gathers weights so too.  Both move twice the bytes.
+MANY = 32
+MOST = 64
 
 
 def local_devices() -> Sequence[jax.Device]:
@@ -45,8 +47,8 @@ def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 
     """
     sizes = options.sizes()
     number = len(devices())
-    if options == MeshOptions() and _is_torus(devices()) and number > RING and number % RING == 0:
-        sizes = {**sizes, "data": -1, "fsdp": RING}
+    if options == MeshOptions():
+        sizes = {**sizes, "data": -1, "fsdp": _default_fsdp(devices())}
     if -1 in sizes.values():
         # The axis given as -1 gets what the others leave, as in a reshape.
         others = int(np.prod([size for size in sizes.values() if size > 0]))
@@ -72,11 +74,19 @@ def make(options: MeshOptions, *, rows: int | None = None, micro_batches: int = 
     return mesh
 
 
+def _default_fsdp(devices: Sequence[jax.Device]) -> int:
+    """Devices that parameters are split over: all, but on a torus those over which XLA gathers them."""
+    number = len(devices)
+    most = min(MOST, number // 2)
+    is_part = _is_torus(devices) and number >= MANY and number % most == 0
+    return most if is_part else number
+
+
 def _is_torus(devices: Sequence[jax.Device]) -> bool:
-    """Whether devices lie along three axes, as TPUs v4, v5p and 7x do."""
+    """Whether devices lie along two or three axes, as TPUs do."""
     places = [tuple(getattr(device, "coords", ())) for device in devices]
     along = [len(set(axis)) for axis in zip(*places, strict=True)]
-    return sum(size > 1 for size in along) == 3
+    return sum(size > 1 for size in along) > 1
 
 
 def place(batch: Any, mesh: Mesh) -> Any:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhf import sharding
 from rlhf.models import TransformerConfig, transformer
 from rlhf.planning import flops
 
@@ -71,3 +72,17 @@ def test_a_loop_that_ends_early_is_a_token():
     assert counted.work.flops == 2 * 4**3
     (loop,) = counted.loops
     assert (loop.work.flops, loop.carried) == (2 * 4**3, 4 * 4 * 4)
+
+
+def test_each_device_of_a_shard_map_counts_but_for_axes_left_to_xla():
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+
+    def fn(x):
+        rows = jax.sharding.PartitionSpec("fsdp")
+        square = jax.shard_map(
+            lambda x: x @ x.T @ x, in_specs=rows, out_specs=rows, axis_names={"fsdp"}
+        )
+        return square(x)
+
+    with jax.set_mesh(mesh):
+        assert count(fn, jnp.ones((8, 16))) == 4 * 2 * (2 * 2 * 2 * 16)

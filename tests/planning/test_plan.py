@@ -168,14 +168,17 @@ class Core:
         self.coords = coords
 
 
-def test_a_torus_of_three_axes_is_split_in_rings_by_default(monkeypatch):
-    pod = [Core(i, j, k) for k in range(4) for j in range(4) for i in range(4)]
-    plane = [Core(i, j, 0) for j in range(8) for i in range(8)]
-    for devices, data in ((pod, 4), (plane, 1), (pod[:16], 1)):
+def test_a_torus_is_split_by_default_into_parts_that_gather(monkeypatch):
+    """Over half of its devices, and no more than 64."""
+    cube = [Core(i, j, k) for k in range(4) for j in range(4) for i in range(4)]
+    plane = [Core(i, j, 0) for j in range(16) for i in range(16)]
+    row = [Core(i, 0, 0) for i in range(64)]
+    monkeypatch.setattr(meshes, "make_mesh", lambda **sizes: sizes)
+    for devices, data in ((cube, 2), (plane, 4), (plane[:16], 1), (row, 1), ([object()] * 64, 1)):
         monkeypatch.setattr(meshes, "local_devices", lambda devices=devices: devices)
-        monkeypatch.setattr(meshes, "make_mesh", lambda **sizes: sizes)
-        assert meshes.make(MeshOptions())["data"] == data
-    monkeypatch.setattr(meshes, "local_devices", lambda: pod)
+        found = meshes.make(MeshOptions())
+        assert (found["data"], found["fsdp"]) == (data, len(devices) // data)
+    monkeypatch.setattr(meshes, "local_devices", lambda: cube)
     assert meshes.make(dataclasses.replace(MeshOptions(), fsdp=64))["fsdp"] == 64
 
 
