@@ -6,6 +6,8 @@ import pytest
 
 from rlhf import sharding
 from rlhf.models import TransformerConfig, transformer
+from rlhf.models.flash import Options, flash
+from rlhf.models.splash import splash
 from rlhf.planning import flops
 
 B, T, D, F, V, LAYERS = 2, 8, 16, 32, 24, 3
