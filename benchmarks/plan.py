@@ -205,8 +205,9 @@ new tokens; bfloat16 with float32 masters, AdamW, `--remat full`.
   read once for its 8 samples.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
-- *[.., T, T]*: shapes that end in the rows' length twice.  Those of `grpo` on TPUs hold no scores: 1,024 is the length,
-  and the width of a device's keys (v5p) or queries (v5e) too.
+- *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.  Those
+  of `grpo` hold no scores: 1,024 is the length, and the width of a device's keys (v5p, H200) or queries
+  (v5e) too.
 - *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
 - *here*: what the plan took on this machine.
 """
