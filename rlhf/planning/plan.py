@@ -298,4 +298,7 @@ def _squares(
     found = {
         (width // part, width) for _, width in _rows(traced) for part in parts if width >= WIDE
     }
-    return tuple(shape for sizes in sorted(found - of_model) for shape in hlo.squares(text, *sizes))
+    # Tokens of all rows, where these are as many as their columns.
+    tokens = {f"s32[{rows},{width}]" for rows, width in _rows(traced)}
+    shapes = (shape for sizes in sorted(found - of_model) for shape in hlo.squares(text, *sizes))
+    return tuple(shape for shape in shapes if shape not in tokens)
