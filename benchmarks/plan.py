@@ -28,7 +28,6 @@ RESULTS = Path(__file__).parent / "results"
 LIMIT = 600  # seconds of a plan
 PROMPT, NEW = 512, 512  # tokens
 SAMPLES = 8
-LENGTH = 2048  # tokens of SFT's rows
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
     "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
@@ -60,6 +59,7 @@ class Case(NamedTuple):
     devices: int
     rows: float  # of a device: sequences of an SFT step, prompts of a GRPO step
     mesh: tuple[str, ...] = ()  # (): the default
+    length: int = 2048  # tokens of SFT's rows
 
 
 CASES = (
@@ -76,11 +76,13 @@ CASES = (
     Case("sft", "Llama-3-70B", "v5p:8x8x8", 512, 2),
     Case("sft", "Qwen2.5-0.5B", "v6e:2x4", 8, 4),
     Case("grpo", "Qwen2.5-0.5B", "v6e:2x4", 8, 1),
+    Case("sft", "Qwen2.5-0.5B", "v6e:2x4", 8, 0.25, ("--fsdp", "2", "--sequence", "4"), 32768),
 )
 
 
 def name_of(case: Case) -> str:
-    return " ".join([case.recipe, case.model, case.topology, *case.mesh])
+    long = [] if case.length == 2048 else [f"of {case.length} tokens"]
+    return " ".join([case.recipe, case.model, case.topology, *case.mesh, *long])
 
 
 def is_installed(case: Case) -> bool:
@@ -103,7 +105,9 @@ def plan(case: Case) -> dict[str, Any]:
         folder = Path(place)
         make_model(folder / "model", case.model)
         # Letters are tokens of the task's; one more ends a row.
-        row = {"text": "a" * LENGTH} if case.recipe == "sft" else {"prompt": "a" * (PROMPT - 1)}
+        row = (
+            {"text": "a" * case.length} if case.recipe == "sft" else {"prompt": "a" * (PROMPT - 1)}
+        )
         (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * batch)
         argv = [
             sys.executable, "-m", "rlhf", "plan", case.recipe, "--topology", case.topology,
@@ -112,7 +116,7 @@ def plan(case: Case) -> dict[str, Any]:
             "--dtype", "bfloat16", "--remat", "full", *case.mesh,
         ]  # fmt: skip
         if case.recipe == "sft":
-            argv += ["--max_length", str(LENGTH)]
+            argv += ["--max_length", str(case.length)]
         else:
             argv += [
                 "--reward",
@@ -140,9 +144,12 @@ def plan(case: Case) -> dict[str, Any]:
 
 def must_move(found: dict[str, Any]) -> float:
     """Bytes that FSDP with remat must bring to a device: matrices in bfloat16 gathered twice, their
-    gradients reduced once in float32, and what is left of these over `data`.
+    gradients reduced once in float32, and what is left of these over `data` and `sequence`.
     """
-    fsdp, data, tensor = (found["mesh"][axis] for axis in ("fsdp", "data", "tensor"))
+    mesh = {"sequence": 1, **found["mesh"]}
+    fsdp, tensor = mesh["fsdp"], mesh["tensor"]
+    # Devices that share a row's columns each have a part of its gradient.
+    data = mesh["data"] * mesh["sequence"]
     of_device = found["parameters"] / tensor
     gathered = 2 * 2 * of_device * (fsdp - 1) / fsdp
     reduced = 4 * of_device * (fsdp - 1) / fsdp
@@ -184,22 +191,23 @@ HEAD = """# Large steps, planned
 
 Programs of the recipes, compiled ahead of time by `python benchmarks/plan.py` on a machine without an
 accelerator (`benchmarks/results/plan.json` has all of it).  Figures are of one device.  `sft`: rows of
-2,048 tokens; `grpo`: prompts of 512 tokens, 8 samples each, 512 new tokens; bfloat16 with float32 masters,
-AdamW, `--remat full`.
+2,048 tokens, where the plan names no other length; `grpo`: prompts of 512 tokens, 8 samples each, 512
+new tokens; bfloat16 with float32 masters, AdamW, `--remat full`.
 
 - *fits*: parameters, moments, batch and temporaries of the program that needs most.
 - *MiB a token*: what a decoding loop brings from other devices for a token.
 - *must*: with P parameters on fsdp n, data d and tensor t, matrices in bfloat16 gathered for the forward
   pass and for its recomputation, gradients reduced and scattered in float32: (2 · 2 + 4) · P/t · (n - 1)/n,
-  and the rest of these summed over `data`: 2 · 4P/(t n) · (d - 1)/d bytes.
+  and the rest of these summed over `data` and `sequence`: 2 · 4P/(t n) · (d - 1)/d bytes.
 - *at best*, *MFU*: the longest of products at the peak rate, of memory traffic and of links, all
-  overlapped (`rlhf/planning/roofline.py`; rates and their sources: `rlhf/planning/topologies.py`).  MFU is of
+  overlapped (`rlhf/planning/roofline.py`; rates and their sources: `rlhf/training/chips.py`).  MFU is of
   6 operations a parameter and token, or of those that are computed where they are fewer: of `grpo` a prompt is
   read once for its 8 samples.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
-- *[.., T, T]*: shapes that end in the rows' length twice.  Those of `grpo` on TPUs hold no scores: 1,024 is the length,
-  and the width of a device's keys (v5p) or queries (v5e) too.
+- *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.  Those
+  of `grpo` hold no scores: 1,024 is the length, and the width of a device's keys (v5p, H200) or queries
+  (v5e) too.
 - *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
 - *here*: what the plan took on this machine.
 """

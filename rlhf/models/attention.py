@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf.models.linear import in_float32
+from rlhf.models.visible import visible
 from rlhf.sharding import fitting, platform, ways
 from rlhf.shared_prefix import SharedPrefix
 
 Array = jax.Array
 SCORES = partial(jnp.einsum, "bkth,bksh->bkts")
+# Fused kernels of a platform, the fastest first.
+KERNELS = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
 
 
 def attention(
@@ -49,9 +52,11 @@ def attention(
       softcap: c in `c tanh(score / c)`, before the mask  (Gemma 2).
       bias: `[B, N, T, S]`, added to the scores; a leading axis of 1 serves every row.
       scale: on the scores, usually `H ** -0.5`.
-      kernel: "xla" (anywhere), "cudnn" (GPU) or "splash" (TPU); None: the device's fused one where
-        it can serve, else "xla".  Without a cache, positions must grow along the columns of a
-        segment: kernels leave out the keys of later columns.
+      kernel: "xla" (anywhere), "cudnn" or "triton" (GPU), or "splash" (TPU); None: the device's
+        fastest fused one that can serve, else "xla".  Without a cache, positions must grow along
+        the columns of a segment: kernels leave out the keys of later columns.  "cudnn" serves rows
+        that hold one sequence, padded on either side; batches with other rows go to "triton" when
+        the program runs.
       last: there is no cache, and the queries are those of the keys' last columns.
       cached: the keys are those of a cache, of which no mesh splits the columns.  Else, on a mesh
         with an axis `sequence`, each device computes its own queries and gathers all keys.
@@ -67,18 +72,26 @@ def attention(
     # Compared by identity: values are not known while the program is traced.  Keys of the same
     # tokens allow shortcuts that a cache, padded and in another order, does not.
     same_tokens = kv_positions is positions and kv_segment_ids is segment_ids
-    here = {"gpu": "cudnn", "tpu": "splash"}.get(platform(), "xla")
+    splits = not cached and ways("sequence") > 1 and q.shape[2] % ways("sequence") == 0
+
+    def refused(kernel):
+        return _refused(kernel, q, causal, window, softcap, bias, same_tokens or last, splits)
+
     # A single query has nothing to fuse.
     kernel = "xla" if q.shape[2] == 1 else kernel
-    refused = _refused(kernel or here, q, causal, window, softcap, bias, same_tokens or last)
-    if kernel and refused:
+    # A kernel that was named must serve or raise; one that we choose ourselves may give way.
+    if kernel and (reasons := refused(kernel)):
         raise ValueError(
-            f"{kernel} attention cannot serve this: {'; '.join(refused)}; give kernel='xla' or None"
+            f"{kernel} attention cannot serve this: {'; '.join(reasons)}; give kernel='xla' or None"
         )
-    # A kernel that was named must serve or raise; one that we chose ourselves may give way.
-    chosen = "xla" if refused else kernel or here
+    here = [one for one in KERNELS.get(platform(), ()) if not refused(one)]
+    # cuDNN has as many queries as keys: where few of the columns are queries, more than half of
+    # its work would be thrown away.
+    if here[:1] == ["cudnn"] and 2 * q.shape[2] < k.shape[2]:
+        here = here[1:]
+    chosen = kernel or next(iter(here), "xla")
     k, v = (_one_a_device(x, q.shape[1]) for x in (k, v))
-    splits = not cached and ways("sequence") > 1 and q.shape[2] % ways("sequence") == 0
+    where = positions, segment_ids, kv_positions, kv_segment_ids
     if chosen == "splash":
         # Imported where it is used only: no other device needs Pallas' kernels for TPUs.
         from rlhf.models.splash import splash
@@ -96,17 +109,23 @@ def attention(
         )
 
     def attend(q, k, v, bias, *where):
+        if chosen in KERNELS["gpu"]:
+            from rlhf.models.cudnn import by_lengths_or_tiles
+            from rlhf.models.flash import Options, flash
+
+            options = Options(causal, window, softcap, scale)
+            return (by_lengths_or_tiles if chosen == "cudnn" else flash)(q, k, v, *where, options)
         mask = visible(*where, causal, window)
-        if chosen == "cudnn":
-            return _cudnn(q, k, v, mask, scale)
         # In two halves a layer of 256 tokens takes 64 ms on a CPU instead of 80; four parts were no
         # faster and compile longer.  Short rows have too little to save.
         halves = same_tokens and causal and q.shape[2] >= 128 and not splits
         return (_in_halves if halves else _xla)(q, k, v, mask, softcap, bias, scale)
 
-    if splits:
-        attend = _over_columns(attend, q, k, bias, check=chosen == "xla")
-    return attend(q, k, v, bias, positions, segment_ids, kv_positions, kv_segment_ids)
+    # XLA cannot split a kernel over devices by itself; each runs it on its own rows and heads.
+    of_devices = chosen != "xla" and not jax.sharding.get_abstract_mesh().empty
+    if splits or of_devices:
+        attend = _on_devices(attend, q, k, bias, splits=splits, check=chosen == "xla")
+    return attend(q, k, v, bias, *where)
 
 
 def _one_a_device(x, heads):
@@ -119,14 +138,16 @@ def _one_a_device(x, heads):
     return jnp.repeat(x, math.lcm(x.shape[1], parts) // x.shape[1], axis=1)
 
 
-def _over_columns(attend, q, k, bias, check):
-    """`attend`, each device for its own columns of the queries and all of the keys.
+def _on_devices(attend, q, k, bias, splits, check):
+    """`attend`, each device for its own rows and heads, and where the mesh splits the columns for
+    its own of the queries and all of the keys.
 
     XLA by itself would gather scores: the queries of a group are put beside each other for the
     product, after which their columns cannot lie apart.
     """
+    split = "sequence" if splits else None
     queries, keys, biases = (
-        None if x is None else fitting(("batch", "heads", "sequence", None), x.shape)
+        None if x is None else fitting(("batch", "heads", split, None), x.shape)
         for x in (q, k, bias)
     )
     rows, _, columns, _ = queries
@@ -139,7 +160,7 @@ def _over_columns(attend, q, k, bias, check):
     of_queries, of_keys = PartitionSpec(rows, columns), PartitionSpec(rows, None)
     where = of_queries, of_queries, of_keys, of_keys
     specs = (queries, keys, keys, biases, *where)
-    # cuDNN's call says nothing of the axes that its results vary over, as the check wants.
+    # Kernels say nothing of the axes that their results vary over, as the check wants.
     return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=check)
 
 
@@ -200,23 +221,6 @@ def shared_prefix_attention(
     return jnp.concatenate([prefix, suffix], axis=2)
 
 
-def visible(
-    positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None
-) -> Array:
-    """Which keys a query sees.  `[B, T]`, `[B, S]` -> `[B, T, S]` bool.
-
-    Padding sees nothing where attention is causal, and every real token where it is not: heads of
-    encoders read column 0, padding or not, as transformers has them.
-    """
-    of_queries = segment_ids[:, :, None]
-    of_keys = kv_segment_ids[:, None, :]
-    if not causal:
-        return ((of_queries == of_keys) | (of_queries == 0)) & (of_keys != 0)
-    distance = positions[:, :, None] - kv_positions[:, None, :]
-    allowed = (of_queries == of_keys) & (of_queries != 0) & (distance >= 0)
-    return allowed if window is None else allowed & (distance < window)
-
-
 def _in_halves(q, k, v, mask, softcap, bias, scale):
     """`_xla`, where the first half of the queries cannot see the second half of the keys: three
     quarters of the work.
@@ -274,40 +278,34 @@ def _products(q, k, one_by_one: bool):
     return jnp.concatenate([in_float32(SCORES, part, k) for part in parts], axis=2)
 
 
-def _cudnn(q, k, v, mask, scale):
-    """cuDNN's fused kernel through JAX's own function; it never chooses it by itself."""
-
-    # JAX's function wants [B, T, N, H], as cuDNN does.
-    def btnh(x):
-        return jnp.swapaxes(x, 1, 2)
-
-    out = jax.nn.dot_product_attention(
-        btnh(q), btnh(k), btnh(v), mask=mask[:, None], scale=scale, implementation="cudnn"
-    )
-    return btnh(out)
-
-
-def _refused(kernel, q, causal, window, softcap, bias, uncached) -> list[str]:
+def _refused(kernel, q, causal, window, softcap, bias, uncached, splits) -> list[str]:
     """Why a kernel cannot serve; nothing if it can."""
     if kernel == "xla":
         return []
-    if kernel not in ("cudnn", "splash"):
-        return [f"it is not known; known are 'xla', 'cudnn' and 'splash', but not {kernel!r}"]
+    if kernel not in (*KERNELS["gpu"], *KERNELS["tpu"]):
+        return [
+            f"it is not known; known are 'xla', 'cudnn', 'triton' and 'splash', but not {kernel!r}"
+        ]
+    width = q.shape[3]
     # Reasons by whether they hold; those that do are what the error lists.
     why = {"a bias on the scores": bias is not None}
-    if kernel == "cudnn":
+    if kernel in KERNELS["gpu"]:
         why |= {
             f"{q.dtype}, where it wants bfloat16 or float16": q.dtype
             not in (jnp.bfloat16, jnp.float16),
-            f"heads {q.shape[3]} wide, where it wants a multiple of 8 up to 128": q.shape[3] % 8
-            != 0
-            or q.shape[3] > 128,
-            "a soft cap": softcap is not None,
+            f"heads {width} wide, where it wants a multiple of 8 up to 128": width % 8 != 0
+            or width > 128,
         }
-    else:
+    if kernel != "triton":
         why |= {
             "attention that is not causal": not causal,
             "keys of a cache, beside the queries' own": not uncached,
+        }
+    if kernel == "cudnn":
+        why |= {
+            "a soft cap": softcap is not None,
+            "a window": window is not None,
+            "columns that the mesh's axis `sequence` splits": splits,
         }
     return [reason for reason, holds in why.items() if holds]
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from rlhf.fields import documented
@@ -127,6 +128,10 @@ def _size(x: Any) -> int:
     return int(math.prod(shape) * width)
 
 
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x.aval, "dtype", int), jnp.floating)
+
+
 def _bytes(eqn: Any) -> int:
     return sum(_size(x) for x in (*eqn.invars, *eqn.outvars))
 
@@ -158,12 +163,13 @@ def _attention(eqn: Any) -> float:
     name = str(eqn.params.get("name", "")) + str(eqn.params.get("name_and_src_info", ""))
     name += eqn.primitive.name
     products = next((n for key, n in _KERNELS.items() if key in name), 2)
-    # Queries, keys and values of rows come first among those with four axes.
-    arrays = [x.aval.shape for x in eqn.invars if len(getattr(x.aval, "shape", ())) == 4]
+    # Queries, keys and values come first among the numbers with heads; of a single row, which JAX
+    # does not batch, without an axis of rows.
+    arrays = [x.aval.shape for x in eqn.invars if _is_float(x) and x.aval.ndim in (3, 4)]
     if len(arrays) < 3:
         return 0.0
     queries, keys = arrays[:2]
-    # cudnn has [B, T, N, H], splash [.., N, T, H].
+    # cudnn has [B, T, N, H], Pallas' kernels [.., N, T, H].
     axis = -3 if "dot_product_attention" in eqn.primitive.name else -2
     length = keys[axis]
     return 2.0 * products * math.prod(queries) * length / 2

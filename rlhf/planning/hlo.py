@@ -190,14 +190,13 @@ def traffic(text: str) -> tuple[int, int]:
     return outside, max(per_token.values(), default=0)
 
 
-def squares(text: str, length: int) -> list[str]:
-    """Shapes `[.., T, T]` of arrays of a program, T being `length`; those inside kernels are not
-    arrays.
+def squares(text: str, queries: int, keys: int) -> list[str]:
+    """Shapes `[.., queries, keys]` of arrays of a program; those inside kernels are not arrays.
 
-    >>> squares("%x = f32[2,8,8]{2,1,0} add(%y, %z)\\n%w = f32[8,2]{1,0} copy(%v)", 8)
+    >>> squares("%x = f32[2,8,8]{2,1,0} add(%y, %z)\\n%w = f32[8,2]{1,0} copy(%v)", 8, 8)
     ['f32[2,8,8]']
     """
-    return sorted(set(re.findall(rf"\w+\[(?:\d+,)*{length},{length}\]", text)))
+    return sorted(set(re.findall(rf"\w+\[(?:\d+,)*{queries},{keys}\]", text)))
 
 
 def axes_of(devices: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

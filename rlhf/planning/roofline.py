@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from rlhf.fields import documented
 from rlhf.planning.hlo import Collective
-from rlhf.planning.topologies import Chip, Topology
+from rlhf.planning.topologies import Topology
+from rlhf.training.chips import Chip
 
 
 @documented

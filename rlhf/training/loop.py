@@ -25,6 +25,7 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.train import TrainState
 from rlhf.training import compilations, programs
 from rlhf.training.averages import AVERAGES
+from rlhf.training.chips import PEAKS
 from rlhf.training.interrupts import Stopped, stop_requests
 from rlhf.training.options import TrainingOptions
 from rlhf.training.runs import RunFolder
@@ -34,17 +35,6 @@ from rlhf.typing import Callback, Evaluate, Export, Hook, StepFn
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Dense bfloat16 operations a second, by the start of a device's name.  Order matters: "TPU v5 lite"
-# starts with "TPU v5" too, and the first that fits is taken.
-PEAKS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 # Where the batch is that a run could not learn from.
 BAD_BATCH = "bad_batch.npz"
 

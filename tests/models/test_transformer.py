@@ -556,7 +556,21 @@ def test_splash_attention_is_ours(before):
             dict(kv_positions=np.zeros((1, 5), np.int32)),
             "keys of a cache, beside the queries' own",
         ),
-        ("flash", {}, "it is not known; known are 'xla', 'cudnn' and 'splash', but not 'flash'"),
+        (
+            "cudnn",
+            dict(kv_positions=np.zeros((1, 5), np.int32)),
+            "keys of a cache, beside the queries' own; give kernel='xla' or None",
+        ),
+        (
+            "triton",
+            dict(bias=np.zeros((1, 2, 5, 5), np.float32)),
+            "triton attention cannot serve this: a bias on the scores; float32, .*",
+        ),
+        (
+            "flash",
+            {},
+            "it is not known; known are 'xla', 'cudnn', 'triton' and 'splash', but not 'flash'",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_serve_says_why(kernel, change, message):

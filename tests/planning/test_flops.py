@@ -6,6 +6,8 @@ import pytest
 
 from rlhf import sharding
 from rlhf.models import TransformerConfig, transformer
+from rlhf.models.flash import Options, flash
+from rlhf.models.splash import splash
 from rlhf.planning import flops
 
 B, T, D, F, V, LAYERS = 2, 8, 16, 32, 24, 3
@@ -86,3 +88,22 @@ def test_each_device_of_a_shard_map_counts_but_for_axes_left_to_xla():
 
     with jax.set_mesh(mesh):
         assert count(fn, jnp.ones((8, 16))) == 4 * 2 * (2 * 2 * 2 * 16)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_kernels_are_counted_by_formula(kernel, rows):
+    """Half of the scores: 2 products forwards, 7 backwards where scores are computed twice; of one row as of several."""
+    heads, length, width = 2, 256, 64
+    q = jnp.ones((rows, heads, length, width), jnp.bfloat16)
+    ids = jnp.ones((rows, length), jnp.int32)
+
+    def loss(q, k, v):
+        if kernel == "splash":
+            return splash(q, k, v, ids, ids).sum()
+        return flash(q, k, v, ids, ids, ids, ids, Options()).sum()
+
+    product = 2 * rows * heads * length * length / 2 * width
+    # The sums of out · d_out of the backward pass count too, and are small.
+    found = count(jax.grad(loss, argnums=(0, 1, 2)), q, q, q)
+    assert found == pytest.approx((2 + 7) * product, rel=0.01)
