@@ -26,7 +26,8 @@ from rlhf import tasks
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 600  # seconds of a plan
-PROMPT, NEW = 512, 512  # tokens
+# Tokens.  Their sum is no other size of these models: a shape that has it twice holds scores.
+PROMPT, NEW = 512, 576
 SAMPLES = 8
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
@@ -142,22 +143,28 @@ def plan(case: Case) -> dict[str, Any]:
     }
 
 
-def must_move(found: dict[str, Any]) -> float:
-    """Bytes that FSDP with remat must bring to a device: matrices in bfloat16 gathered twice, their
-    gradients reduced once in float32, and what is left of these over `data` and `sequence`.
+def must_move(found: dict[str, Any], model: str) -> float:
+    """Bytes that FSDP with remat must bring to a device: matrices of layers in bfloat16 gathered
+    twice, the output matrix once, their gradients reduced once in float32, and what is left of these
+    over `data` and `sequence`.
     """
     mesh = {"sequence": 1, **found["mesh"]}
     fsdp, tensor = mesh["fsdp"], mesh["tensor"]
     # Devices that share a row's columns each have a part of its gradient.
     data = mesh["data"] * mesh["sequence"]
-    of_device = found["parameters"] / tensor
-    gathered = 2 * 2 * of_device * (fsdp - 1) / fsdp
-    reduced = 4 * of_device * (fsdp - 1) / fsdp
-    return gathered + reduced + 2 * 4 * of_device / fsdp * (data - 1) / data
+    config = MODELS[model]
+    output = config["vocab_size"] * config["hidden_size"] / tensor
+    # Of an embedding that is not the output matrix too, a few rows move.
+    tables = output if config["tie_word_embeddings"] else 2 * output
+    layers = found["parameters"] / tensor - tables
+    gathered = 2 * (2 * layers + output) * (fsdp - 1) / fsdp
+    reduced = 4 * (layers + output) * (fsdp - 1) / fsdp
+    return gathered + reduced + 2 * 4 * (layers + output) / fsdp * (data - 1) / data
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
     """A line of the table."""
+    recipe, model = name.split()[:2]
     rows = {row["program"]: row for row in found["rows"]}
     update, sample = rows["update"], rows.get("sample")
     needed = max(row["needed"] for row in found["rows"])
@@ -177,7 +184,7 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
         "temporaries of the update, GiB": f"{update['temporaries'] / 2**30:.2f}",
         "MiB a token": token,
         "update moves, GiB": f"{moved / 2**30:.1f}",
-        "of what it must": f"{moved / must_move(found):.2f}" if name.startswith("sft") else "",
+        "of what it must": f"{moved / must_move(found, model):.2f}" if recipe == "sft" else "",
         "weights by all-reduce": f"{update['weights_by_all_reduce'] / 2**20:.0f} MiB",
         "[.., T, T]": ", ".join(squares[:2]) or "none",
         "update at best, s": f"{max(update['times'].values()):.2f}",
@@ -191,23 +198,22 @@ HEAD = """# Large steps, planned
 
 Programs of the recipes, compiled ahead of time by `python benchmarks/plan.py` on a machine without an
 accelerator (`benchmarks/results/plan.json` has all of it).  Figures are of one device.  `sft`: rows of
-2,048 tokens, where the plan names no other length; `grpo`: prompts of 512 tokens, 8 samples each, 512
+2,048 tokens, where the plan names no other length; `grpo`: prompts of 512 tokens, 8 samples each, 576
 new tokens; bfloat16 with float32 masters, AdamW, `--remat full`.
 
 - *fits*: parameters, moments, batch and temporaries of the program that needs most.
 - *MiB a token*: what a decoding loop brings from other devices for a token.
-- *must*: with P parameters on fsdp n, data d and tensor t, matrices in bfloat16 gathered for the forward
-  pass and for its recomputation, gradients reduced and scattered in float32: (2 · 2 + 4) · P/t · (n - 1)/n,
-  and the rest of these summed over `data` and `sequence`: 2 · 4P/(t n) · (d - 1)/d bytes.
+- *must*: with L parameters in layers and O in the output matrix, on fsdp n, data d and tensor t: layers in
+  bfloat16 gathered for the forward pass and for its recomputation, the output matrix once, gradients reduced and
+  scattered in float32: (2 · (2L + O) + 4 · (L + O)) / t · (n - 1)/n, and the rest of these summed over `data` and
+  `sequence`: 2 · 4 (L + O)/(t n) · (d - 1)/d bytes.  Activations are not in it.
 - *at best*, *MFU*: the longest of products at the peak rate, of memory traffic and of links, all
   overlapped (`rlhf/planning/roofline.py`; rates and their sources: `rlhf/training/chips.py`).  MFU is of
   6 operations a parameter and token, or of those that are computed where they are fewer: of `grpo` a prompt is
   read once for its 8 samples.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
-- *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.  Those
-  of `grpo` hold no scores: 1,024 is the length, and the width of a device's keys (v5p, H200) or queries
-  (v5e) too.
+- *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.
 - *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
 - *here*: what the plan took on this machine.
 """

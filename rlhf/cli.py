@@ -67,7 +67,7 @@ COMMANDS = {  # command -> where its `main` is, and what it does
 }
 
 SMALLER = {  # options that need less memory on a device, the cheapest first
-    "micro_batches": "2 or more", "remat": "full", "dtype": "bfloat16", "lora_rank": "16",
+    "micro_batches": "auto", "remat": "full", "dtype": "bfloat16", "lora_rank": "16",
     "max_length": "a smaller number", "max_new_tokens": "a smaller number",
     "batch_size": "a smaller number", "fsdp": "-1 on more devices",
 }  # fmt: skip

@@ -64,7 +64,7 @@ def test_out_of_memory_is_one_line(base, tmp_path, capsys, monkeypatch):
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("rlhf sft: ")]
     assert "not enough memory: Out of memory allocating" in line
-    assert "try --micro_batches 2 or more, --remat full" in line
+    assert "try --micro_batches auto, --remat full" in line
     assert "--max_new_tokens" not in line  # sft has none
 
 
