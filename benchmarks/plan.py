@@ -214,6 +214,7 @@ new tokens; bfloat16 with float32 masters, AdamW, `--remat full`.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
 - *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.
+  f32[2048,2048] holds no scores: a gradient's squares, on their way to its norm.
 - *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
 - *here*: what the plan took on this machine.
 """
