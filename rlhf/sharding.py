@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf import hosts
@@ -65,7 +66,20 @@ def make_mesh(
     given = dict(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence, expert=expert)
     if (product := math.prod(given.values())) != len(devices):
         raise ValueError(f"{product_of(given)} = {product} but {len(devices)} devices")
-    return Mesh(np.asarray(devices).reshape([given[axis] for axis in AXES]), AXES)
+    return Mesh(_neighbours([given[axis] for axis in AXES], devices), AXES)
+
+
+def _neighbours(sizes: list[int], devices: Any) -> np.ndarray:
+    """Devices as an array, those along an axis next to each other in a TPU's torus where they can be;
+    others in their order, as `jax.make_mesh` has them.
+    """
+    try:
+        return mesh_utils.create_device_mesh(
+            sizes, devices=devices, allow_split_physical_axes=True
+        )
+    # Shapes and chips that it has no rule for, such as chips that are two devices.
+    except (AssertionError, NotImplementedError, ValueError):
+        return np.asarray(devices).reshape(sizes)
 
 
 def product_of(sizes: Mapping[str, int]) -> str:

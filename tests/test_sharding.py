@@ -220,6 +220,37 @@ def test_a_chunk_is_counted_in_tokens_of_a_device_where_the_output_matrix_is_spl
     assert columns(fsdp=8) == {128}
 
 
+class Chip:
+    """A device of a TPU that is not here."""
+
+    platform = "tpu"
+    device_kind = "TPU v5"
+    core_on_chip = 0
+    process_index = 0
+
+    def __init__(self, id, *coords):
+        self.id = id
+        self.coords = coords
+
+
+def test_devices_of_an_axis_lie_along_one_of_a_tpu(monkeypatch):
+    # In the order in which JAX lists them: hosts of 2 × 2 chips, one after the other.
+    hosts = [(x, y, z) for z in range(4) for y in (0, 2) for x in (0, 2)]
+    places = [(x + i, y + j, z) for x, y, z in hosts for j in (0, 1) for i in (0, 1)]
+    chips = [Chip(number, *place) for number, place in enumerate(places)]
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: devices)
+    mesh = sharding.make_mesh(data=4, fsdp=4, tensor=4, devices=chips)
+    rings = np.moveaxis(mesh, 1, -1).reshape(-1, 4)
+    for ring in rings:
+        assert sum(len(set(axis)) == 4 for axis in zip(*(x.coords for x in ring), strict=True)) == 1
+        assert len({chip.coords for chip in ring}) == 4
+
+
+def test_other_devices_stay_in_their_order():
+    ids = [device.id for device in sharding.make_mesh(data=2, fsdp=4).devices.flat]
+    assert ids == [device.id for device in jax.devices()]
+
+
 def test_refusals_name_both_sides():
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     with pytest.raises(ValueError, match="data 3 × fsdp 1 × tensor 1 = 3 but 8 devices"):

@@ -294,7 +294,8 @@ class TrainingOptions(OptimizerOptions):
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-    """The mesh of devices; where nothing is given, all devices are under fsdp.
+    """The mesh of devices; where nothing is given, all devices are under fsdp, of a TPU's torus of 32
+    or more half of them, at most 64.
 
     Args:
       data: devices over which rows alone are split; -1: all that the others leave.
