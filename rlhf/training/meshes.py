@@ -83,7 +83,9 @@ def _default_fsdp(devices: Sequence[jax.Device]) -> int:
 
 
 def _is_torus(devices: Sequence[jax.Device]) -> bool:
-    """Whether devices lie along two or three axes, as TPUs do."""
+    """Whether devices are TPUs that lie along two or three axes.  GPUs have places too: their hosts."""
+    if any(getattr(device, "platform", None) != "tpu" for device in devices):
+        return False
     places = [tuple(getattr(device, "coords", ())) for device in devices]
     along = [len(set(axis)) for axis in zip(*places, strict=True)]
     return sum(size > 1 for size in along) > 1

@@ -164,8 +164,9 @@ def test_weights_that_move_by_all_reduce_are_told_apart_from_gradients():
 
 
 class Core:
-    def __init__(self, *coords):
+    def __init__(self, *coords, platform="tpu"):
         self.coords = coords
+        self.platform = platform
 
 
 def test_a_torus_is_split_by_default_into_parts_that_gather(monkeypatch):
@@ -173,8 +174,9 @@ def test_a_torus_is_split_by_default_into_parts_that_gather(monkeypatch):
     cube = [Core(i, j, k) for k in range(4) for j in range(4) for i in range(4)]
     plane = [Core(i, j, 0) for j in range(16) for i in range(16)]
     row = [Core(i, 0, 0) for i in range(64)]
+    gpus = [Core(host, gpu, 0, platform="cuda") for host in range(8) for gpu in range(8)]
     monkeypatch.setattr(meshes, "make_mesh", lambda **sizes: sizes)
-    for devices, data in ((cube, 2), (plane, 4), (plane[:16], 1), (row, 1), ([object()] * 64, 1)):
+    for devices, data in ((cube, 2), (plane, 4), (plane[:16], 1), (row, 1), (gpus, 1)):
         monkeypatch.setattr(meshes, "local_devices", lambda devices=devices: devices)
         found = meshes.make(MeshOptions())
         assert (found["data"], found["fsdp"]) == (data, len(devices) // data)
