@@ -150,10 +150,13 @@ def fit(compute: Array, scores: Array, start: float) -> Sigmoid:
       scores: `[points]`.
       start: R0, which is measured and not fitted.
     """
+
     # Over logarithms: both are positive, and cover several powers of ten.
     def residuals(values):
         asymptote, log_midpoint, log_exponent = values
-        return Sigmoid(start, asymptote, np.exp(log_midpoint), np.exp(log_exponent))(compute) - scores
+        return (
+            Sigmoid(start, asymptote, np.exp(log_midpoint), np.exp(log_exponent))(compute) - scores
+        )
 
     middle = np.log(compute).mean()
     bounds = [(0.0, middle - 12, -3.0), (1.0, middle + 12, 3.0)]
@@ -163,4 +166,6 @@ def fit(compute: Array, scores: Array, start: float) -> Sigmoid:
         for exponent in (0.0, 1.0)
     ]
     asymptote, log_midpoint, log_exponent = min(guesses, key=lambda found: found.cost).x
-    return Sigmoid(start, float(asymptote), float(np.exp(log_midpoint)), float(np.exp(log_exponent)))
+    return Sigmoid(
+        start, float(asymptote), float(np.exp(log_midpoint)), float(np.exp(log_exponent))
+    )
