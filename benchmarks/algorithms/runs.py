@@ -24,7 +24,9 @@ from rlhf.train import TrainState, init_state, reference
 from rlhf.training.policy import Policy
 
 Array = jax.Array
-EVALUATION = 2**30  # folded into a run's key: no step has this number
+NONE = "none"  # in place of a second hyper-parameter
+WARM_RATE = 3e-3  # learning rate of the warm start
+WARM_ROWS = 64
 
 
 class Setting(NamedTuple):
@@ -54,25 +56,41 @@ class Setting(NamedTuple):
     staleness: int = 0
 
 
-class Online(NamedTuple):
-    """An algorithm that learns from what it samples.
+class Algorithm(NamedTuple):
+    """How a policy learns.
 
     Attributes:
-      make_update: (policy, optimizer, setting, knob) -> `update(state, rollout, rewards, key)`.
+      make_step: (policy, optimizer, setting, knob, reward) -> `step(state, behaviour, key) ->
+        (state, tokens)`, of a recipe's `make_update`; `behaviour` are the parameters that sample,
+        `tokens` how many were sampled.
       knob: name of the second hyper-parameter.
-      knobs: its values in the sweep, of which the first is the default.
-      start: (params, key, setting) -> (params, context) at step 0.
-      policy: (lm, setting) -> Policy.
-      sample: (setting, policy, state, behaviour, prompts, key) -> Rollout; `behaviour` are the
-        parameters that sample.
+      knobs: its values in the sweep, the default first.
+      make_policy: (lm, setting) -> Policy.
+      start: (policy, params, key) -> (params, context) of the state at step 0.
+      lean: (setting, state) -> transforms of logits in evaluations; None: there are none.
     """
 
-    make_update: Callable
+    make_step: Callable
     knob: str
     knobs: tuple[float, ...]
+    make_policy: Callable
     start: Callable
-    policy: Callable
-    sample: Callable
+    lean: Callable | None = None
+
+
+def headless(lm: LM, setting: Setting) -> Policy:
+    """A policy without a head."""
+    return Policy(lm)
+
+
+def bare(policy: Policy, params: Any, key: Array) -> tuple[Any, dict]:
+    """A start without anything but the parameters."""
+    return params, {}
+
+
+def with_reference(policy: Policy, params: Any, key: Array) -> tuple[Any, dict]:
+    """A start with the parameters as a reference too."""
+    return params, {"reference": reference(params)}
 
 
 def model(setting: Setting) -> LM:
@@ -88,7 +106,9 @@ def model(setting: Setting) -> LM:
     )
 
 
-def sample(setting: Setting, lm: LM, params: Any, prompts: Prompts, key: Array, **options) -> Rollout:
+def sample(
+    setting: Setting, lm: LM, params: Any, prompts: Prompts, key: Array, **options
+) -> Rollout:
     """Completions at temperature 1, in loops of fixed length."""
     return rollouts.generate(
         lm,
@@ -112,14 +132,18 @@ def ended(completions: Array) -> Array:
     return jnp.pad(completions, ((0, 0), (0, 1))).at[jnp.arange(len(length)), length].set(EOS)
 
 
-def demonstrations(setting: Setting, key: Array, number: int, accuracy: float = 1.0) -> Batch:
-    """Rows with completions of the weak policy, which are right that often."""
+def logged(setting: Setting, key: Array, number: int, accuracy: float) -> tuple[Prompts, Array]:
+    """Prompts with completions `[number, A]` of a weak policy, which are right that often."""
     prompt_key, attempt_key = jax.random.split(key)
     prompts = setting.task.prompts(prompt_key, number)
     completions = setting.task.attempts(attempt_key, prompts, accuracy)
-    # What fills the limit has no end token: of the bandit.
-    if completions.shape[1] < setting.task.max_new_tokens:
-        completions = ended(completions)
+    # One that always fills the limit, as the bandit's do, has no end token.
+    has_end = completions.shape[1] < setting.task.max_new_tokens
+    return prompts, ended(completions) if has_end else completions
+
+
+def rows(prompts: Prompts, completions: Array) -> Batch:
+    """A completion of each prompt, as a batch."""
     return rollouts.types.token_rows(tasks.as_rollout(prompts, completions))
 
 
@@ -127,18 +151,18 @@ def warm(setting: Setting, key: Array) -> Any:
     """Parameters that supervised learning has brought part of the way; `key` is consumed."""
     init_key, data_key = jax.random.split(key)
     lm = model(setting)
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(WARM_RATE)
     update = sft.make_update(Policy(lm), optimizer)
 
     def step(state, number):
-        batch = demonstrations(setting, jax.random.fold_in(data_key, number), 64)
-        return update(state, batch)[0], None
+        key = jax.random.fold_in(data_key, number)
+        return update(state, rows(*logged(setting, key, WARM_ROWS, accuracy=1.0)))[0], None
 
     state = init_state(lm.init(init_key), optimizer, init_key)
     return jax.lax.scan(step, state, jnp.arange(setting.warm_steps))[0].params
 
 
-def make_train(algorithm: Online, setting: Setting, reward: Callable | None = None) -> Callable:
+def make_train(algorithm: Algorithm, setting: Setting, reward: Callable | None = None) -> Callable:
     """`train(key, params, learning_rate, knob) -> curves`, pure.
 
     Args:
@@ -150,59 +174,61 @@ def make_train(algorithm: Online, setting: Setting, reward: Callable | None = No
     completions; `score`; `tokens`, sampled so far.
     """
     reward = reward or (lambda task, rollout, key: task.score(rollout))
-    lm = model(setting)
-    policy = algorithm.policy(lm, setting)
+    policy = algorithm.make_policy(model(setting), setting)
     every = setting.steps // setting.evaluations
 
     def train(key, params, learning_rate, knob):
-        run_key, start_key = jax.random.split(key)
+        run_key, start_key, held_out_key = jax.random.split(key, 3)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
-        update = algorithm.make_update(policy, optimizer, setting, knob)
-        params, context = algorithm.start(params, start_key, setting)
+        learn = algorithm.make_step(policy, optimizer, setting, knob, reward)
+        params, context = algorithm.start(policy, params, start_key)
         state = init_state(params, optimizer, start_key, context)
         behaviours = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (setting.staleness + 1, *x.shape)), state.params
         )
 
         def step(carry, number):
-            state, behaviours = carry
+            state, behaviours, tokens = carry
             # The oldest one samples; with a staleness of 0 that is the policy itself.
             behaviours = jax.tree.map(
                 lambda old, new: jnp.concatenate([old[1:], new[None]]), behaviours, state.params
             )
             behaviour = jax.tree.map(lambda x: x[0], behaviours)
-            keys = jax.random.split(jax.random.fold_in(run_key, number), 4)
-            prompts = setting.task.prompts(keys[0], setting.prompts)
-            rollout = algorithm.sample(setting, policy, state, behaviour, prompts, keys[1])
-            rewards = reward(setting.task, rollout, keys[2])
-            state, _ = update(state, rollout, rewards, keys[3])
-            return (state, behaviours), rollout.mask.sum()
+            evaluate = partial(evaluated, algorithm, setting, policy)
+            found = jax.lax.cond(number % every == 0, evaluate, no_scores, state, held_out_key)
+            state, more = learn(state, behaviour, jax.random.fold_in(run_key, number))
+            return (state, behaviours, tokens + more), {**found, "tokens": tokens}
 
-        def evaluated(state, tokens):
-            return {**evaluate(setting, policy, state, jax.random.fold_in(run_key, EVALUATION)), "tokens": tokens}
-
-        def part(carry, numbers):
-            state, behaviours, tokens = carry
-            (state, behaviours), sampled = jax.lax.scan(step, (state, behaviours), numbers)
-            tokens = tokens + sampled.sum()
-            return (state, behaviours, tokens), evaluated(state, tokens)
-
-        none = jnp.zeros((), jnp.int32)
-        numbers = jnp.arange(every * setting.evaluations).reshape(setting.evaluations, every)
-        first = evaluated(state, none)
-        _, later = jax.lax.scan(part, (state, behaviours, none), numbers)
-        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
+        # One step more than there are: each evaluates before it learns.
+        carry = state, behaviours, jnp.zeros((), jnp.int32)
+        _, curves = jax.lax.scan(step, carry, jnp.arange(setting.steps + 1))
+        return jax.tree.map(lambda x: x[::every], curves)
 
     return train
 
 
-def evaluate(setting: Setting, policy: Policy, state: TrainState, key: Array) -> dict[str, Array]:
+def no_scores(state: TrainState, key: Array) -> dict[str, Array]:
+    """What stands where nothing is evaluated."""
+    return {"exact": jnp.zeros(()), "score": jnp.zeros(())}
+
+
+def evaluated(
+    algorithm: Algorithm, setting: Setting, policy: Policy, state: TrainState, key: Array
+) -> dict[str, Array]:
     """Of one completion of each held-out prompt: the share that is right, and the mean score."""
     prompt_key, sample_key = jax.random.split(key)
     prompts = setting.task.prompts(prompt_key, setting.eval_prompts)
-    params = policy.lm_params(state.params, state.context)
-    rollout = sample(setting, policy.lm, params, prompts, sample_key)
+    lean = () if algorithm.lean is None else algorithm.lean(setting, state)
+    params = trunk(state.params)
+    rollout = sample(
+        setting, policy.lm, params, prompts, sample_key, sampler=rollouts.sampler(*lean)
+    )
     return {
         "exact": setting.task.exact(rollout).mean(),
         "score": setting.task.score(rollout).mean(),
     }
+
+
+def trunk(params: Any) -> Any:
+    """Parameters of the language model, also of one with heads."""
+    return params.get("lm", params)
