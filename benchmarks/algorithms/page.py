@@ -135,3 +135,76 @@ def plot_profiles(found: Sequence[Scores], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+HEAD = """# Algorithms against each other
+
+Made by `python -m benchmarks.algorithms --size {size}`.  Every algorithm samples, or reads, as many completions a step,
+takes two optimizer steps on what it samples, and was tuned by a sweep of as many points, on other seeds.  Scores are
+shares of right completions on held-out prompts at temperature 1.
+
+- *interquartile mean*: of all runs of all tasks at the end, with the 95% interval of {resamples} stratified resamples.
+- *P(better than {base})*: of a run, ties half, the mean over tasks; *p, Holm*: of a permutation test that it is 1/2,
+  adjusted for all lines.
+- *within {margin}*: whether the two interquartile means are equal up to that margin, by two one-sided tests at 5%.
+"""
+
+
+def write(table: pa.Table, folder: Path, about: dict[str, str], rng: np.random.Generator) -> str:
+    """Writes `algorithms.md` and its plots; returns the text."""
+    found = scores(table, kind="main")
+    parts = [
+        HEAD.format(size=about["size"], resamples=RESAMPLES, base=BASE, margin=MARGIN),
+        _as_table(main_table(found, rng)),
+        "![Learning curves](algorithms-curves.png)\n\n![Profiles](algorithms-profiles.png)\n",
+    ]
+    different, pairs = distinguishable(found, rng)
+    parts.append(
+        f"Of {pairs} pairs of algorithms {different} differ at the 5% level after Holm's correction.\n"
+    )
+    for kind, title in TABLES.items():
+        if lines := _lines_of(table, kind):
+            parts.append(f"## {title}\n\n{_as_table(lines)}")
+    parts.append(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    text = "\n".join(parts)
+    (folder / "algorithms.md").write_text(text)
+    plot_curves(found, folder / "algorithms-curves.png")
+    plot_profiles(found, folder / "algorithms-profiles.png")
+    return text
+
+
+# Kinds of pieces beside the main table.
+TABLES = {
+    "control": "Controls: GRPO paid with other rewards",
+    "staleness": "Samples of an older policy",
+    "size": "Other widths of the model",
+}
+
+
+def _lines_of(table: pa.Table, kind: str) -> list[dict[str, str]]:
+    """Means of all runs at the start and at the end, with the least and the greatest."""
+    table = table.filter(pc.equal(table["purpose"], "final"))
+    table = table.filter(pc.equal(table["kind"], kind))
+    last = pc.max(table["evaluation"]).as_py() if len(table) else 0
+    keys = ("task", "algorithm", "hidden_size", "staleness", "control")
+    lines = []
+    rows = table.to_pylist()
+    for where in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        of_piece = [row for row in rows if tuple(row[key] for key in keys) == where]
+        start = [row["exact"] for row in of_piece if row["evaluation"] == 0]
+        end = [row["exact"] for row in of_piece if row["evaluation"] == last]
+        shown = {key: str(value) for key, value in zip(keys, where, strict=True) if value != ""}
+        lines.append(
+            {
+                **shown,
+                "start": f"{np.mean(start):.3f}",
+                "end": f"{np.mean(end):.3f}",
+                "of runs": f"{min(end):.3f} to {max(end):.3f}",
+            }
+        )
+    return lines
+
+
+def _as_table(lines: Sequence[dict[str, str]]) -> str:
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *[list(line.values()) for line in lines]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
