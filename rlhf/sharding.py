@@ -74,9 +74,7 @@ def _neighbours(sizes: list[int], devices: Any) -> np.ndarray:
     others in their order, as `jax.make_mesh` has them.
     """
     try:
-        return mesh_utils.create_device_mesh(
-            sizes, devices=devices, allow_split_physical_axes=True
-        )
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     # Shapes and chips that it has no rule for, such as chips that are two devices.
     except (AssertionError, NotImplementedError, ValueError):
         return np.asarray(devices).reshape(sizes)

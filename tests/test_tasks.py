@@ -3,7 +3,7 @@
 import re
 from collections import deque
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, permutations, product
 
 import jax
 import numpy as np
@@ -12,10 +12,12 @@ from marks import exhaustive
 
 from rlhf import rollouts, tasks
 from rlhf.models import TransformerConfig, transformer
-from rlhf.tasks import characters, reviews, walks
+from rlhf.tasks import bandit, characters, reviews, walks
 from rlhf.tasks.task import slip
 
 NAMES = [
+    "task:bandit:2",
+    "task:countdown:2",
     "task:letters:3",
     "task:reverse:2",
     "task:reviews",
@@ -23,7 +25,7 @@ NAMES = [
     "task:sums:2",
     "task:walks:4",
 ]
-MORE = ["task:letters:8", "task:sums:8", "task:walks:1"]
+MORE = ["task:countdown:1", "task:countdown:3", "task:letters:8", "task:sums:8", "task:walks:1"]
 ROWS = 400  # of every data set: one compilation a task
 KINDS = {
     tasks.prompts: {"prompt"},
@@ -50,6 +52,37 @@ def answer(name: str, prompt: str) -> str:
     return "\n".join(
         str(total) for total in list(accumulate(map(int, re.findall(r"[+-]?\d+", question))))[1:]
     )
+
+
+@cache
+def expressions(prompt: str) -> dict[str, int]:
+    """All of a problem of countdown, with what they are worth, from left to right."""
+    digits = prompt.partition(":")[0]
+    found = {}
+    for order in permutations(digits):
+        for signs in product("+-x", repeat=len(digits) - 1):
+            value = int(order[0])
+            for sign, digit in zip(signs, order[1:], strict=True):
+                value = {"+": value + int(digit), "-": value - int(digit), "x": value * int(digit)}[
+                    sign
+                ]
+            text = order[0] + "".join(map("".join, zip(signs, order[1:], strict=True)))
+            found[text] = value
+    return found
+
+
+def right_expressions(prompt: str) -> list[str]:
+    target = int(prompt.partition(":")[2].removesuffix("="))
+    return [text for text, value in expressions(prompt).items() if value == target]
+
+
+def reward_of_arm(level: int, prompt: str, arm: str) -> float:
+    context = ord(prompt) - ord("a")
+    return float(bandit.rewards(level)[context, characters.IDS[arm]])
+
+
+def best_arm(level: int, prompt: str) -> str:
+    return max(characters.VOCABULARY[3:], key=lambda arm: reward_of_arm(level, prompt, arm))
 
 
 @cache
@@ -87,6 +120,11 @@ def score(task, prompt: str, completion: list[str]) -> float:
         if "a" not in nodes or not is_walk(task.level, nodes := nodes[: nodes.index("a") + 1]):
             return 0.0
         return max(10 - len(nodes), 0) / (10 - len(shortest_walks(task.level, prompt)[0]))
+    if task.name == "countdown":
+        text = "".join(completion)
+        return 1.0 if text in right_expressions(prompt) else 0.1 * (text in expressions(prompt))
+    if task.name == "bandit":
+        return reward_of_arm(task.level, prompt, completion[0]) if len(completion) == 1 else 0.0
     truth = answer(task.name, prompt)
     return sum(a == b for a, b in zip(truth, completion, strict=False)) / max(
         len(truth), len(completion)
@@ -103,6 +141,10 @@ def can_become_right(task, prompt: str, completion: list[str]) -> bool:
             walk.startswith(text) or text.startswith(walk)
             for walk in shortest_walks(task.level, prompt)
         )
+    if task.name == "countdown":
+        return any((prompt + right).startswith(text) for right in right_expressions(prompt))
+    if task.name == "bandit":
+        return completion == [best_arm(task.level, prompt)]
     return (prompt + answer(task.name, prompt)).startswith(text)
 
 
@@ -123,6 +165,12 @@ def some_completion(
             tokens.append(chr(ord("a") + node))
         if rng.random() < 0.3:
             tokens = list(shortest_walks(task.level, prompt)[-1][1:])
+    elif task.name == "countdown":
+        tokens = list(rng.choice(right_expressions(prompt)))
+        if rng.random() < 0.3:
+            tokens = list(rng.choice(list(expressions(prompt))))
+    elif task.name == "bandit":
+        tokens = [best_arm(task.level, prompt)]
     else:
         tokens = list(answer(task.name, prompt))
     anything = lambda: vocabulary[
@@ -159,7 +207,7 @@ def rollout_of(tokenizer, prompts: list[str], completions: list[list[str]]) -> r
     return rollouts.Rollout(*batch[:4], *(None,) * 4)
 
 
-@pytest.mark.parametrize("name", exhaustive(NAMES + MORE, quick=NAMES[:4]))
+@pytest.mark.parametrize("name", exhaustive(NAMES + MORE, quick=NAMES[:6]))
 def test_judges_agree_with_definitions_on_text(name):
     task, rng = tasks.find(name), np.random.default_rng(0)
     prompts = [row["prompt"] for row in tasks.prompts(task, ROWS, seed=3)]
@@ -187,7 +235,7 @@ def test_judges_agree_with_definitions_on_text(name):
         assert not right[i, ~rollout.mask[i]].any()
 
 
-@pytest.mark.parametrize("name", exhaustive(NAMES, quick=NAMES[:1]))
+@pytest.mark.parametrize("name", exhaustive(NAMES, quick=NAMES[1:2]))
 def test_a_whole_run_jits_and_vmaps_over_seeds(name):
     task = tasks.find(name)
 
@@ -204,7 +252,10 @@ def test_a_whole_run_jits_and_vmaps_over_seeds(name):
     prompts, rollout, _ = one(keys[0])
     assert prompts.tokens.shape == prompts.mask.shape == (7, prompts.tokens.shape[1])
     assert prompts.tokens.dtype == np.int32
-    assert rollout.tokens.shape[1] - prompts.tokens.shape[1] < task.max_new_tokens
+    # The bandit alone has no end token.
+    assert rollout.tokens.shape[1] - prompts.tokens.shape[1] < task.max_new_tokens + (
+        task.name == "bandit"
+    )
     assert (np.diff(prompts.mask.astype(int), axis=1) >= 0).all()  # padded on the left
     texts = rollouts.text.prompts(task.tokenizer(), rollout)
     encoded = rollouts.text.encode(task.tokenizer(), texts, length=prompts.tokens.shape[1])
@@ -393,3 +444,22 @@ def test_refusals_name_the_cure():
         tasks.preferences(task, 1, accuracy=1.0)
     with pytest.raises(ValueError, match="2 prompts but 3 completions"):
         tasks.as_rollout(task.prompts(jax.random.key(0), 2), np.ones((3, 1), np.int32))
+
+
+def test_the_bandits_optimum_is_the_best_of_all_policies():
+    logits, rewards = np.random.default_rng(0).normal(size=(2, 5))
+    reference = jax.nn.log_softmax(logits)
+    beta = 0.3
+
+    def objective(logits):
+        policy = jax.nn.log_softmax(logits)
+        return (np.exp(policy) * (rewards - beta * (policy - reference))).sum()
+
+    best = bandit.optimum(reference, rewards, beta)
+    assert np.exp(best).sum() == pytest.approx(1.0, abs=1e-6)
+    top = objective(best)
+    for seed in range(100):
+        assert objective(best + 0.1 * np.random.default_rng(seed).normal(size=5)) < top
+    # At its maximum the objective is β log Z.
+    normaliser = np.log((np.exp(reference) * np.exp(rewards / beta)).sum())
+    assert top == pytest.approx(beta * normaliser, rel=1e-5)

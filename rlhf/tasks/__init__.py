@@ -6,7 +6,7 @@ A task's module has `task(level) -> Task`; the functions of `offline` make rows 
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from rlhf.tasks import letters, positive_reviews, reverse, sort, sums, walks
+from rlhf.tasks import bandit, countdown, letters, positive_reviews, reverse, sort, sums, walks
 from rlhf.tasks.offline import Row
 from rlhf.tasks.offline import demonstrations as demonstrations
 from rlhf.tasks.offline import preferences as preferences
@@ -19,6 +19,8 @@ from rlhf.tasks.task import answer_task as answer_task
 from rlhf.tasks.task import as_rollout as as_rollout
 
 TASKS: dict[str, Callable[[int], Task]] = {
+    "bandit": bandit.task,
+    "countdown": countdown.task,
     "letters": letters.task,
     "reverse": reverse.task,
     "reviews": positive_reviews.task,

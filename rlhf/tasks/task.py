@@ -23,7 +23,7 @@ class Task(NamedTuple):
     Attributes:
       name: of the task.
       level: of difficulty.
-      max_new_tokens: of the longest right completion and its end token.
+      max_new_tokens: of the longest right completion and its end token, where it has one.
       tokenizer: () -> a `transformers` tokenizer: 0 pads, 1 starts, 2 ends.
       prompts: (key, number) -> Prompts [number, L], padded on the left; the key is consumed.
       score: (rollout) -> [B] float32 in [0, 1], 1 for a right completion, with credit for a

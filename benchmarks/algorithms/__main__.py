@@ -1,0 +1,44 @@
+"""Algorithms against each other: every one tuned alike, on the same tasks, over many seeds.
+
+    python -m benchmarks.algorithms [--size smallest] [--runs DIR] [--output benchmarks/results]
+
+Each algorithm's sweep over learning rates and one more hyper-parameter is of other seeds than those that are reported.
+Pieces that DIR holds are read, not made again.  Written are `algorithms.md`, its plots, and all evaluations of all runs as
+`algorithms.parquet`.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from benchmarks import report
+from benchmarks.algorithms import page, study
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=study.SIZES, default="smallest")
+    parser.add_argument(
+        "--runs", type=Path, help="folder for the pieces (default: a temporary one)"
+    )
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "results")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    args = parser.parse_args()
+    size = study.SIZES[args.size]
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        table = study.run_all(size, args.runs or Path(temporary))
+    minutes = (time.perf_counter() - started) / 60
+    args.output.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, args.output / "algorithms.parquet")
+    about = {**report.machine(), "size": args.size, "minutes": f"{minutes:.1f}"}
+    text = page.write(table, args.output, about, np.random.default_rng(args.seed))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
