@@ -337,8 +337,10 @@ def constrain_params(params: Any, axes: Any, rules: Mapping[str, Any] = ROLLOUT_
     def one(leaf, names):
         return leaf if names is None else constrain(leaf, *names, rules=rules)
 
+    leaves, tree = jax.tree.flatten(params)
+    placed = map(one, leaves, _names(params, axes))
     # Behind a barrier: XLA would gather a matrix anew for each of its uses.
-    return jax.lax.optimization_barrier(jax.tree.map(one, params, _names(params, axes)))
+    return jax.lax.optimization_barrier(tree.unflatten(placed))
 
 
 def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
@@ -362,11 +364,10 @@ def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
     if not sharing or not divides or ways("vocab") > 1:
         return fn(params, *arrays)
     leaves, tree = jax.tree.flatten(params)
-    names = jax.tree.leaves(_names(params, axes), is_leaf=_is_names)
     places = {
-        i: fitting(one, leaf.shape)
-        for i, (leaf, one) in enumerate(zip(leaves, names, strict=True))
-        if one is not None and "vocab" in one
+        i: fitting(names, leaf.shape)
+        for i, (leaf, names) in enumerate(zip(leaves, _names(params, axes), strict=True))
+        if names is not None and "vocab" in names
     }
 
     def local(parts, *arrays):
@@ -409,9 +410,9 @@ def _gathered_along(part: jax.Array, axis: int, over: str | tuple[str, ...]) -> 
     return jnp.concatenate([gather(piece) for piece in pieces], axis=other)
 
 
-def _names(params: Any, axes: Any) -> Any:
-    """Logical names of each leaf of `params`, or None: those of `lm.axes()`, also for layers by
-    themselves, and for matrices with an adapter.
+def _names(params: Any, axes: Any) -> list[tuple[str | None, ...] | None]:
+    """Logical names of each leaf of `params`, in their order, or None: those of `lm.axes()`, also for
+    layers by themselves, and for matrices with an adapter.
     """
     names = {_without_numbers(path): leaf for path, leaf in _with_path(axes)}
 
@@ -423,7 +424,7 @@ def _names(params: Any, axes: Any) -> Any:
         known = known[len(known) - leaf.ndim :]
         return known if len(known) == leaf.ndim else None
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return [one(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def ways(name: str, rules: Mapping[str, Any] = RULES) -> int:
