@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-if os.environ["JAX_PROCESS_ID"] == "0":
+if os.environ.get("JAX_PROCESS_ID") == "0":
     # Before JAX, so that it runs after JAX's: the other process is gone before this one is.
     atexit.register(time.sleep, 3)
 

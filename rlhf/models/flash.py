@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from rlhf.fields import documented
 from rlhf.models.visible import visible
 
 Array = jax.Array
@@ -22,8 +23,17 @@ STEP = 64  # queries that a tile of keys reads at a time
 LOWEST = -1e30  # of a score that no query has
 
 
+@documented
 class Options(NamedTuple):
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for.
+
+    Attributes:
+      causal: whether a query sees no key after its own position.
+      window: tokens a query sees, itself included; None: all.
+      softcap: c in `c tanh(score / c)`; None: there is none.
+      scale: on the scores.
+      interpret: whether it runs without a GPU, slowly; for tests.
+    """
 
     causal: bool = True
     window: int | None = None
@@ -32,8 +42,14 @@ class Options(NamedTuple):
     interpret: bool = False
 
 
+@documented
 class Columns(NamedTuple):
-    """What columns hold: `positions` and `segment_ids`, `[B, T]` int32; segment 0 is padding."""
+    """What columns hold.
+
+    Attributes:
+      positions: [B, T] int32.
+      segment_ids: [B, T] int32; 0 is padding.
+    """
 
     positions: Array
     segment_ids: Array
