@@ -214,7 +214,7 @@ new tokens; bfloat16 with float32 masters, AdamW, `--remat full`.
 - *sampling of its memory bound*: seconds in which memory brings weights and cache once, of those that the
   compiled loop takes for a token.
 - *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.
-  f32[2048,2048] holds no scores: a gradient's squares, on their way to its norm.
+  pred[2048,2048] holds no scores: 512 devices look up tokens of 2,048 rows.
 - *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
 - *here*: what the plan took on this machine.
 """

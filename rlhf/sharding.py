@@ -340,7 +340,7 @@ def constrain_params(params: Any, axes: Any, rules: Mapping[str, Any] = ROLLOUT_
     leaves, tree = jax.tree.flatten(params)
     placed = map(one, leaves, _names(params, axes))
     # Behind a barrier: XLA would gather a matrix anew for each of its uses.
-    return jax.lax.optimization_barrier(tree.unflatten(placed))
+    return jax.lax.optimization_barrier(jax.tree.unflatten(tree, placed))
 
 
 def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
@@ -373,7 +373,7 @@ def by_rows(fn: Callable, params: Any, axes: Any, *arrays: Any) -> Any:
     def local(parts, *arrays):
         gathered = {i: _gathered(part, places[i]) for i, part in parts.items()}
         read = [gathered.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return fn(tree.unflatten(read), *arrays)
+        return fn(jax.tree.unflatten(tree, read), *arrays)
 
     rows = spec(("batch",), mesh)
     mapped = jax.shard_map(

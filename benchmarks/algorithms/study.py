@@ -225,7 +225,7 @@ def chosen_by(table: pa.Table) -> tuple[float, float]:
 def run_all(size: Size, folder: Path, say: Callable[[str], None] = print) -> pa.Table:
     """Every piece that the folder does not hold yet, each written as it ends; all of them as one table."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
+    found: dict[Piece, pa.Table] = {}
     for piece in pieces(size):
         file = folder / f"{piece.name}.parquet"
         if not file.exists():
