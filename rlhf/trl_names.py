@@ -365,7 +365,9 @@ def _fsdp(written: str, value: Any, command: Command) -> dict:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         words = []
     if words and all(word in trl_tables.FULLY_SHARDED for word in words):
-        command.notes.append(f"{written}: all devices are under fsdp here, without it too")
+        command.notes.append(
+            f"{written}: all devices are under fsdp here, without it too but on a TPU of 32 or more"
+        )
         return {"fsdp": -1}
     # PyTorch's other strategies have words too; numbers of devices, and all else, are ours to check.
     if words and words[0].endswith(("shard", "shard_op", "offload", "zero2")):

@@ -46,7 +46,8 @@ def model():
             100, 16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32, qkv_bias=True
         )
     )
-    return lm, jax.tree.map(lambda x: 2.5 * x, lm.init(KEY))  # far from uniform
+    # Far from uniform; of logits above 20 float32 on some processors would lose more than is compared.
+    return lm, jax.tree.map(lambda x: 2.0 * x, lm.init(KEY))
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,7 @@ def assert_same(remote, local):
     for name in ("tokens", "mask", "positions", "segment_ids", "finished", "temperature"):
         np.testing.assert_array_equal(getattr(remote, name), getattr(local, name), err_msg=name)
         assert getattr(remote, name).dtype == getattr(local, name).dtype, name
-    # Rows of another batch: XLA adds up in another order, by processors up to 5e-6 of a value.
-    np.testing.assert_allclose(remote.logprobs, local.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(remote.logprobs, local.logprobs, atol=1e-5)
 
 
 # --- a server process --------------------------------------------------------------------------------------------------

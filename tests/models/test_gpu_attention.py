@@ -119,6 +119,10 @@ def test_tiles_without_a_visible_key_are_left_out():
 @pytest.mark.parametrize("before", [0, 75])
 def test_lengths_are_attention(before):
     """Rows padded on either side are moved to where a causal kernel that knows their length starts."""
+    assert_lengths_are_attention(before)
+
+
+def assert_lengths_are_attention(before):
     arrays = arrays_of(WITH_ONE, (4, 2, 2), before)
     where, by_xla = both(WITH_ONE, before)
 
@@ -158,7 +162,7 @@ def test_what_a_kernel_leaves_at_padding_goes_no_further(monkeypatch):
         return kernel(q, k, v, key_value_seq_lengths, tuple(options.items()))
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spoiling)
-    test_lengths_are_attention(before=0)
+    assert_lengths_are_attention(before=0)
 
 
 @pytest.fixture
