@@ -285,6 +285,8 @@ def test_micro_batches_change_nothing(tiny_lm, name):
 def test_an_evaluation_in_parts_is_that_of_all_rows(tiny_lm):
     """Eight rows, three at a time: what fills up the last part weighs nothing, in whichever of the weights."""
     lm, params, _ = tiny_lm
+    # Of these the margins are no small difference of large sums.
+    params = jax.tree.map(lambda x: 0.5 * x, params)
     weighted = reference_free_losses.with_weights(tiny.pairs(np.random.default_rng(0)))
     loss_fn = reference_free_losses.make_loss(Policy(lm), nll_coef=0.7)
     loss, metrics = loss_fn(params, (), weighted, None)
