@@ -8,6 +8,7 @@ Pieces that DIR holds are read, not made again.  Written are `algorithms.md`, it
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -26,12 +27,12 @@ def main() -> None:
         "--runs", type=Path, help="folder for the pieces (default: a temporary one)"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "results")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     args = parser.parse_args()
-    size = study.SIZES[args.size]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        table = study.run_all(size, args.runs or Path(temporary))
+        table = study.run_all(args.size, args.runs or Path(temporary), args.workers)
     minutes = (time.perf_counter() - started) / 60
     args.output.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, args.output / "algorithms.parquet")

@@ -40,7 +40,7 @@ class Setting(NamedTuple):
       steps: of the algorithm.
       prompts: of a step.
       samples: completions of a prompt.
-      evaluations: evenly spread, after the one at the start.
+      evaluations: evenly spread, after the one at the start; a divisor of `steps`.
       eval_prompts: of each.
       staleness: steps by which the policy that samples is behind.
     """
@@ -51,8 +51,8 @@ class Setting(NamedTuple):
     steps: int = 150
     prompts: int = 16
     samples: int = 8
-    evaluations: int = 5
-    eval_prompts: int = 256
+    evaluations: int = 10
+    eval_prompts: int = 128
     staleness: int = 0
 
 
@@ -148,7 +148,10 @@ def rows(prompts: Prompts, completions: Array) -> Batch:
 
 
 def warm(setting: Setting, key: Array) -> Any:
-    """Parameters that supervised learning has brought part of the way; `key` is consumed."""
+    """Parameters that supervised learning has brought part of the way; `key` is consumed.
+
+    Of the setting only `task`, `hidden_size` and `warm_steps` matter.
+    """
     init_key, data_key = jax.random.split(key)
     lm = model(setting)
     optimizer = optax.adam(WARM_RATE)

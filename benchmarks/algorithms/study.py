@@ -1,10 +1,12 @@
 """What is run: pieces, each one compiled program with runs side by side, and their results on disk."""
 
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +24,9 @@ from rlhf.tasks.task import Task
 
 ALGORITHMS = {**ONLINE, **OFFLINE}
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-MORE_RATES = (
-    1.4e-4,
-    2.8e-4,
-    5.7e-4,
-    1.1e-3,
-)  # between them, where there is no second hyper-parameter
+# Between them, where there is no second hyper-parameter.
+MORE_RATES = (1.4e-4, 2.8e-4, 5.7e-4, 1.1e-3)
+POINTS = len(RATES + MORE_RATES)  # of a sweep
 SWEEP_SEED = 1000  # of the first run of a sweep: other seeds than those that are reported
 
 
@@ -61,7 +60,6 @@ class Size(NamedTuple):
     Attributes:
       settings: task -> Setting.
       algorithms: names.
-      seeds: runs that are reported.
       sweep_seeds: runs of each point of the sweep.
       staleness: of the sampler, on the first task, of `compared`.
       widths: hidden sizes beside the setting's, on the first task, of `compared`.
@@ -71,12 +69,16 @@ class Size(NamedTuple):
 
     settings: dict[str, Setting]
     algorithms: tuple[str, ...]
-    seeds: int
     sweep_seeds: int
     staleness: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     controls: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> int:
+        """Runs that are reported: as many as a sweep has, so that one program serves both."""
+        return POINTS * self.sweep_seeds
 
 
 def _setting(name: str, **options) -> Setting:
@@ -84,18 +86,18 @@ def _setting(name: str, **options) -> Setting:
 
 
 SETTINGS = {
-    "walks": _setting("task:walks", hidden_size=16, warm_steps=100, steps=100),
+    "walks": _setting("task:walks", hidden_size=16, warm_steps=50, steps=100),
     "sort": _setting("task:sort"),
     "reverse": _setting("task:reverse"),
     "sums": _setting("task:sums"),
 }
 SIZES = {
     "smallest": Size(
-        {"walks": SETTINGS["walks"]._replace(steps=20, evaluations=2, eval_prompts=64)},
-        ("GRPO", "RLOO", "DPO"), seeds=4, sweep_seeds=1, controls=("flipped",),
+        {"walks": SETTINGS["walks"]._replace(steps=60, evaluations=6)},
+        ("GRPO", "RLOO", "DPO"), sweep_seeds=1, controls=("flipped",),
     ),
     "small": Size(
-        SETTINGS, tuple(ALGORITHMS), seeds=16, sweep_seeds=2, staleness=(1, 4, 8), widths=(16, 64),
+        SETTINGS, tuple(ALGORITHMS), sweep_seeds=2, staleness=(1, 4, 8), widths=(32, 64),
         controls=("flipped", "random", "masked", "spurious"),
         compared=("GRPO", "DAPO", "GSPO", "CISPO", "RLOO", "PPO"),
     ),
@@ -131,22 +133,22 @@ CONTROLS: dict[str, Callable] = {
 # ---- pieces ------------------------------------------------------------------------------------
 
 
+TUNED = ("main", "size")  # a model of another size is tuned again; what else is changed is not
+
+
 def pieces(size: Size) -> Iterator[Piece]:
-    """All of a size, the main table first: the others take what its sweeps chose."""
-    for algorithm in size.algorithms:
-        for task, setting in size.settings.items():
+    """All of a size; those that are not tuned take what the sweep of the main table chose."""
+    for task, setting in size.settings.items():
+        for algorithm in size.algorithms:
             yield Piece("main", task, algorithm, setting)
-    first = next(iter(size.settings))
-    setting = size.settings[first]
+        for control in size.controls:
+            yield Piece("control", task, "GRPO", setting, control)
+    first, setting = next(iter(size.settings.items()))
     for algorithm in size.compared:
         for steps in size.staleness:
             yield Piece("staleness", first, algorithm, setting._replace(staleness=steps))
         for width in size.widths:
-            if width != setting.hidden_size:
-                yield Piece("size", first, algorithm, setting._replace(hidden_size=width))
-    for control in size.controls:
-        for task, of_task in size.settings.items():
-            yield Piece("control", task, "GRPO", of_task, control)
+            yield Piece("size", first, algorithm, setting._replace(hidden_size=width))
 
 
 def points(algorithm: Algorithm) -> list[tuple[float, float]]:
@@ -156,36 +158,54 @@ def points(algorithm: Algorithm) -> list[tuple[float, float]]:
     return [(rate, knob) for rate in RATES for knob in algorithm.knobs[:2]]
 
 
+def keys_of(seeds: Sequence[int]) -> jax.Array:
+    """`[seeds, 2]` keys: of the start and of the run."""
+    return jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(jnp.array(seeds))
+
+
+@cache
+def starts(setting: Setting, seeds: tuple[int, ...]) -> Any:
+    """The warm start of each seed, `[seeds, ..]`, the same for all algorithms."""
+    return jax.jit(jax.vmap(partial(runs.warm, setting)))(keys_of(seeds)[:, 0])
+
+
 def run(size: Size, piece: Piece, chosen: tuple[float, float] | None) -> pa.Table:
     """A piece's runs: those of the sweep, where nothing is chosen yet, and those of the best point."""
     algorithm = ALGORITHMS[piece.algorithm]
-    reward = CONTROLS.get(piece.control)
-    warm = jax.jit(jax.vmap(partial(runs.warm, piece.setting)))
-    train = jax.jit(jax.vmap(runs.make_train(algorithm, piece.setting, reward)))
-    tables = []
-    programs: dict[int, Callable] = {}
+    sweep_seeds = tuple(range(SWEEP_SEED, SWEEP_SEED + size.sweep_seeds))
+    # Without what a start does not depend on, so that pieces share it.
+    of_start = Setting(piece.setting.task, piece.setting.hidden_size, piece.setting.warm_steps)
+    both = (*range(size.seeds), *sweep_seeds)
+    params = starts(of_start, both)
 
-    def runs_of(purpose: str, seeds: list[int], at: list[tuple[float, float]]) -> np.ndarray:
-        """Final shares of right completions; the runs go to `tables`."""
-        keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-        params = warm(keys)
+    def arguments(seeds: Sequence[int], at: Sequence[tuple[float, float]]) -> tuple:
+        places = jnp.array([both.index(seed) for seed in seeds])
         rates, knobs = (jnp.array(values) for values in zip(*at, strict=True))
+        return keys_of(seeds)[:, 1], jax.tree.map(lambda x: x[places], params), rates, knobs
+
+    train = runs.make_train(algorithm, piece.setting, CONTROLS.get(piece.control))
+    started = time.perf_counter()
+    shapes = arguments([0] * size.seeds, [(0.0, 0.0)] * size.seeds)
+    program = jax.jit(jax.vmap(train)).lower(*shapes).compile()
+    compile_seconds = time.perf_counter() - started
+    tables = []
+
+    def runs_of(
+        purpose: str, seeds: Sequence[int], at: Sequence[tuple[float, float]]
+    ) -> np.ndarray:
+        """Final shares of right completions; the runs go to `tables`."""
         started = time.perf_counter()
-        # The sweep and the runs that are reported are as many, and one program.
-        if len(seeds) not in programs:
-            programs[len(seeds)] = train.lower(keys, params, rates, knobs).compile()
-        ready = time.perf_counter()
-        curves = jax.device_get(programs[len(seeds)](keys, params, rates, knobs))
-        seconds = (time.perf_counter() - ready) / len(seeds)
-        tables.append(_table(piece, purpose, seeds, at, curves, ready - started, seconds))
+        curves = jax.device_get(program(*arguments(seeds, at)))
+        seconds = (time.perf_counter() - started) / len(seeds)
+        tables.append(_table(piece, purpose, seeds, at, curves, compile_seconds, seconds))
         return curves["exact"][:, -1]
 
     if chosen is None:
         sweep = points(algorithm)
-        seeds = list(range(SWEEP_SEED, SWEEP_SEED + size.sweep_seeds))
-        final = runs_of("sweep", seeds * len(sweep), [point for point in sweep for _ in seeds])
+        at = [point for point in sweep for _ in sweep_seeds]
+        final = runs_of("sweep", sweep_seeds * len(sweep), at)
         chosen = sweep[final.reshape(len(sweep), -1).mean(axis=1).argmax()]
-    runs_of("final", list(range(size.seeds)), [chosen] * size.seeds)
+    runs_of("final", range(size.seeds), [chosen] * size.seeds)
     return pa.concat_tables(tables)
 
 
@@ -222,28 +242,46 @@ def chosen_by(table: pa.Table) -> tuple[float, float]:
     return final["learning_rate"][0].as_py(), final["knob"][0].as_py()
 
 
-def run_all(size: Size, folder: Path, say: Callable[[str], None] = print) -> pa.Table:
-    """Every piece that the folder does not hold yet, each written as it ends; all of them as one table."""
+def run_all(
+    name: str, folder: Path, workers: int = 1, say: Callable[[str], None] = print
+) -> pa.Table:
+    """Every piece that the folder does not hold yet, each written as it ends; all of them as one table.
+
+    Args:
+      name: of the size.
+      folder: of the pieces.
+      workers: processes; a piece keeps about one core busy.
+      say: gets the name of each piece that is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[Piece, pa.Table] = {}
-    for piece in pieces(size):
-        file = folder / f"{piece.name}.parquet"
-        if not file.exists():
-            # A model of another size is tuned again; what else is changed is not.
-            is_tuned = piece.kind in ("main", "size")
-            chosen = None if is_tuned else chosen_by(found[_main_of(piece, size)])
-            table = run(size, piece, chosen)
-            # Written beside and renamed: a run that is killed leaves no half of a file.
-            part = file.with_suffix(".part")
-            pq.write_table(table, part)
-            part.rename(file)
-            say(piece.name)
-            # Programs of other shapes: none is used again.
-            jax.clear_caches()
-        found[piece] = pq.read_table(file)
-    return pa.concat_tables(found.values())
+    all_pieces = list(pieces(SIZES[name]))
+    # Tuned ones first: the others take what their sweeps chose.
+    tuned = [i for i, piece in enumerate(all_pieces) if piece.kind in TUNED]
+    others = [i for i, piece in enumerate(all_pieces) if piece.kind not in TUNED]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for numbers in (tuned, others):
+            for number in pool.map(partial(_write, name, folder), numbers):
+                say(all_pieces[number].name)
+    return pa.concat_tables(pq.read_table(_file(folder, piece)) for piece in all_pieces)
 
 
-def _main_of(piece: Piece, size: Size) -> Piece:
-    """The piece of the main table whose sweep chose for another one."""
-    return Piece("main", piece.task, piece.algorithm, size.settings[piece.task])
+def _write(name: str, folder: Path, number: int) -> int:
+    """Runs a size's piece of that number, if the folder lacks it, and returns the number."""
+    size = SIZES[name]
+    piece = list(pieces(size))[number]
+    file = _file(folder, piece)
+    if not file.exists():
+        main = piece._replace(kind="main", setting=size.settings[piece.task], control="")
+        chosen = None if piece.kind in TUNED else chosen_by(pq.read_table(_file(folder, main)))
+        table = run(size, piece, chosen)
+        # Written beside and renamed: a run that is killed leaves no half of a file.
+        part = file.with_suffix(".part")
+        pq.write_table(table, part)
+        part.rename(file)
+        # Programs of other shapes: none is used again.
+        jax.clear_caches()
+    return number
+
+
+def _file(folder: Path, piece: Piece) -> Path:
+    return folder / f"{piece.name}.parquet"
