@@ -19,11 +19,11 @@ from rlhf.train import minibatches, reference, run_minibatches
 from rlhf.training.policy import Policy
 
 UPDATES = 2  # optimizer steps on a rollout
-CLIPS = (0.2, 0.1, 0.4)
-BETAS = (0.1, 0.02, 0.5)
+CLIPS = (0.2, 0.1)
+BETAS = (0.1, 0.02)
 
 
-def _samples(make_update, collect):
+def of_samples(make_update, collect):
     """`Algorithm.make_step` of an update on rollouts, and of how these are sampled and paid."""
 
     def make_step(policy, optimizer, setting, knob, reward):
@@ -175,15 +175,15 @@ def _with_value_head(policy, params, key):
 
 
 def _of_groups(algorithm, knob="clip", knobs=CLIPS):
-    make_step = _samples(partial(_objective, algorithm), _groups)
+    make_step = of_samples(partial(_objective, algorithm), _groups)
     return Algorithm(make_step, knob, knobs, headless, bare)
 
 
 ONLINE = {
     "REINFORCE": _of_groups(_reinforce),
     "REINFORCE++": _of_groups(_reinforce_pp),
-    "ReMax": Algorithm(_samples(_remax, _groups_beside_greedy), "clip", CLIPS, headless, bare),
-    "RLOO": Algorithm(_samples(_rloo, _groups), "clip", CLIPS, headless, with_reference),
+    "ReMax": Algorithm(of_samples(_remax, _groups_beside_greedy), "clip", CLIPS, headless, bare),
+    "RLOO": Algorithm(of_samples(_rloo, _groups), "clip", CLIPS, headless, with_reference),
     "GRPO": _of_groups(lambda clip, setting: presets.grpo(clip_low=clip, clip_high=clip)),
     "Dr. GRPO": _of_groups(
         lambda clip, setting: presets.dr_grpo(
@@ -191,30 +191,32 @@ ONLINE = {
         )
     ),
     "DAPO": _of_groups(
-        lambda clip, setting: presets.dapo(clip_high=clip), "clip_high", (0.28, 0.2, 0.5)
+        lambda clip, setting: presets.dapo(clip_high=clip), "clip_high", (0.28, 0.2)
     ),
     "GSPO": _of_groups(
-        lambda clip, setting: presets.gspo(clip_low=clip, clip_high=clip), "clip", (0.02, 5e-4, 0.1)
+        lambda clip, setting: presets.gspo(clip_low=clip, clip_high=clip), "clip", (0.02, 5e-4)
     ),
     "CISPO": _of_groups(
-        lambda ratio, setting: presets.cispo(max_ratio=ratio), "max_ratio", (5.0, 1.5, 20.0)
+        lambda ratio, setting: presets.cispo(max_ratio=ratio), "max_ratio", (5.0, 1.5)
     ),
-    "SAPO": _of_groups(lambda tau, setting: presets.sapo(tau_neg=tau), "tau_neg", (1.05, 1.0, 2.0)),
-    "PPO": Algorithm(
-        _samples(_ppo, _groups), "lam", (1.0, 0.95, 0.8), _with_critic, _with_value_head
-    ),
+    "SAPO": _of_groups(lambda tau, setting: presets.sapo(tau_neg=tau), "tau_neg", (1.05, 1.0)),
+    "PPO": Algorithm(of_samples(_ppo, _groups), "lam", (1.0, 0.95), _with_critic, _with_value_head),
     "online DPO": Algorithm(
-        _samples(_online_dpo, _groups), "beta", BETAS, headless, with_reference
+        of_samples(_online_dpo, _groups), "beta", BETAS, headless, with_reference
     ),
     "XPO": Algorithm(
-        _samples(_xpo, partial(_against, _reference_model)), "beta", BETAS, headless, with_reference
-    ),
-    "Nash-MD": Algorithm(
-        _samples(_nash_md, partial(_against, _mixture)),
+        of_samples(_xpo, partial(_against, _reference_model)),
         "beta",
-        (0.01, 0.1, 0.001),
+        BETAS,
         headless,
         with_reference,
     ),
-    "RFT": Algorithm(_samples(_rft, _groups), "percentile", (0.7, 0.9, 0.5), headless, bare),
+    "Nash-MD": Algorithm(
+        of_samples(_nash_md, partial(_against, _mixture)),
+        "beta",
+        (0.01, 0.1),
+        headless,
+        with_reference,
+    ),
+    "RFT": Algorithm(of_samples(_rft, _groups), "percentile", (0.7, 0.9), headless, bare),
 }

@@ -64,7 +64,7 @@ class Algorithm(NamedTuple):
         (state, tokens)`, of a recipe's `make_update`; `behaviour` are the parameters that sample,
         `tokens` how many were sampled.
       knob: name of the second hyper-parameter.
-      knobs: its values in the sweep, the default first.
+      knobs: its two values in the sweep, the default first.
       make_policy: (lm, setting) -> Policy.
       start: (policy, params, key) -> (params, context) of the state at step 0.
       lean: (setting, state) -> transforms of logits in evaluations; None: there are none.
@@ -132,18 +132,14 @@ def ended(completions: Array) -> Array:
     return jnp.pad(completions, ((0, 0), (0, 1))).at[jnp.arange(len(length)), length].set(EOS)
 
 
-def logged(setting: Setting, key: Array, number: int, accuracy: float) -> tuple[Prompts, Array]:
-    """Prompts with completions `[number, A]` of a weak policy, which are right that often."""
+def demonstrations(setting: Setting, key: Array, number: int) -> Batch:
+    """Prompts with right completions."""
     prompt_key, attempt_key = jax.random.split(key)
     prompts = setting.task.prompts(prompt_key, number)
-    completions = setting.task.attempts(attempt_key, prompts, accuracy)
+    completions = setting.task.attempts(attempt_key, prompts, 1.0)
     # One that always fills the limit, as the bandit's do, has no end token.
     has_end = completions.shape[1] < setting.task.max_new_tokens
-    return prompts, ended(completions) if has_end else completions
-
-
-def rows(prompts: Prompts, completions: Array) -> Batch:
-    """A completion of each prompt, as a batch."""
+    completions = ended(completions) if has_end else completions
     return rollouts.types.token_rows(tasks.as_rollout(prompts, completions))
 
 
@@ -159,7 +155,7 @@ def warm(setting: Setting, key: Array) -> Any:
 
     def step(state, number):
         key = jax.random.fold_in(data_key, number)
-        return update(state, rows(*logged(setting, key, WARM_ROWS, accuracy=1.0)))[0], None
+        return update(state, demonstrations(setting, key, WARM_ROWS))[0], None
 
     state = init_state(lm.init(init_key), optimizer, init_key)
     return jax.lax.scan(step, state, jnp.arange(setting.warm_steps))[0].params

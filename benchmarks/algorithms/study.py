@@ -23,9 +23,9 @@ from rlhf.rollouts import Rollout
 from rlhf.tasks.task import Task
 
 ALGORITHMS = {**ONLINE, **OFFLINE}
-RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES = (2e-4, 6e-4, 1.8e-3, 5.4e-3)
 # Between them, where there is no second hyper-parameter.
-MORE_RATES = (1.4e-4, 2.8e-4, 5.7e-4, 1.1e-3)
+MORE_RATES = (1.2e-4, 3.5e-4, 1e-3, 3.1e-3)
 POINTS = len(RATES + MORE_RATES)  # of a sweep
 SWEEP_SEED = 1000  # of the first run of a sweep: other seeds than those that are reported
 
@@ -155,7 +155,7 @@ def points(algorithm: Algorithm) -> list[tuple[float, float]]:
     """(learning rate, knob) of the sweep: as many for every algorithm."""
     if algorithm.knob == NONE:
         return [(rate, 0.0) for rate in sorted(RATES + MORE_RATES)]
-    return [(rate, knob) for rate in RATES for knob in algorithm.knobs[:2]]
+    return [(rate, knob) for rate in RATES for knob in algorithm.knobs]
 
 
 def keys_of(seeds: Sequence[int]) -> jax.Array:
