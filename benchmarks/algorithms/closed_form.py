@@ -12,10 +12,10 @@ logit.  With a group's mean or a value as the baseline that of advantages A is
 - **KL in the reward** (RLOO, PPO).  The reward is `R = r - β log π/π_ref`, and the gradient is 0
   where R is the same for all arms: that is π*.  R has no variance there, so that the noise vanishes
   as well.
-- **R divided by its deviation** (PPO's whitening, GRPO with the KL in the reward).  The arm with the
-  highest R has an expected advantage above 0 unless all are equal: π* is still the only fixed point.
-  Small differences of R are divided by their own deviation, so that the noise does not vanish: the
-  learning rate has to.
+- **R divided by its deviation**.  PPO's whitening divides by that of the batch, the same for all
+  arms.  In GRPO's groups the highest R has an advantage above 0 unless all are equal.  Either way π*
+  is still the only fixed point.  But small differences are divided by their own deviation: the noise
+  does not vanish, and the learning rate has to.
 - **k3 in the loss** (GRPO, Dr. GRPO).  On policy `E_π[∇ k3] = E_π[(1 - π_ref/π) ∇ log π]`, which is
   `∇ KL(π_ref ‖ π)`.  From `π(a) (r(a) - E_π[r]) = β (π(a) - π_ref(a))` follows
   `π = β π_ref / (λ - r)`, where λ makes the sum 1: worse arms lose like 1/(λ - r), not like e^{r/β}.
@@ -213,6 +213,7 @@ def _rloo(policy, optimizer, setting):
 
 
 def _ppo(policy, optimizer, setting, *, whiten_rewards=False):
+    # The value head reads the logits: the value loss moves the policy too, until values are right.
     return ppo.make_update(
         policy, optimizer, kl_coef=setting.beta, epochs=1, whiten_rewards=whiten_rewards
     )
@@ -369,6 +370,9 @@ def total_variation(logprobs: Array, other: Array) -> Array:
 def make_run(algorithm: Algorithm) -> Callable:
     """`run(key) -> curves`, pure: a run from random logits, which are the reference too.
 
+    Args:
+      algorithm: that learns.
+
     Returns: a function whose curves are arrays `[evaluations + 1]` of total variations, from the
     policy `to_closed_form` and `to_its_optimum`, the fixed point of the algorithm.
     """
@@ -451,6 +455,7 @@ def table(*, seeds: int = 8) -> list[dict[str, str | float]]:
 
 
 def line(name: str, algorithm: Algorithm, seeds: int) -> dict[str, str | float]:
+    """A line of `table`."""
     curves = distance(algorithm, seeds=seeds)
     to_closed_form = curves["to_closed_form"][:, -1]
     to_its_optimum = curves["to_its_optimum"][:, -1]
