@@ -46,7 +46,7 @@ def test_every_algorithm_is_a_pure_function_of_key_and_hyperparameters(name, sta
     )
     assert {curve.shape for curve in curves.values()} == {(TINY.evaluations + 1,)}
     # An equal budget of tuning.
-    assert len(set(study.points(algorithm))) == study.POINTS
+    assert len(set(study.points(algorithm, TINY))) == study.POINTS
 
 
 @pytest.mark.parametrize("name", exhaustive(study.ALGORITHMS, quick=["GRPO", "DPO"]))

@@ -72,7 +72,7 @@ def test_grpo_ends_at_its_own_optimum_and_not_at_the_closed_form():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_algorithms_end_at_the_closed_form(name):
-    line = closed_form.line(name, ALGORITHMS[name], seeds=2)
+    line = closed_form.line(name, seeds=2)
     assert line["to its own optimum, at most"] < CLOSE
     assert line["to the closed form"] <= line["to the closed form, at most"] < CLOSE
     assert line["at the start"] > 10 * CLOSE
@@ -81,6 +81,6 @@ def test_exact_algorithms_end_at_the_closed_form(name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_algorithms_end_at_their_own_optimum(name):
-    line = closed_form.line(name, ALGORITHMS[name], seeds=2)
+    line = closed_form.line(name, seeds=2)
     assert line["to its own optimum"] <= line["to its own optimum, at most"] < CLOSE
     assert line["to the closed form"] > 5 * CLOSE

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks import report
-from benchmarks.algorithms import page, study
+from benchmarks.algorithms import closed_form, page, study
 
 
 def main() -> None:
@@ -33,11 +33,12 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         table = study.run_all(args.size, args.runs or Path(temporary), args.workers)
+    bandit = [closed_form.line(name) for name in study.SIZES[args.size].bandit]
     minutes = (time.perf_counter() - started) / 60
     args.output.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, args.output / "algorithms.parquet")
     about = {**report.machine(), "size": args.size, "minutes": f"{minutes:.1f}"}
-    text = page.write(table, args.output, about, np.random.default_rng(args.seed))
+    text = page.write(table, bandit, args.output, about, np.random.default_rng(args.seed))
     print(text)
 
 

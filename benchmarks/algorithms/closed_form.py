@@ -445,17 +445,14 @@ def distance(algorithm: Algorithm, *, seeds: int = 8) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, run(jax.random.split(jax.random.key(0), seeds)))
 
 
-def table(*, seeds: int = 8) -> list[dict[str, str | float]]:
-    """A line for each algorithm: total variations at the start and the end, and what theory says.
+def line(name: str, *, seeds: int = 8) -> dict[str, str | float]:
+    """Of an algorithm, by its name: total variations at the start and the end, and what theory says.
 
     Args:
-      seeds: runs of each, with a reference each.
+      name: in `ALGORITHMS`.
+      seeds: runs, with a reference each.
     """
-    return [line(name, algorithm, seeds) for name, algorithm in ALGORITHMS.items()]
-
-
-def line(name: str, algorithm: Algorithm, seeds: int) -> dict[str, str | float]:
-    """A line of `table`."""
+    algorithm = ALGORITHMS[name]
     curves = distance(algorithm, seeds=seeds)
     to_closed_form = curves["to_closed_form"][:, -1]
     to_its_optimum = curves["to_its_optimum"][:, -1]

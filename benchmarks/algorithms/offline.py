@@ -8,8 +8,15 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from benchmarks.algorithms.online import UPDATES, of_samples
-from benchmarks.algorithms.runs import NONE, Algorithm, headless, sample, with_reference
+from benchmarks.algorithms.runs import (
+    NONE,
+    UPDATES,
+    Algorithm,
+    headless,
+    of_samples,
+    sample,
+    with_reference,
+)
 from rlhf import losses, tasks
 from rlhf.losses import preference, reference_free
 from rlhf.recipes import cpo, dpo, ilql, kto, sft

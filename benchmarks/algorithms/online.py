@@ -8,7 +8,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from benchmarks.algorithms.runs import Algorithm, bare, headless, sample, trunk, with_reference
+from benchmarks.algorithms.runs import (
+    UPDATES,
+    Algorithm,
+    bare,
+    headless,
+    of_samples,
+    sample,
+    trunk,
+    with_reference,
+)
 from rlhf import rollouts
 from rlhf.losses import presets, weights
 from rlhf.losses.policy import clipped_surrogate
@@ -18,28 +27,8 @@ from rlhf.recipes import grpo, nash_md, online_dpo, ppo, rft, rloo, xpo
 from rlhf.train import minibatches, reference, run_minibatches
 from rlhf.training.policy import Policy
 
-UPDATES = 2  # optimizer steps on a rollout
 CLIPS = (0.2, 0.1)
 BETAS = (0.1, 0.02)
-
-
-def of_samples(make_update, collect):
-    """`Algorithm.make_step` of an update on rollouts, and of how these are sampled and paid."""
-
-    def make_step(policy, optimizer, setting, knob, reward):
-        update = make_update(policy, optimizer, setting, knob)
-
-        def step(state, behaviour, key):
-            keys = jax.random.split(key, 4)
-            prompts = setting.task.prompts(keys[0], setting.prompts)
-            paid = partial(reward, setting.task, key=keys[1])
-            rollout, rewards = collect(setting, policy, state, behaviour, prompts, paid, keys[2])
-            state, _ = update(state, rollout, rewards, keys[3])
-            return state, rollout.mask.sum()
-
-        return step
-
-    return make_step
 
 
 # ---- how completions are sampled and paid ------------------------------------------------------
@@ -147,12 +136,20 @@ def _online_dpo(policy, optimizer, setting, knob):
     )
 
 
-def _nash_md(policy, optimizer, setting, knob):
-    return nash_md.make_update(policy, optimizer, beta=knob)
+def _of_pairs(make_update, policy, optimizer, setting, knob):
+    """A recipe's update, which takes one optimizer step, on mini-batches of pairs."""
+    update = make_update(policy, optimizer, beta=knob)
 
+    def step(state, batch):
+        (rollout, rewards), key = batch
+        return update(state, rollout, rewards, key)
 
-def _xpo(policy, optimizer, setting, knob):
-    return xpo.make_update(policy, optimizer, beta=knob)
+    def of_minibatches(state, rollout, rewards, key):
+        order_key, step_key = jax.random.split(key)
+        batches = minibatches(order_key, (rollout, rewards), UPDATES, group_size=2)
+        return run_minibatches(step, state, (batches, jax.random.split(step_key, UPDATES)))
+
+    return of_minibatches
 
 
 def _rft(policy, optimizer, setting, knob):
@@ -205,14 +202,14 @@ ONLINE = {
         of_samples(_online_dpo, _groups), "beta", BETAS, headless, with_reference
     ),
     "XPO": Algorithm(
-        of_samples(_xpo, partial(_against, _reference_model)),
+        of_samples(partial(_of_pairs, xpo.make_update), partial(_against, _reference_model)),
         "beta",
         BETAS,
         headless,
         with_reference,
     ),
     "Nash-MD": Algorithm(
-        of_samples(_nash_md, partial(_against, _mixture)),
+        of_samples(partial(_of_pairs, nash_md.make_update), partial(_against, _mixture)),
         "beta",
         (0.01, 0.1),
         headless,

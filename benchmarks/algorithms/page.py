@@ -39,13 +39,17 @@ TABLES = {
 FITS = """`R(C) = R0 + (A - R0) / (1 + (C_mid / C)^B)` over sampled tokens C, of the mean over tasks, with 95% intervals over
 runs.  *second half off by*: the farthest point of the curve's second half from a fit of its first half alone.
 """
-BANDIT = """Total variation between the policy at the end and `π_ref e^{r/β} / Z`, the best policy under a KL to the reference, the
-mean over contexts.
+BANDIT = """Total variation, the mean over contexts, between the policy at the end and `π_ref e^{r/β} / Z`, the best policy under a KL
+to the reference; and what theory says each algorithm ends at.  `benchmarks/algorithms/closed_form.py` derives it.
 """
 
 
 def write(
-    table: pa.Table, bandit: Lines, folder: Path, about: dict[str, str], rng: np.random.Generator
+    table: pa.Table,
+    bandit: list[dict[str, str | float]],
+    folder: Path,
+    about: dict[str, str],
+    rng: np.random.Generator,
 ) -> str:
     """Writes `algorithms.md` and its plots; returns the text.
 
@@ -76,7 +80,7 @@ def write(
         *(f"## {title}\n\n{_as_table(lines)}" for title, lines in sides.items() if lines),
         "## A bandit whose optimum is known\n",
         BANDIT,
-        _as_table(bandit),
+        _as_table([{name: _digits(value) for name, value in line.items()} for line in bandit]),
         ", ".join(f"{key} {value}" for key, value in about.items()) + "\n",
     ]
     text = "\n".join(parts)
@@ -113,6 +117,10 @@ def plot_profiles(found: Sequence[Scores], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def _digits(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"
 
 
 def _as_table(lines: Lines) -> str:

@@ -27,6 +27,7 @@ Array = jax.Array
 NONE = "none"  # in place of a second hyper-parameter
 WARM_RATE = 3e-3  # learning rate of the warm start
 WARM_ROWS = 64
+UPDATES = 2  # optimizer steps on the completions of a step
 
 
 class Setting(NamedTuple):
@@ -43,6 +44,7 @@ class Setting(NamedTuple):
       evaluations: evenly spread, after the one at the start; a divisor of `steps`.
       eval_prompts: of each.
       staleness: steps by which the policy that samples is behind.
+      rates: learning rates of the sweep.
     """
 
     task: Task
@@ -54,6 +56,7 @@ class Setting(NamedTuple):
     evaluations: int = 10
     eval_prompts: int = 128
     staleness: int = 0
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
 
 
 class Algorithm(NamedTuple):
@@ -161,6 +164,25 @@ def warm(setting: Setting, key: Array) -> Any:
     return jax.lax.scan(step, state, jnp.arange(setting.warm_steps))[0].params
 
 
+def of_samples(make_update, collect):
+    """`Algorithm.make_step` of an update on rollouts, and of how these are sampled and paid."""
+
+    def make_step(policy, optimizer, setting, knob, reward):
+        update = make_update(policy, optimizer, setting, knob)
+
+        def step(state, behaviour, key):
+            keys = jax.random.split(key, 4)
+            prompts = setting.task.prompts(keys[0], setting.prompts)
+            paid = partial(reward, setting.task, key=keys[1])
+            rollout, rewards = collect(setting, policy, state, behaviour, prompts, paid, keys[2])
+            state, _ = update(state, rollout, rewards, keys[3])
+            return state, rollout.mask.sum()
+
+        return step
+
+    return make_step
+
+
 def make_train(algorithm: Algorithm, setting: Setting, reward: Callable | None = None) -> Callable:
     """`train(key, params, learning_rate, knob) -> curves`, pure.
 
@@ -178,7 +200,7 @@ def make_train(algorithm: Algorithm, setting: Setting, reward: Callable | None =
 
     def train(key, params, learning_rate, knob):
         run_key, start_key, held_out_key = jax.random.split(key, 3)
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+        optimizer = make_optimizer(setting, learning_rate)
         learn = algorithm.make_step(policy, optimizer, setting, knob, reward)
         params, context = algorithm.start(policy, params, start_key)
         state = init_state(params, optimizer, start_key, context)
@@ -204,6 +226,12 @@ def make_train(algorithm: Algorithm, setting: Setting, reward: Callable | None =
         return jax.tree.map(lambda x: x[::every], curves)
 
     return train
+
+
+def make_optimizer(setting: Setting, learning_rate: Array) -> optax.GradientTransformation:
+    """Adam, whose learning rate falls linearly to 0."""
+    schedule = optax.linear_schedule(learning_rate, 0.0, UPDATES * setting.steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def no_scores(state: TrainState, key: Array) -> dict[str, Array]:

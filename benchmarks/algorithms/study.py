@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.algorithms import runs
+from benchmarks.algorithms import closed_form, runs
 from benchmarks.algorithms.offline import OFFLINE
 from benchmarks.algorithms.online import ONLINE
 from benchmarks.algorithms.runs import NONE, Algorithm, Setting
@@ -23,10 +23,7 @@ from rlhf.rollouts import Rollout
 from rlhf.tasks.task import Task
 
 ALGORITHMS = {**ONLINE, **OFFLINE}
-RATES = (2e-4, 6e-4, 1.8e-3, 5.4e-3)
-# Between them, where there is no second hyper-parameter.
-MORE_RATES = (1.2e-4, 3.5e-4, 1e-3, 3.1e-3)
-POINTS = len(RATES + MORE_RATES)  # of a sweep
+POINTS = 8  # of a sweep: each learning rate with both values of the other hyper-parameter
 SWEEP_SEED = 1000  # of the first run of a sweep: other seeds than those that are reported
 
 
@@ -65,6 +62,7 @@ class Size(NamedTuple):
       widths: hidden sizes beside the setting's, on the first task, of `compared`.
       controls: of GRPO, on every task.
       compared: algorithms of the smaller tables.
+      bandit: those of `closed_form`.
     """
 
     settings: dict[str, Setting]
@@ -74,6 +72,7 @@ class Size(NamedTuple):
     widths: tuple[int, ...] = ()
     controls: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
+    bandit: tuple[str, ...] = ("RLOO",)
 
     @property
     def seeds(self) -> int:
@@ -86,7 +85,9 @@ def _setting(name: str, **options) -> Setting:
 
 
 SETTINGS = {
-    "walks": _setting("task:walks", hidden_size=16, warm_steps=50, steps=100),
+    "walks": _setting(
+        "task:walks", hidden_size=16, warm_steps=50, steps=100, rates=(7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
+    ),
     "sort": _setting("task:sort"),
     "reverse": _setting("task:reverse"),
     "sums": _setting("task:sums"),
@@ -100,6 +101,7 @@ SIZES = {
         SETTINGS, tuple(ALGORITHMS), sweep_seeds=2, staleness=(1, 4, 8), widths=(32, 64),
         controls=("flipped", "random", "masked", "spurious"),
         compared=("GRPO", "DAPO", "GSPO", "CISPO", "RLOO", "PPO"),
+        bandit=tuple(closed_form.ALGORITHMS),
     ),
 }  # fmt: skip
 
@@ -151,11 +153,12 @@ def pieces(size: Size) -> Iterator[Piece]:
             yield Piece("size", first, algorithm, setting._replace(hidden_size=width))
 
 
-def points(algorithm: Algorithm) -> list[tuple[float, float]]:
+def points(algorithm: Algorithm, setting: Setting) -> list[tuple[float, float]]:
     """(learning rate, knob) of the sweep: as many for every algorithm."""
     if algorithm.knob == NONE:
-        return [(rate, 0.0) for rate in sorted(RATES + MORE_RATES)]
-    return [(rate, knob) for rate in RATES for knob in algorithm.knobs]
+        # Rates between them in place of the knob.
+        return [(rate * factor, 0.0) for rate in setting.rates for factor in (0.7, 1.0)]
+    return [(rate, knob) for rate in setting.rates for knob in algorithm.knobs]
 
 
 def keys_of(seeds: Sequence[int]) -> jax.Array:
@@ -201,7 +204,7 @@ def run(size: Size, piece: Piece, chosen: tuple[float, float] | None) -> pa.Tabl
         return curves["exact"][:, -1]
 
     if chosen is None:
-        sweep = points(algorithm)
+        sweep = points(algorithm, piece.setting)
         at = [point for point in sweep for _ in sweep_seeds]
         final = runs_of("sweep", sweep_seeds * len(sweep), at)
         chosen = sweep[final.reshape(len(sweep), -1).mean(axis=1).argmax()]
