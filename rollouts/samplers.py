@@ -62,14 +62,10 @@ def sampler(*transforms: Callable, temperature=1.0) -> Sampler:
     """`transforms` in order, of logits divided by `temperature`.
 
     A transform of your own is any function `(logits [B, V], step) -> logits [B, V]`: ILQL's shift
-    by β (Q - V) is
-    `lambda
-    logits, step: logits + beta * (q.apply(q_params, step.hidden) - v.apply(v_params,
-    step.hidden)[:, None])`.
+    is `logits + beta * (Q - V)` of `step.hidden`.
 
     Raises: ValueError where the temperature is not above 0 (for the likeliest token use
-    `greedy()`); TypeError where a
-      transform does not take logits and step.
+    `greedy()`); TypeError where a transform does not take logits and step.
 
     >>> s = sampler(top_k(2), temperature=0.5)
     >>> apply(s, jnp.array([0., 1., 2.]))[1].tolist()
