@@ -138,6 +138,7 @@ def plan(case: Case) -> dict[str, Any]:
         **found,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
+        "commit": report.machine()["commit"],
         # Of all children so far the most; Linux counts in KiB.
         "host_gb": used.ru_maxrss * 1024 / 1e9,
     }
@@ -191,6 +192,7 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, str]:
         "MFU": f"{update['mfu']:.0%}" if update["mfu"] else "",
         "sampling of its memory bound": share,
         "here": ", ".join(spent),
+        "commit": found["commit"],
     }
 
 
@@ -216,13 +218,15 @@ new tokens; bfloat16 with float32 masters, AdamW, `--remat full`.
 - *[.., T, T]*: shapes that end in the rows' length twice, or in a device's part of it and the length.
   pred[2048,2048] holds no scores: 512 devices look up tokens of 2,048 rows.
 - *MiB a token* with `--tensor 4` is activations: two all-reduces a layer, of 8 rows.
-- *here*: what the plan took on this machine.
+- *here*: what the plan took on this machine; its memory is the most of all plans of that run so far.
 """
 
 
 def write(plans: dict[str, Any]) -> None:
     ordered = {name_of(case): plans[name_of(case)] for case in CASES if name_of(case) in plans}
-    machine = {key: value for key, value in report.machine().items() if key != "device"}
+    # A table is made over several runs: each line has its own commit.
+    about_all = report.machine()
+    machine = {key: about_all[key] for key in about_all if key not in ("device", "commit")}
     text = {"machine": machine, "plans": ordered}
     (RESULTS / "plan.json").write_text(json.dumps(text, indent=1) + "\n")
     lines = [summary(name, found) for name, found in ordered.items()]
