@@ -24,7 +24,7 @@ TINY = Setting(
     prompts=4,
     samples=4,
     evaluations=2,
-    eval_prompts=8,
+    eval_prompts=512,
 )
 
 
@@ -54,8 +54,8 @@ def test_runs_side_by_side_are_runs_in_turn(name, start):
     """And their hyper-parameters reach them."""
     algorithm = study.ALGORITHMS[name]
     train = runs.make_train(algorithm, TINY._replace(staleness=1))
-    keys = jax.random.split(jax.random.key(1), 2)
-    rates = jnp.array([0.0, 1e-1])
+    keys = jnp.stack([jax.random.key(1)] * 2)
+    rates = jnp.array([0.0, 3e-2])
     starts = jax.tree.map(lambda x: jnp.stack([x, x]), start)
     both = jax.jit(jax.vmap(train))(keys, starts, rates, jnp.full(2, algorithm.knobs[0]))
     one = jax.jit(train)(keys[0], start, rates[0], algorithm.knobs[0])

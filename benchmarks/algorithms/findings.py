@@ -126,7 +126,7 @@ def _against(rng, one: Scores, base: Scores, adjusted: dict[str, float]) -> dict
     pair = [one.final, base.final]
     draws = [statistics.resamples(rng, x, RESAMPLES) for x in pair]
     better = statistics.interval(statistics.probability_of_improvement, pair, draws)
-    equal = statistics.is_equivalent(*pair, draws, MARGIN)
+    equal = statistics.is_equivalent(one.final, base.final, draws, MARGIN)
     values = (shown(better), f"{adjusted[one.name]:.3f}", "yes" if equal else "not shown")
     return dict(zip(COMPARED, values, strict=True))
 
