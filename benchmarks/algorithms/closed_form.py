@@ -45,15 +45,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.algorithms.runs import trunk
+from benchmarks.algorithms.runs import sample, trunk
 from rlhf import losses, rollouts, tasks
 from rlhf.lm import LM
 from rlhf.losses import kl, presets
 from rlhf.models import scalar_head
 from rlhf.recipes import grpo, online_dpo, ppo, rloo
-from rlhf.rollouts import Prompts, Rollout
 from rlhf.tasks import bandit
-from rlhf.tasks.characters import EOS, LETTERS, VOCABULARY
+from rlhf.tasks.characters import LETTERS, VOCABULARY
 from rlhf.train import init_state, reference, train_step
 from rlhf.training.policy import Policy
 
@@ -390,7 +389,9 @@ def make_run(algorithm: Algorithm) -> Callable:
     def step(state, key):
         prompt_key, sample_key, reward_key, update_key = jax.random.split(key, 4)
         prompts = task.prompts(prompt_key, setting.prompts)
-        rollout = sample(lm, trunk(state.params), prompts, sample_key, setting.samples)
+        # Every token is an arm, the end token too.
+        params = trunk(state.params)
+        rollout = sample(task, lm, params, prompts, sample_key, num_samples=setting.samples)
         ref_logprobs = policy.reference_logprobs(state.context, rollout)
         scores = task.score(rollout)
         given = algorithm.rewards(scores, rollout, ref_logprobs, setting, reward_key)
@@ -423,20 +424,6 @@ def make_run(algorithm: Algorithm) -> Callable:
         )
 
     return run
-
-
-def sample(lm: LM, params: Any, prompts: Prompts, key: Array, number: int) -> Rollout:
-    """Completions of one token at temperature 1: every token is an arm, the end token too."""
-    return rollouts.generate(
-        lm,
-        params,
-        prompts,
-        key,
-        max_new_tokens=1,
-        num_samples=number,
-        eos_ids=(EOS,),
-        early_end=False,
-    )
 
 
 def distance(algorithm: Algorithm, *, seeds: int = 8) -> dict[str, np.ndarray]:

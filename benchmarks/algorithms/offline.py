@@ -34,7 +34,7 @@ BETAS = (0.1, 0.02)
 def _logged(setting, policy, state, behaviour, prompts, reward, key):
     """Completions of the reference."""
     params = state.context["reference"]
-    rollout = sample(setting, policy.lm, params, prompts, key, num_samples=setting.samples)
+    rollout = sample(setting.task, policy.lm, params, prompts, key, num_samples=setting.samples)
     return rollout, reward(rollout)
 
 

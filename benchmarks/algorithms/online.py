@@ -36,7 +36,7 @@ BETAS = (0.1, 0.02)
 
 def _groups(setting, policy, state, behaviour, prompts, reward, key):
     params = trunk(behaviour)
-    rollout = sample(setting, policy.lm, params, prompts, key, num_samples=setting.samples)
+    rollout = sample(setting.task, policy.lm, params, prompts, key, num_samples=setting.samples)
     return rollout, reward(rollout)
 
 
@@ -44,8 +44,8 @@ def _groups_beside_greedy(setting, policy, state, behaviour, prompts, reward, ke
     """One sample fewer, and the greedy completion, whose reward is the baseline."""
     params = trunk(behaviour)
     number = setting.samples - 1
-    rollout = sample(setting, policy.lm, params, prompts, key, num_samples=number)
-    greedy = sample(setting, policy.lm, params, prompts, key, sampler=rollouts.greedy())
+    rollout = sample(setting.task, policy.lm, params, prompts, key, num_samples=number)
+    greedy = sample(setting.task, policy.lm, params, prompts, key, sampler=rollouts.greedy())
     return rollout, reward(rollout) - jnp.repeat(reward(greedy), number)
 
 
@@ -55,9 +55,9 @@ def _against(opponent, setting, policy, state, behaviour, prompts, reward, key):
     number = setting.samples // 2
     repeated = jax.tree.map(lambda x: jnp.repeat(x, number, axis=0), prompts)
     params = trunk(behaviour)
-    one = sample(setting, policy.lm, params, repeated, policy_key)
+    one = sample(setting.task, policy.lm, params, repeated, policy_key)
     lm, opponent_params = opponent(policy, params, state.context)
-    other = sample(setting, lm, opponent_params, repeated, opponent_key)
+    other = sample(setting.task, lm, opponent_params, repeated, opponent_key)
     rollout = jax.tree.map(
         lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]) if a.ndim else a,
         one,

@@ -109,16 +109,14 @@ def model(setting: Setting) -> LM:
     )
 
 
-def sample(
-    setting: Setting, lm: LM, params: Any, prompts: Prompts, key: Array, **options
-) -> Rollout:
+def sample(task: Task, lm: LM, params: Any, prompts: Prompts, key: Array, **options) -> Rollout:
     """Completions at temperature 1, in loops of fixed length."""
     return rollouts.generate(
         lm,
         params,
         prompts,
         key,
-        max_new_tokens=setting.task.max_new_tokens,
+        max_new_tokens=task.max_new_tokens,
         eos_ids=(EOS,),
         early_end=False,
         **options,
@@ -248,7 +246,7 @@ def evaluated(
     lean = () if algorithm.lean is None else algorithm.lean(setting, state)
     params = trunk(state.params)
     rollout = sample(
-        setting, policy.lm, params, prompts, sample_key, sampler=rollouts.sampler(*lean)
+        setting.task, policy.lm, params, prompts, sample_key, sampler=rollouts.sampler(*lean)
     )
     return {
         "exact": setting.task.exact(rollout).mean(),

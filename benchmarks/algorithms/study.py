@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.algorithms import closed_form, runs
@@ -241,7 +242,7 @@ def _table(piece, purpose, seeds, at, curves, compile_seconds, seconds) -> pa.Ta
 
 def chosen_by(table: pa.Table) -> tuple[float, float]:
     """The point that a piece's sweep chose."""
-    final = table.filter(pa.compute.equal(table["purpose"], "final"))
+    final = table.filter(pc.equal(table["purpose"], "final"))
     return final["learning_rate"][0].as_py(), final["knob"][0].as_py()
 
 
