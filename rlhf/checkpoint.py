@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,8 +228,11 @@ class Checkpoints:
         self._damaged.clear()
 
     def _failed(self, step: int, part: Path, error: Exception) -> OSError:
-        # The room that it took may be what the next one needs.
-        shutil.rmtree(part, ignore_errors=True)
+        # The room that it took may be what the next one needs.  Again for a second: threads of Orbax
+        # that the error has not reached yet go on writing there.
+        for _ in range(20):
+            shutil.rmtree(part, ignore_errors=True)
+            time.sleep(0.05)
         newest = max(self._steps(), default=None)
         left = "there is none before it" if newest is None else f"that of step {newest} stays"
         failure = OSError(

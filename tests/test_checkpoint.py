@@ -4,6 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -200,6 +203,32 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(where, tmp_path, monkeypatch)
     # With room again the same object writes again.
     checkpoints.save(state_of(3))
     assert_same(checkpoints.restore(state_of(0)), state_of(3))
+
+
+def test_what_is_still_written_after_an_error_is_deleted_too(tmp_path, monkeypatch):
+    """As Orbax's threads do, which stop one after another."""
+    checkpoints = saved(tmp_path, 1)
+    late = tmp_path / ".part.2" / "state" / "d"
+
+    def write_on():
+        for number in range(30):
+            with suppress(OSError):
+                late.mkdir(parents=True, exist_ok=True)
+                (late / str(number)).touch()
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=write_on)
+
+    def fail(*_):
+        thread.start()
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints._orbax, "save", fail)
+    checkpoints.save(state_of(2))
+    with pytest.raises(OSError, match="that of step 1 stays"):
+        checkpoints.wait()
+    thread.join()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
 
 
 FULL = """
