@@ -35,6 +35,7 @@ from rlhf.losses.advantages import gae as gae
 from rlhf.losses.advantages import token_rewards as token_rewards
 from rlhf.losses.advantages import whiten as whiten
 from rlhf.losses.chunks import chunked as chunked
+from rlhf.losses.chunks import chunked_sum as chunked_sum
 from rlhf.losses.groups import group_relative as group_relative
 from rlhf.losses.policy import clipped_surrogate as clipped_surrogate
 from rlhf.losses.reward_model import bradley_terry as bradley_terry

@@ -44,6 +44,33 @@ def entropy(logits) -> Array:
     return -jnp.sum(jnp.exp(logprobs) * jnp.where(possible, logprobs, 0.0), axis=-1)
 
 
+def token_logprob_and_entropy(logits, tokens) -> tuple[Array, Array]:
+    """`token_logprob` and `entropy`, with one normaliser for both.
+
+    Args:
+      logits: `[..., V]`; gradients flow through them.  Minus infinity is a probability of 0.
+      tokens: `[...]` int32.
+
+    Returns: two of `[...]` nats, in at least float32; the log-prob is NaN for a token below 0 or
+    beyond V.
+
+    Raises: ValueError where the leading shapes differ.
+
+    >>> [x.tolist() for x in token_logprob_and_entropy(jnp.zeros((1, 4)), jnp.array([2]))]
+    [[-1.386], [1.386]]
+    """
+    _check(logits, tokens)
+    logits = widen(logits)
+    # Sums of exponentials that XLA makes on the way, and no array of log-probs beside the logits.
+    shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    unnormalised = jnp.exp(shifted)
+    total = unnormalised.sum(-1)
+    logprob = pick(shifted, tokens[..., None])[..., 0] - jnp.log(total)
+    # 0 · log 0 is 0 in an entropy, and NaN in floats.
+    possible = jnp.where(unnormalised > 0, shifted, 0.0)
+    return logprob, jnp.log(total) - jnp.sum(unnormalised * possible, -1) / total
+
+
 def log_sum_squared_probs(logits) -> Array:
     """`log Σ_v p_v²`: how concentrated softmax(logits) is, for WPO's weights and the optimal token
     baseline.

@@ -34,6 +34,16 @@ SEQUENCE_LEVEL = (
     ratios.sequence_log_ratio,
     ratios.product_log_ratio,
 )
+# A token's loss looks at no other token: where its ratio does not either, the loss of a batch can be
+# taken in pieces.
+TOKEN_LEVEL = (
+    policy.clipped_surrogate,
+    policy.dual_clipped_surrogate,
+    policy.two_sided_surrogate,
+    policy.cispo,
+    policy.sapo,
+    policy.dppo,
+)
 TOKEN_SUMS = (reduction.token_mean, reduction.sequence_sum, reduction.constant)
 
 
@@ -46,11 +56,14 @@ class Objective(NamedTuple):
         `penalties [B, T]`.
       loss: (logprobs, old_logprobs, advantages, mask), all [B, T] -> [B, T].
       weights: (mask [B, T]) -> [B, T].
+      is_token_level: whether the loss treats each token by itself: a train step then makes the
+        logits once (`rollouts.score_loss`).
     """
 
     advantages: Callable
     loss: Callable
     weights: Callable
+    is_token_level: bool = False
 
 
 def objective(advantages: Callable, loss: Callable, weights: Callable, **options) -> Objective:
@@ -71,24 +84,17 @@ def objective(advantages: Callable, loss: Callable, weights: Callable, **options
     [[0.5], [-0.5]]
     """
 
-    def bare(function: Any) -> Any:
-        # A `functools.partial` has the function that it binds arguments of in `func`.
-        return getattr(function, "func", function)
-
+    loss = functools.partial(loss, **options)
     # A loss may take its ratio as an option: both places are looked at.
-    sequence_level = [
-        f.__name__ for f in SEQUENCE_LEVEL if f in (bare(loss), bare(options.get("log_ratio")))
-    ]
-    if sequence_level and bare(weights) in TOKEN_SUMS:
-        name = bare(weights).__name__
+    sequence_level = [f.__name__ for f in SEQUENCE_LEVEL if f in (loss.func, _ratio(loss))]
+    if sequence_level and _bare(weights) in TOKEN_SUMS:
+        name = _bare(weights).__name__
         raise ValueError(
             f"{sequence_level[0]} is one ratio for a whole sequence, but weights.{name} sums over tokens: "
             "each sequence "
             "would count by its length; use weights.sequence_mean (or the token form, gspo_token)"
         )
-    return Objective(
-        _of_groups(advantages), _with_segments(functools.partial(loss, **options)), weights
-    )
+    return Objective(_of_groups(advantages), _with_segments(loss), weights, _is_token_level(loss))
 
 
 def replaced(
@@ -108,7 +114,9 @@ def replaced(
     """
     if advantages is not None:
         algorithm = algorithm._replace(advantages=_of_groups(advantages))
-    return algorithm if loss is None else algorithm._replace(loss=_with_segments(loss))
+    if loss is None:
+        return algorithm
+    return algorithm._replace(loss=_with_segments(loss), is_token_level=_is_token_level(loss))
 
 
 def ppo(*, discount=1.0, lam=0.95, clip_low=0.2, clip_high=0.2) -> Objective:
@@ -127,6 +135,7 @@ def ppo(*, discount=1.0, lam=0.95, clip_low=0.2, clip_high=0.2) -> Objective:
         functools.partial(gae, discount=discount, lam=lam),
         _clipped(clip_low, clip_high),
         reduction.token_mean,
+        is_token_level=True,
     )
 
 
@@ -146,7 +155,8 @@ def reinforce_pp(*, discount=1.0, clip_low=0.2, clip_high=0.2) -> Objective:
         paid = token_rewards(rewards.reshape(-1), penalties, mask, segment_ids=segment_ids)
         return whiten(returns(paid, mask, segment_ids=segment_ids, discount=discount), mask)
 
-    return Objective(advantages, _clipped(clip_low, clip_high), reduction.token_mean)
+    loss = _clipped(clip_low, clip_high)
+    return Objective(advantages, loss, reduction.token_mean, is_token_level=True)
 
 
 def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
@@ -164,7 +174,8 @@ def reinforce_pp_baseline(*, clip_low=0.2, clip_high=0.2) -> Objective:
         # Whitened after it is spread to tokens: long completions count by their length.
         return whiten(groups.to_tokens(groups.dr_grpo(rewards), mask, segment_ids), mask)
 
-    return Objective(advantages, _clipped(clip_low, clip_high), reduction.token_mean)
+    loss = _clipped(clip_low, clip_high)
+    return Objective(advantages, loss, reduction.token_mean, is_token_level=True)
 
 
 def rloo(*, clip_low=0.2, clip_high=0.2) -> Objective:
@@ -378,6 +389,20 @@ def _clipped(clip_low, clip_high) -> Callable:
     return _with_segments(
         functools.partial(policy.clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
     )
+
+
+def _bare(function: Any) -> Any:
+    # A `functools.partial` has the function that it binds arguments of in `func`.
+    return getattr(function, "func", function)
+
+
+def _ratio(loss: Any) -> Any:
+    """What makes a loss's log-ratio: bound as an option, or each token's own."""
+    return _bare(getattr(loss, "keywords", {}).get("log_ratio", ratios.token_log_ratio))
+
+
+def _is_token_level(loss: Any) -> bool:
+    return _bare(loss) in TOKEN_LEVEL and _ratio(loss) is ratios.token_log_ratio
 
 
 def _with_segments(loss: Callable) -> Callable:

@@ -48,6 +48,7 @@ from rlhf.rollouts.score import Scored as Scored
 from rlhf.rollouts.score import classify as classify
 from rlhf.rollouts.score import score as score
 from rlhf.rollouts.score import score_batch as score_batch
+from rlhf.rollouts.score import score_loss as score_loss
 from rlhf.rollouts.score import token_logprobs as token_logprobs
 from rlhf.rollouts.simulate import Reply as Reply
 from rlhf.rollouts.simulate import Simulated as Simulated

@@ -1,7 +1,8 @@
 """Scoring: what models say of tokens that are already there, in one pass through the trunk."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,49 +86,9 @@ def score(
     device they give NaN), rows
       that are no groups of `shared.group_size`, or a `shared.suffix` that leaves no prefix.
     """
-    # One form for "nothing is shared", since it is a static argument: two would compile twice.
-    shared = None if shared == NOT_SHARED else shared
-    heads = heads or {}
-    _check(
-        tokens,
-        positions=positions,
-        segment_ids=segment_ids,
-        **({} if mask is None else {"mask": mask}),
-    )
-    _check_shared(shared, tokens)
-    if isinstance(tokens, np.ndarray):
-        check_ids(lm, tokens, segment_ids, positions)
-    names = tuple(heads)
-    # Static parts of the heads apart from their parameters, which are traced.
-    applies = tuple(heads[name][0].apply for name in names)
-    length = tokens.shape[1]
-    more, (tokens, positions, segment_ids, mask) = _widened(
-        inputs, tokens, positions, segment_ids, mask
-    )
-    shared = shared and shared._replace(suffix=shared.suffix + more)
-    scored = _score(
-        lm,
-        names,
-        applies,
-        shared,
-        chunk_size,
-        max_segments,
-        params,
-        tuple(heads[name][1] for name in names),
-        tokens,
-        positions,
-        segment_ids,
-        mask,
-        jnp.asarray(temperature, jnp.float32),
-        inputs,
-    )
-    if not more:
-        return scored
-    return scored._replace(
-        logprobs=scored.logprobs[:, :length],
-        entropy=scored.entropy[:, :length],
-        values={name: x[:, :length] for name, x in scored.values.items()},
-    )
+    rows = Batch(tokens, mask, positions, segment_ids, temperature, inputs=inputs)
+    options = {"chunk_size": chunk_size, "max_segments": max_segments}
+    return _run(lm, params, rows, None, heads=heads, shared=shared, **options)[1]
 
 
 def score_batch(lm: LM, params: Params, batch: Batch | Rollout, **options) -> Scored:
@@ -158,6 +119,43 @@ def score_batch(lm: LM, params: Params, batch: Batch | Rollout, **options) -> Sc
         inputs=batch.inputs,
         **options,
     )
+
+
+def score_loss(
+    lm: LM, params: Params, batch: Batch, fn: Callable, **options
+) -> tuple[Array, Scored]:
+    """`Σ w fn(logprobs, entropy, batch)`, a loss that treats each token by itself, and what
+    `score_batch` says of the tokens, in one pass.
+
+    `score_batch` has to make all logits again for the gradient; here the gradient of a chunk of
+    columns is taken while its logits are there (`losses.chunked_sum`).  Losses that look at whole
+    sequences, as GSPO's, need `score_batch`.
+
+    Args:
+      lm, params: a language model.
+      batch: rows with their weights w, and all that `fn` reads of them.
+      fn: `(logprobs [B, C], entropy [B, C], batch) -> [B, C]`, of any C columns: the batch has those
+        of its `[B, T]` fields, and neither temperature nor inputs.  Static: what is not jitted
+        compiles again for another function.  Gradients flow through log-probs and entropy.
+      options: `heads`, `shared`, `chunk_size` and `max_segments` of `score`.  Of a shared prefix no
+        token is trained: a row whose mask is True there gets NaN.
+
+    Returns: the loss, a scalar, through which gradients flow to `params`; and `Scored`, whose
+    log-probs and entropies have no gradient.
+
+    Raises: as `score`; ValueError where the batch has no weights, or `fn` does not return `[B, C]`.
+
+    >>> from rlhf.models import TransformerConfig, transformer
+    >>> from rlhf.rollouts import unpacked_rows
+    >>> lm = transformer(TransformerConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8))
+    >>> batch = unpacked_rows(jnp.array([[5, 6, 7]]), jnp.ones((1, 3), bool), jnp.array([[False, False, True]]))
+    >>> batch = batch._replace(weights=losses.weights.token_mean(batch.mask))
+    >>> nll = lambda logprobs, entropy, batch: losses.cross_entropy(logprobs, batch.mask)
+    >>> loss, scored = score_loss(lm, lm.init(jax.random.key(0)), batch, nll)
+    >>> jnp.allclose(loss, -scored.logprobs[0, 2]).item()
+    True
+    """
+    return _run(lm, params, batch, fn, **options)
 
 
 def token_logprobs(
@@ -214,7 +212,7 @@ def classify(
     if isinstance(tokens, np.ndarray):
         check_ids(lm, tokens, segment_ids, positions)
     length = tokens.shape[1]
-    more, (tokens, positions, segment_ids) = _widened(inputs, tokens, positions, segment_ids)
+    more, (tokens, positions, segment_ids) = _widened(inputs, (tokens, positions, segment_ids))
     shared = shared and shared._replace(suffix=shared.suffix + more)
     hidden, _ = _hidden(lm, params["lm"], tokens, positions, segment_ids, inputs, shared)
     if head.reads == "every":
@@ -230,7 +228,55 @@ def classify(
     return head.apply(params["head"], read.reshape(-1, hidden.shape[-1]))
 
 
-@partial(jax.jit, static_argnums=range(6))
+def _run(
+    lm: LM,
+    params: Params,
+    batch: Batch,
+    fn: Callable | None,
+    *,
+    heads: dict[str, tuple[Head, Params]] | None = None,
+    shared: SharedPrefix | None = None,
+    chunk_size: int = 64,
+    max_segments: int = 1,
+) -> tuple[Array | None, Scored]:
+    """`score_loss`, or without `fn` `score`, whose loss is None; a batch without a mask is requested
+    in full.
+    """
+    # One form for "nothing is shared", since it is a static argument: two would compile twice.
+    shared = None if shared == NOT_SHARED else shared
+    heads = heads or {}
+    rows = batch._replace(temperature=None, inputs=None)
+    _check(**{name: x for name, x in rows._asdict().items() if x is not None})
+    _check_shared(shared, rows.tokens)
+    if isinstance(rows.tokens, np.ndarray):
+        check_ids(lm, rows.tokens, rows.segment_ids, rows.positions)
+    length = rows.tokens.shape[1]
+    more, rows = _widened(batch.inputs, rows)
+    loss, scored = _score(
+        lm,
+        tuple(heads),
+        # Static parts of the heads apart from their parameters, which are traced.
+        tuple(head.apply for head, _ in heads.values()),
+        shared and shared._replace(suffix=shared.suffix + more),
+        chunk_size,
+        max_segments,
+        fn,
+        params,
+        tuple(head_params for _, head_params in heads.values()),
+        rows,
+        jnp.asarray(batch.temperature, jnp.float32),
+        batch.inputs,
+    )
+    if not more:
+        return loss, scored
+    return loss, scored._replace(
+        logprobs=scored.logprobs[:, :length],
+        entropy=scored.entropy[:, :length],
+        values={name: x[:, :length] for name, x in scored.values.items()},
+    )
+
+
+@partial(jax.jit, static_argnums=range(7))
 def _score(
     lm,
     names,
@@ -238,27 +284,37 @@ def _score(
     shared,
     chunk_size,
     max_segments,
+    fn,
     params,
     head_params,
-    tokens,
-    positions,
-    segment_ids,
-    mask,
+    rows,
     temperature,
     inputs,
 ):
-    hidden, aux = _hidden(lm, params, tokens, positions, segment_ids, inputs, shared)
+    tokens, segment_ids = rows.tokens, rows.segment_ids
+    hidden, aux = _hidden(lm, params, tokens, rows.positions, segment_ids, inputs, shared)
     # True where the token before belongs to the same sequence: a first token has no prediction.
     follows = (segment_ids != 0) & ~losses.segments.starts(segment_ids)
-    requested = follows if mask is None else follows & mask
+    requested = follows if rows.mask is None else follows & rows.mask
+
+    prefix = 0 if shared is None else tokens.shape[1] - shared.suffix
+    if fn is not None:
+        # NaN, since a traced comparison cannot raise.
+        misplaced = requested[:, :prefix].any(1)
+        hidden = jnp.where(misplaced[:, None, None], jnp.nan, hidden)
 
     # Hidden states at t predict token t + 1: shifted right by a column, column t speaks of token t.
     def before(x):
         return jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
 
-    def per_position(logits, token):
+    def of_logits(logits, tokens, requested):
         logits = logits / temperature.astype(logits.dtype)
-        return losses.logits.token_logprob(logits, token), losses.logits.entropy(logits)
+        scores = losses.logits.token_logprob_and_entropy(logits, tokens)
+        return tuple(jnp.where(requested, x, 0.0) for x in scores)
+
+    def with_loss(logits, tokens, requested, rows):
+        scores = of_logits(logits, tokens, requested)
+        return losses.weights.weighted(fn(*scores, rows), rows.weights), scores
 
     # Each chunk reads and writes the gradient of all of the output matrix, and with `tensor` gathers
     # the matrix too: as few chunks as fit are fewer bytes.
@@ -272,32 +328,46 @@ def _score(
         # nearly always has.
         needed = requested[:, part] if devices == 1 or part.stop else None
 
-        def of_rows(params, hidden, tokens, needed):
-            return losses.chunked(
-                per_position,
-                hidden,
-                partial(lm.unembed, params),
-                tokens,
-                chunk_size=chunk_size,
-                needed=needed,
-                parts=ways("sequence"),
+        def of_rows(params, hidden, tokens, requested, rows, needed):
+            unembed = partial(lm.unembed, params)
+            options = {"chunk_size": chunk_size, "needed": needed, "parts": ways("sequence")}
+            if fn is None:
+                return None, losses.chunked(
+                    of_logits, hidden, unembed, tokens, requested, **options
+                )
+            loss, scores = losses.chunked_sum(
+                with_loss, hidden, unembed, tokens, requested, rows, **options
             )
+            # A row of each group of devices, which are added below.
+            return loss[None], scores
 
-        return by_rows(of_rows, params, lm.axes(), before(hidden)[:, part], tokens[:, part], needed)
+        arrays = before(hidden), tokens, requested, rows if fn else None
+        return by_rows(
+            of_rows, params, lm.axes(), *jax.tree.map(lambda x: x[:, part], arrays), needed
+        )
 
     # Cut where prompts end, so that chunks of prompts alone are skipped, and none holds both.  Not
     # where devices have a part of the columns each: the cut would move them.
-    start = 0 if shared is None or ways("sequence") > 1 else tokens.shape[1] - shared.suffix
-    parts = [of_columns(part) for part in ([slice(start)] if start else []) + [slice(start, None)]]
-    logprobs, entropy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    start = 0 if ways("sequence") > 1 else prefix
+    suffix = of_columns(slice(start, None))
+    if not start:
+        loss, scores = suffix
+    elif fn is None:
+        loss, scores = jax.tree.map(
+            lambda *x: jnp.concatenate(x, axis=1), of_columns(slice(start)), suffix
+        )
+    else:
+        # Nothing of a prefix is trained.
+        loss, scores = suffix[0], [jnp.pad(x, ((0, 0), (start, 0))) for x in suffix[1]]
+    logprobs, entropy = scores
     # A head's value of state s_t is read before token t, like its prediction.
     outputs = {
         name: apply(p, hidden) for name, apply, p in zip(names, applies, head_params, strict=True)
     }
     last = losses.segments.last_columns(segment_ids, max_segments=max_segments)  # [B, S]
-    return Scored(
-        logprobs=jnp.where(requested, logprobs, 0.0),
-        entropy=jnp.where(requested, entropy, 0.0),
+    return None if loss is None else loss.sum(), Scored(
+        logprobs=logprobs,
+        entropy=entropy,
         values={name: jnp.where(follows, before(x), 0.0) for name, x in outputs.items()},
         last_value={
             name: jnp.take_along_axis(x, last, axis=1).reshape(-1) for name, x in outputs.items()
@@ -306,16 +376,16 @@ def _score(
     )
 
 
-def _widened(inputs, tokens: Array, *others: Array | None) -> tuple[int, list]:
+def _widened(inputs, arrays: Any) -> tuple[int, Any]:
     """How many columns of padding `[B, T]` need so that the mesh's axis `sequence` divides them, and
     the arrays with these.
     """
+    length = jax.tree.leaves(arrays)[0].shape[1]
     # Of what a model is conditioned on some have the tokens' columns: left as they are, and whole.
-    more = 0 if inputs else -tokens.shape[1] % ways("sequence")
-    per_token = (tokens, *others)
+    more = 0 if inputs else -length % ways("sequence")
     if not more:
-        return 0, list(per_token)
-    return more, [None if x is None else jnp.pad(x, ((0, 0), (0, more))) for x in per_token]
+        return 0, arrays
+    return more, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), arrays)
 
 
 def _hidden(

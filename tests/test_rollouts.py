@@ -252,6 +252,46 @@ def test_score_against_whole_logits(lm, params):
         rollouts.score_batch(lm, params, asked._replace(mask=mask[:, 1:]))
 
 
+def test_a_loss_in_one_pass_is_that_of_its_scores(lm, params):
+    head = tiny.models()[1]
+    heads = {"v": (head, head.init(KEY))}
+    batch = tiny.rows(np.random.default_rng(1))
+    mask = batch.mask & (np.arange(10) >= 4) & (np.arange(8)[:, None] > 3)
+    batch = batch._replace(
+        mask=mask,
+        temperature=0.5,
+        weights=losses.weights.sequence_mean(mask),
+        advantages=jnp.asarray(np.random.default_rng(2).normal(size=mask.shape), jnp.float32),
+    )
+
+    def per_token(logprobs, entropy, batch):
+        return batch.advantages * jnp.exp(logprobs) - 0.1 * jnp.where(batch.mask, entropy, 0.0) ** 2
+
+    @jax.jit
+    def in_one_pass(params):
+        loss, scored = rollouts.score_loss(lm, params, batch, per_token, heads=heads, chunk_size=3)
+        # Values have gradients of their own; log-probs and entropy have none.
+        return loss + scored.values["v"].mean() + scored.logprobs.sum(), scored
+
+    @jax.jit
+    def by_scores(params):
+        scored = rollouts.score_batch(lm, params, batch, heads=heads, chunk_size=3)
+        per = per_token(scored.logprobs, scored.entropy, batch)
+        fixed = jax.lax.stop_gradient(scored.logprobs.sum())
+        return losses.weighted_sum(per, batch.weights) + scored.values["v"].mean() + fixed, scored
+
+    for x, y in zip(
+        *(
+            jax.tree.leaves(jax.value_and_grad(fn, has_aux=True)(params))
+            for fn in (in_one_pass, by_scores)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * max(np.abs(y).max(), 1e-3))
+    with pytest.raises(ValueError, match="weights is None; give an array"):
+        rollouts.score_loss(lm, params, batch._replace(weights=None), per_token)
+
+
 @pytest.mark.parametrize(("first", "calls"), [(5, 1), (4, 2), (10, 0)])
 def test_columns_of_prompts_have_no_logits(first, calls, lm, params):
     """Of two chunks of five columns, one is computed where no row is asked for a token of the other."""

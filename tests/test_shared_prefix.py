@@ -214,3 +214,29 @@ def test_losses_see_what_is_asked_alone():
     )
     jax.effects_barrier()
     assert seen == [SHARED.suffix]
+
+
+def test_a_loss_in_one_pass_makes_no_logits_of_prefixes_and_refuses_to_train_them():
+    lm = transformer(TransformerConfig(**SIZES))
+    batch, params = sampled(np.random.default_rng(0)), lm.init(jax.random.key(0))
+    batch = batch._replace(weights=batch.mask.astype(jnp.float32))
+    seen = []
+
+    def unembed(params, hidden):
+        seen.append(hidden.shape[1])
+        return lm.unembed(params, hidden)
+
+    def loss(batch, shared):
+        per_token = lambda logprobs, entropy, batch: jnp.where(batch.mask, logprobs**2, 0.0)
+        one = lm._replace(unembed=unembed)
+        return rollouts.score_loss(one, params, batch, per_token, shared=shared)
+
+    alone, scored = loss(batch, None)
+    seen.clear()
+    value, found = loss(batch, SHARED)
+    assert set(seen) == {SHARED.suffix}
+    np.testing.assert_allclose(value, alone, rtol=1e-5)
+    np.testing.assert_allclose(found.logprobs, scored.logprobs, atol=1e-5)
+    trained = batch._replace(mask=batch.mask.at[0, PREFIX - 1].set(True))
+    assert jnp.isnan(loss(trained, SHARED)[0])
+    assert jnp.isfinite(loss(trained, None)[0])

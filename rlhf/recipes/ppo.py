@@ -54,33 +54,34 @@ def make_loss(
       value_coef: weight of the value loss.
     """
 
-    def loss_fn(params, context, batch, key):
-        scored = policy.score(params, context, batch, key=key)
-        policy_loss = losses.clipped_surrogate(
-            scored.logprobs,
+    def per_token(logprobs, entropy, batch):
+        loss = losses.clipped_surrogate(
+            logprobs,
             batch.old_logprobs,
             batch.advantages,
             batch.mask,
             clip_low=clip,
             clip_high=clip,
         )
-        if batch.importance is not None:
-            policy_loss = policy_loss * batch.importance
-        value_loss = losses.clipped_value_loss(
-            scored.values[HEAD], batch.values, batch.returns, batch.mask, clip=value_clip
+        return loss if batch.importance is None else loss * batch.importance
+
+    def loss_fn(params, context, batch, key):
+        policy_loss, scored = policy.score_loss(params, context, batch, per_token, key=key)
+        value_loss = losses.weighted_sum(
+            losses.clipped_value_loss(
+                scored.values[HEAD], batch.values, batch.returns, batch.mask, clip=value_clip
+            ),
+            batch.weights,
         )
-        per_token = {
+        # KL(old ‖ new), estimated on samples of the old policy; with a `target_kl` it ends the
+        # passes over a batch.
+        approx_kl = losses.kl.k3(batch.old_logprobs, scored.logprobs, batch.mask)
+        return policy_loss + value_coef * value_loss, {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
-            "entropy": scored.entropy,
-            # KL(old ‖ new), estimated on samples of the old policy; with a `target_kl` it ends the
-            # passes over a batch.
-            "approx_kl": losses.kl.k3(
-                batch.old_logprobs, jax.lax.stop_gradient(scored.logprobs), batch.mask
-            ),
+            "entropy": losses.weighted_sum(scored.entropy, batch.weights),
+            "approx_kl": losses.weighted_sum(approx_kl, batch.weights),
         }
-        metrics = {name: losses.weighted_sum(x, batch.weights) for name, x in per_token.items()}
-        return metrics["policy_loss"] + value_coef * metrics["value_loss"], metrics
 
     return loss_fn
 

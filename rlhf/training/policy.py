@@ -2,6 +2,7 @@
 adapters on them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -88,12 +89,37 @@ class Policy(NamedTuple):
 
         Returns: `Scored`, with the head's values under "head".
         """
+        lm_params, heads = self._parts(params, context, key)
+        return rollouts.score_batch(self.lm, lm_params, batch, heads=heads, shared=shared)
+
+    def score_loss(
+        self,
+        params: Params,
+        context: Any,
+        batch: Batch,
+        fn: Callable,
+        *,
+        shared: SharedPrefix | None = None,
+        key: Any = None,
+    ) -> tuple[jax.Array, Scored]:
+        """`rollouts.score_loss` of the policy: `Σ w fn(logprobs, entropy, batch)`, and what `score`
+        says, in one pass; gradients flow through the loss and the head's values.
+
+        Args:
+          params, context, shared, key: as in `score`.
+          batch: `[B, T]` with weights.
+          fn: `(logprobs [B, C], entropy [B, C], batch) -> [B, C]`, each token by itself.
+        """
+        lm_params, heads = self._parts(params, context, key)
+        return rollouts.score_loss(self.lm, lm_params, batch, fn, heads=heads, shared=shared)
+
+    def _parts(self, params: Params, context: Any, key: Any) -> tuple[Params, dict]:
+        """Parameters of the language model, and the heads that are read in the same pass."""
         full = self.full_params(params, context, key)
         if self.head is None:
-            return rollouts.score_batch(self.lm, full, batch, shared=shared)
+            return full, {}
         # One pass for log-probs and values: the trunk's hidden states serve both.
-        heads = {HEAD: (self.head, full["head"])}
-        return rollouts.score_batch(self.lm, full["lm"], batch, heads=heads, shared=shared)
+        return full["lm"], {HEAD: (self.head, full["head"])}
 
     def reference_logprobs(
         self, context: Any, batch: Batch | Rollout, *, shared: SharedPrefix | None = None

@@ -42,15 +42,26 @@ def make_loss(
       shared: what the rows of a micro-batch have in common.
     """
 
-    def loss_fn(params, context, batch, key):
-        scored = policy.score(params, context, batch, shared=shared, key=key)
-        per_token = algorithm.loss(
-            scored.logprobs, batch.old_logprobs, batch.advantages, batch.mask
-        )
+    def per_token(logprobs, entropy, batch):
+        loss = algorithm.loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask)
         # Importance weights are of what was sampled.  The KL is a property of the policy itself,
         # and gets none.
         if batch.importance is not None:
-            per_token = per_token * batch.importance
+            loss = loss * batch.importance
+        if kl_coef:
+            loss = loss + kl_coef * losses.kl.k3(logprobs, batch.ref_logprobs, batch.mask)
+        return loss - entropy_coef * entropy if entropy_coef else loss
+
+    def loss_fn(params, context, batch, key):
+        if algorithm.is_token_level:
+            loss, scored = policy.score_loss(
+                params, context, batch, per_token, shared=shared, key=key
+            )
+        else:
+            scored = policy.score(params, context, batch, shared=shared, key=key)
+            loss = losses.weighted_sum(
+                per_token(scored.logprobs, scored.entropy, batch), batch.weights
+            )
         metrics = {
             "entropy": losses.weighted_sum(scored.entropy, batch.weights),
             **clip_metrics(algorithm, scored.logprobs, batch),
@@ -58,10 +69,7 @@ def make_loss(
         if kl_coef:
             kl = losses.kl.k3(scored.logprobs, batch.ref_logprobs, batch.mask)
             metrics["kl"] = losses.weighted_sum(kl, batch.weights)
-            per_token = per_token + kl_coef * kl
-        if entropy_coef:
-            per_token = per_token - entropy_coef * scored.entropy
-        return losses.weighted_sum(per_token, batch.weights), metrics
+        return loss, metrics
 
     return loss_fn
 

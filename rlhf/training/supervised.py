@@ -20,10 +20,11 @@ def with_weights(batch: Batch) -> Batch:
 def make_loss(policy: Policy) -> Callable:
     """The `loss_fn` of a batch with weights, for `rlhf.train_step`: `-Σ w log p(token)`."""
 
+    def per_token(logprobs, entropy, batch):
+        return losses.cross_entropy(logprobs, batch.mask)
+
     def loss_fn(params, context, batch, key):
-        scored = policy.score(params, context, batch, key=key)
-        per_token = losses.cross_entropy(scored.logprobs, batch.mask)
-        metrics = {"entropy": losses.weighted_sum(scored.entropy, batch.weights)}
-        return losses.weighted_sum(per_token, batch.weights), metrics
+        loss, scored = policy.score_loss(params, context, batch, per_token, key=key)
+        return loss, {"entropy": losses.weighted_sum(scored.entropy, batch.weights)}
 
     return loss_fn

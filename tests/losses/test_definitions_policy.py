@@ -28,6 +28,7 @@ from rlhf.losses import (
     value,
     weights,
 )
+from rlhf.training import policy_gradient
 
 RNG = np.random.default_rng(0)
 IDS = np.array(
@@ -706,3 +707,37 @@ def test_clip_bounds_of_presets_without_groups(preset):
     assert_close(
         run(preset(**bounds).loss, *arrays), run(policy.clipped_surrogate, *arrays, **bounds)
     )
+
+
+def test_an_objective_is_token_level_where_no_token_looks_at_another():
+    token_level = {
+        name: preset(**({"length": 4} if name == "dr_grpo" else {})).is_token_level
+        for name, preset in policy_gradient.ALGORITHMS.items()
+    }
+    assert {name for name, is_so in token_level.items() if not is_so} == {
+        "gspo",
+        "luspo",
+        "gmpo",
+        "vespo",
+    }
+    for name, preset in policy_gradient.ALGORITHMS.items():
+        objective = preset(**({"length": 4} if name == "dr_grpo" else {}))
+        # One token of a row moves: what the others say stays where each is by itself.
+        run = lambda logprobs, loss=objective.loss: np.asarray(
+            loss(jnp.asarray(logprobs), OLD[1:2], ADVANTAGES[1:2], np.ones((1, 6), bool))
+        )
+        near = OLD[1:2] + 1e-5
+        moved = run(near + 0.05 * (np.arange(6) == 5))
+        assert (moved == run(near))[:, :-1].all() == token_level[name], name
+        assert moved[0, -1] != run(near)[0, -1], name
+    assert not presets.rloo().is_token_level
+    assert presets.ppo().is_token_level
+    of_sequences = {"log_ratio": ratios.sequence_token_log_ratio}
+    mine = presets.objective(
+        groups.dr_grpo, policy.clipped_surrogate, weights.sequence_mean, **of_sequences
+    )
+    assert not mine.is_token_level
+    bound = functools.partial(policy.clipped_surrogate, **of_sequences)
+    assert not presets.replaced(presets.grpo(), loss=bound).is_token_level
+    assert presets.replaced(presets.gspo(), loss=policy.cispo).is_token_level
+    assert not presets.replaced(presets.grpo(), loss=lambda *arrays: arrays[0]).is_token_level
