@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf.losses._common import Array, widen
+from rlhf.losses._common import Array
+from rlhf.losses.weights import weighted_sum
 
 
 def chunked(
@@ -71,12 +72,13 @@ def chunked_sum(
     fn: Callable,
     hidden: Array,
     unembed: Callable,
+    weights: Array,
     *per_token: Any,
     chunk_size: int = 64,
     needed: Array | None = None,
     parts: int = 1,
 ) -> tuple[Array, Any]:
-    """`Σ_bt loss` and `aux` of `loss, aux = fn(unembed(hidden), *per_token)`, at most `chunk_size`
+    """`Σ w loss` and `aux` of `loss, aux = fn(unembed(hidden), *per_token)`, at most `chunk_size`
     columns at a time.
 
     The logits `[B, T, V]` never exist, and each chunk's are made once: its part of the gradient is
@@ -89,6 +91,7 @@ def chunked_sum(
       hidden: `[B, T, D]`; gradients flow from the sum through it, and through whatever `unembed`
         closes over, and none from `aux`.
       unembed: `[..., D] -> [..., V]`, with its soft cap, bias and temperature.
+      weights: `[B, T]` w; where it is 0, the loss may be anything.
       per_token: pytrees of `[B, T, ...]` that go along; no gradients flow through them.
       chunk_size, needed, parts: as in `chunked`.
 
@@ -99,39 +102,37 @@ def chunked_sum(
     >>> from rlhf.losses import logits
     >>> h, w, tokens = jnp.ones((1, 6, 2)), jnp.ones((2, 4)), jnp.zeros((1, 6), jnp.int32)
     >>> nll = lambda x, tokens: (-logits.token_logprob(x, tokens), logits.is_top1(x, tokens))
-    >>> total, right = chunked_sum(nll, h, lambda h: h @ w, tokens, chunk_size=4)
+    >>> total, right = chunked_sum(nll, h, lambda h: h @ w, jnp.ones((1, 6)), tokens, chunk_size=4)
     >>> total.item(), right.shape
     (8.318, (1, 6))
     """
-    _check(hidden, (*per_token, needed), chunk_size)
+    _check(hidden, (weights, *per_token, needed), chunk_size)
     chunks = _Chunks.of(hidden.shape[1], chunk_size, parts)
     example = jax.eval_shape(lambda: chunks.split(hidden)[0])
     # What `unembed` closes over, as arguments, since a derivative is taken of them by hand.
-    unembed, weights = jax.closure_convert(unembed, _zeros(example))
+    unembed, parameters = jax.closure_convert(unembed, _zeros(example))
 
-    def piece(hidden, weights, is_column, arrays):
-        loss, aux = _piece(fn, lambda hidden: unembed(hidden, *weights), hidden, *arrays)
-        return jnp.sum(jnp.where(is_column, widen(loss), 0.0)), aux
-
-    fixed, arrays = jax.lax.stop_gradient((weights, (hidden, per_token)))
+    def piece(hidden, parameters, weights, arrays):
+        loss, aux = _piece(fn, lambda hidden: unembed(hidden, *parameters), hidden, *arrays)
+        return weighted_sum(loss, weights), aux
 
     both = jax.value_and_grad(piece, argnums=(0, 1), has_aux=True)
+    fixed, arrays = jax.lax.stop_gradient((parameters, (hidden, weights, per_token)))
 
     def step(sums, xs):
-        needed, is_column, (hidden, arrays) = xs
-        (loss, aux), (of_hidden, of_weights) = _if_needed(
-            needed, both, hidden, fixed, is_column, arrays
+        needed, (hidden, weights, arrays) = xs
+        (loss, aux), (of_hidden, of_parameters) = _if_needed(
+            needed, both, hidden, fixed, weights, arrays
         )
-        return jax.tree.map(jnp.add, sums, of_weights), (loss, aux, of_hidden)
+        return jax.tree.map(jnp.add, sums, of_parameters), (loss, aux, of_hidden)
 
-    # False where `split` fills up the last chunk: `fn` says something there too.
-    is_column = jnp.ones(hidden.shape[:2], bool)
-    # XLA drops the gradients of this loop where nobody asks for them: of frozen weights, or all.
-    of_weights, (loss, aux, of_hidden) = jax.lax.scan(
-        step, _zeros(fixed), chunks.split((needed, is_column, arrays))
+    # XLA drops the gradients of this loop where nobody asks for them: of frozen parameters, or all.
+    # Columns that `split` adds have a weight of 0.
+    of_parameters, (loss, aux, of_hidden) = jax.lax.scan(
+        step, _zeros(fixed), chunks.split((needed, arrays))
     )
-    gradient = chunks.join(of_hidden), of_weights
-    return _with_gradient(loss.sum(), gradient, (hidden, weights)), chunks.join(aux)
+    gradient = chunks.join(of_hidden), of_parameters
+    return _with_gradient(loss.sum(), gradient, (hidden, parameters)), chunks.join(aux)
 
 
 @jax.custom_vjp

@@ -26,27 +26,10 @@ def weighted_sum(values, weights) -> Array:
     >>> weighted_sum(jnp.array([1., 3., jnp.nan]), jnp.array([0.5, 0.5, 0.]))
     Array(2., dtype=float32)
     """
-    return jnp.sum(weighted(values, weights))
-
-
-def weighted(values, weights) -> Array:
-    """`w x`, the terms of `weighted_sum`.
-
-    Args:
-      values: any shape, for example per-token losses `[B, T]`.
-      weights: the same shape.
-
-    Returns: the same shape, in at least float32.  Gradients flow through `values` alone.
-
-    Raises: ValueError on unequal shapes.
-
-    >>> weighted(jnp.array([1., 3., jnp.nan]), jnp.array([0.5, 0.5, 0.])).tolist()
-    [0.5, 1.5, 0.0]
-    """
     check_shapes(values=values, weights=weights)
     weights = jax.lax.stop_gradient(widen(weights))
     # Values are chosen before they are multiplied: 0 · NaN is NaN.
-    return jnp.where(weights != 0, widen(values), 0.0) * weights
+    return jnp.sum(jnp.where(weights != 0, widen(values), 0.0) * weights)
 
 
 def token_mean(mask, segment_ids=None) -> Array:

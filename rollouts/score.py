@@ -245,6 +245,8 @@ def _run(
     # One form for "nothing is shared", since it is a static argument: two would compile twice.
     shared = None if shared == NOT_SHARED else shared
     heads = heads or {}
+    if fn is not None and batch.weights is None:
+        raise ValueError("weights is None; set them in the batch: batch._replace(weights=...)")
     rows = batch._replace(temperature=None, inputs=None)
     _check(**{name: x for name, x in rows._asdict().items() if x is not None})
     _check_shared(shared, rows.tokens)
@@ -314,7 +316,7 @@ def _score(
 
     def with_loss(logits, tokens, requested, rows):
         scores = of_logits(logits, tokens, requested)
-        return losses.weights.weighted(fn(*scores, rows), rows.weights), scores
+        return fn(*scores, rows), scores
 
     # Each chunk reads and writes the gradient of all of the output matrix, and with `tensor` gathers
     # the matrix too: as few chunks as fit are fewer bytes.
@@ -336,7 +338,7 @@ def _score(
                     of_logits, hidden, unembed, tokens, requested, **options
                 )
             loss, scores = losses.chunked_sum(
-                with_loss, hidden, unembed, tokens, requested, rows, **options
+                with_loss, hidden, unembed, rows.weights, tokens, requested, rows, **options
             )
             # A row of each group of devices, which are added below.
             return loss[None], scores

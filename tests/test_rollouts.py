@@ -288,7 +288,7 @@ def test_a_loss_in_one_pass_is_that_of_its_scores(lm, params):
         strict=True,
     ):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * max(np.abs(y).max(), 1e-3))
-    with pytest.raises(ValueError, match="weights is None; give an array"):
+    with pytest.raises(ValueError, match="weights is None; set them in the batch"):
         rollouts.score_loss(lm, params, batch._replace(weights=None), per_token)
 
 

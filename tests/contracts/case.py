@@ -78,6 +78,14 @@ def chunked_logprob(hidden, weight, tokens):
     return losses.chunked(losses.logits.token_logprob, hidden, unembed, tokens, chunk_size=4)
 
 
+def chunked_nll(hidden, weight, tokens):
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    unembed = lambda h: h.astype(wide) @ weight.astype(wide)
+    nll = lambda logits, tokens: (-losses.logits.token_logprob(logits, tokens), None)
+    weights = jnp.ones(tokens.shape)
+    return losses.chunked_sum(nll, hidden, unembed, weights, tokens, chunk_size=4)[0]
+
+
 def grouped(*names, shape=(ROWS, SAMPLES)):
     """`[P, G]` arrays, the first with samples that could not be scored."""
 

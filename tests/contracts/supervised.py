@@ -9,6 +9,7 @@ from contracts.case import (
     Case,
     also,
     chunked_logprob,
+    chunked_nll,
     logit_array,
     masked,
     normal,
@@ -17,19 +18,26 @@ from contracts.case import (
 
 logits_and_tokens = lambda rng: {"logits": logit_array(rng), "tokens": token_ids(rng)}
 
+hidden_and_matrix = lambda rng: {
+    "hidden": rng.normal(size=(ROWS, COLUMNS, 5)),
+    "weight": rng.normal(size=(5, VOCABULARY)),
+    "tokens": token_ids(rng),
+}
+
 CASES = {
     "chunks.chunked": Case(
-        lambda rng: {
-            "hidden": rng.normal(size=(ROWS, COLUMNS, 5)),
-            "weight": rng.normal(size=(5, VOCABULARY)),
-            "tokens": token_ids(rng),
-        },
+        hidden_and_matrix, flow=("hidden", "weight"), fn=chunked_logprob, apart=("weight",)
+    ),
+    "chunks.chunked_sum": Case(
+        hidden_and_matrix,
         flow=("hidden", "weight"),
-        fn=chunked_logprob,
+        fn=chunked_nll,
+        per="batch",
         apart=("weight",),
     ),
     "logits.token_logprob": Case(logits_and_tokens, flow=("logits",)),
     "logits.entropy": Case(lambda rng: {"logits": logit_array(rng)}, flow=("logits",)),
+    "logits.token_logprob_and_entropy": Case(logits_and_tokens, flow=("logits",)),
     "logits.log_sum_squared_probs": Case(
         lambda rng: {"logits": logit_array(rng)}, flow=("logits",)
     ),

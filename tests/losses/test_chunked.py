@@ -151,19 +151,19 @@ def test_refuses(chunk_size):
         losses.chunked(statistics, HIDDEN, head, TOKENS, chunk_size=0)
 
 
-def of_sum(logits, tokens, weights):
+def of_sum(logits, tokens):
     """A loss that is not linear in what it reads of the logits."""
     logprob, entropy = losses.logits.token_logprob_and_entropy(logits, tokens)
-    return weights * jnp.exp(logprob) - 0.1 * entropy**2, {"logprob": logprob, "tokens": tokens}
+    return jnp.exp(logprob) - 0.1 * entropy**2, {"logprob": logprob, "tokens": tokens}
 
 
 def summed(params, hidden, *, chunk_size, **options):
     head = functools.partial(unembed, params)
     if chunk_size is None:
-        loss, aux = of_sum(head(hidden), TOKENS, COTANGENTS[0])
-        return 3 * jnp.sum(loss) ** 2, aux
+        loss, aux = of_sum(head(hidden), TOKENS)
+        return 3 * losses.weighted_sum(loss, COTANGENTS[0]) ** 2, aux
     loss, aux = losses.chunked_sum(
-        of_sum, hidden, head, TOKENS, COTANGENTS[0], chunk_size=chunk_size, **options
+        of_sum, hidden, head, COTANGENTS[0], TOKENS, chunk_size=chunk_size, **options
     )
     return 3 * loss**2, aux
 
@@ -198,12 +198,14 @@ def products(fn, *arrays):
 def test_a_sum_makes_its_logits_once_and_no_gradient_that_is_not_asked_for(needed):
     hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
 
+    by = np.ones((B, T), np.float32)
+
     def squared(logits, tokens):
         return (logits**2).sum(-1), None
 
     def loss(hidden, weight):
         head = lambda hidden: hidden @ weight
-        return losses.chunked_sum(squared, hidden, head, TOKENS, chunk_size=4, needed=needed)[0]
+        return losses.chunked_sum(squared, hidden, head, by, TOKENS, chunk_size=4, needed=needed)[0]
 
     forward = products(loss, hidden, weight)
     frozen = products(jax.grad(loss), hidden, weight)
@@ -221,7 +223,7 @@ def test_chunks_of_a_sum_without_a_needed_position_are_left_out():
 
     def run(hidden, part, needed):
         def loss(hidden, weight):
-            arrays = hidden[:, part], lambda hidden: hidden @ weight, TOKENS[:, part], by[:, part]
+            arrays = hidden[:, part], lambda hidden: hidden @ weight, by[:, part], TOKENS[:, part]
             return losses.chunked_sum(of_sum, *arrays, chunk_size=4, needed=needed)
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, weight)
@@ -241,4 +243,4 @@ def test_a_sum_refuses_a_loss_that_is_not_of_positions():
     with pytest.raises(
         ValueError, match=r"must return \[B, C, ...\] = \[3, 4\], but returned \[\]"
     ):
-        losses.chunked_sum(total, hidden, lambda hidden: 2.0 * hidden, chunk_size=4)
+        losses.chunked_sum(total, hidden, lambda h: 2.0 * h, TOKENS > 0, chunk_size=4)
