@@ -1,5 +1,6 @@
 """Peers run in environments of their own, in processes that stay, so that both sides of a comparison can take turns."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -50,5 +51,9 @@ class Process:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        assert self.process.stdout
+        # What one that has ended was not told is lost.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()

@@ -44,6 +44,7 @@ def text(results: Results) -> str:
     parts = [HEAD]
     if results.get("jobs"):
         parts += ["## Steps\n", table(step_lines(results)), STEPS, reasons(results)]
+    if results.get("jobs") and loss_lines(results):
         parts += ["### First losses\n", table(loss_lines(results))]
     judged = bars(results)
     if judged:

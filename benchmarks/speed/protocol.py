@@ -101,3 +101,5 @@ def run(program: Callable[[str, str, Turns], None], turns: Turns) -> None:
         traceback.print_exc()
         first_line = str(error).strip().splitlines()[:1]
         turns.write({"error": f"{type(error).__name__}: {''.join(first_line)}"})
+        # Until nobody writes to this process any more.
+        sys.stdin.read()
