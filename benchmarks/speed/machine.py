@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.speed.jobs import Size
 from benchmarks.speed.ours import Job
-from benchmarks.speed.turns import REST, spread
+from benchmarks.speed.turns import spread
 from rlhf.planning.flops import counted
 from rlhf.training.chips import CHIPS, PEAKS
 
@@ -128,7 +128,6 @@ def measure(size: Size, job: Job, repeats: int) -> dict[str, Any]:
     Args:
       job: of SFT, at this size.
     """
-    time.sleep(REST)
     return {
         "rate": matrix_rate(size, repeats),
         "step_flops": step_flops(job),

@@ -159,7 +159,7 @@ def memory_mib() -> float:
 
 def loading(folder: str, turns: protocol.Turns) -> NoReturn:
     while True:
-        turns.begin()
+        turns.wait()
         _, params, _ = rlhf.load(Path(folder))
         jax.block_until_ready(params)
         turns.stop()
@@ -177,7 +177,7 @@ def main(name: str, folder: str, turns: protocol.Turns) -> None:
         step = compiled(job)
     state = job.state
     while True:
-        turns.begin()
+        turns.wait()
         state, metrics = jax.block_until_ready(step(state, job.batch))
         turns.stop()
         shown = {key: float(metrics[key]) for key in ("loss", "entropy") if key in metrics}

@@ -27,6 +27,7 @@ STEPS = """- *seconds*: the median of a step; programs were compiled before.
   also why entropies (nats a sampled token) differ a little.
 - PPO: TRL's trainer is that of 1.12, the last with one.  Its value model and Tunix's are networks of their own; our value
   head sits on the policy's trunk.
+- load: modules are imported already; ours reads the tokenizer too.
 - TRL's gradient checkpointing is off.
 """
 STARTS = """Seconds from the start of a process to the end of its first step (the median of fresh processes), without and
@@ -46,9 +47,9 @@ def text(results: Results) -> str:
         parts += ["## Steps\n", table(step_lines(results)), STEPS, reasons(results)]
     if results.get("jobs") and loss_lines(results):
         parts += ["### First losses\n", table(loss_lines(results))]
-    judged = bars(results)
-    if judged:
-        parts += ["## Bars\n", "\n".join(f"- {line}" for line in judged) + "\n"]
+    of_bars = bars(results)
+    if of_bars:
+        parts += ["## Bars\n", "\n".join(f"- {line}" for line in of_bars) + "\n"]
     if results.get("starts"):
         parts += ["## Starts\n", STARTS, table(start_lines(results["starts"]))]
     if results.get("machine"):
@@ -140,7 +141,7 @@ def loss_lines(results: Results) -> list[dict[str, str]]:
 
 
 def bars(results: Results) -> list[str]:
-    """Every bar that can be judged, and whether it is held."""
+    """Every bar that can be of_bars, and whether it is held."""
     found = []
     for row in rows(results) if results.get("jobs") else []:
         bar = BARS.get(row["job"])
@@ -197,7 +198,9 @@ def machine_lines(results: Results) -> list[dict[str, str]]:
             ("the same without what is computed again", machine["model_flops"]),
         ):
             share = f"{flops / took / rate['median']:.0%} of the matrix rate"
-            mfu = f", {flops / took / peaks['flops']:.1%} MFU" if "flops" in peaks else ""
+            mfu = (
+                f", {flops / took / peaks['flops']:.1%} MFU (bfloat16)" if "flops" in peaks else ""
+            )
             lines.append(line(name, f"{giga(flops / took)} GFLOP/s, {share}{mfu}"))
     decode = results.get("jobs", {}).get("decode")
     if decode:

@@ -64,7 +64,7 @@ class Turns:
         yield
         self.parts[name] = time.perf_counter() - started
 
-    def begin(self) -> None:
+    def wait(self) -> None:
         """Waits for the next line, and rests until the other sides' threads have come to rest too.
 
         Raises: SystemExit where there are no more lines.

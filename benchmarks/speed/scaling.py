@@ -67,15 +67,15 @@ def measure(name: str, steps: int) -> list[dict[str, Any]]:
 def measure_axis(name: str, job: str, axis: str, steps: int) -> dict[str, Any]:
     """Steps of all sizes in turns, so that a machine that slows down does so for all."""
     points = sizes(name, job, axis)
-    made = [prepared(job, size) for _, size in points]
-    programs = [ours.compiled(one) for one in made]
-    states = [one.state for one in made]
+    of_sizes = [prepared(job, size) for _, size in points]
+    programs = [ours.compiled(one) for one in of_sizes]
+    states = [one.state for one in of_sizes]
     seconds: list[list[float]] = [[] for _ in points]
     for turn in range(1 + steps):
         for i, program in enumerate(programs):
             time.sleep(REST / 10)
             started = time.perf_counter()
-            states[i], _ = jax.block_until_ready(program(states[i], made[i].batch))
+            states[i], _ = jax.block_until_ready(program(states[i], of_sizes[i].batch))
             # The first turn is warm-up.
             if turn:
                 seconds[i].append(time.perf_counter() - started)
@@ -93,14 +93,15 @@ def measure_axis(name: str, job: str, axis: str, steps: int) -> dict[str, Any]:
         # Rows are as long as prompt and completion.
         prompt = points[0][1].prompt if job == "grpo" else 0
         lengths = [number + prompt for number in numbers]
-        row["attention"] = attention_share(lengths, [machine.step_flops(one) for one in made])
+        flops = [machine.step_flops(one) for one in of_sizes]
+        row["attention"] = attention_share(lengths, flops)
     return row
 
 
 def prepared(job: str, size: Size) -> ours.Job:
     lm = transformer(jobs.config(size))
-    made = ours.make(job, size, lm, lm.init(jax.random.key(0)), jobs.rows(size)[job])
-    return made._replace(batch=jax.device_put(made.batch))
+    one = ours.make(job, size, lm, lm.init(jax.random.key(0)), jobs.rows(size)[job])
+    return one._replace(batch=jax.device_put(one.batch))
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ class InTurns(transformers.TrainerCallback):
         self.turns = turns
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.turns.begin()
+        self.turns.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
@@ -45,7 +45,7 @@ class InTurnsOfPPO(transformers.TrainerCallback):
         self.metrics: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.turns.begin()
+        self.turns.wait()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.metrics = {
@@ -57,7 +57,7 @@ class InTurnsOfPPO(transformers.TrainerCallback):
         synchronize()
         self.turns.stop()
         self.turns.reply(**self.metrics)
-        self.turns.begin()
+        self.turns.wait()
 
 
 def synchronize() -> None:
@@ -90,7 +90,7 @@ def common(folder: str, size: SimpleNamespace, rows: int) -> dict[str, Any]:
     )
 
 
-# There is no last step: a process ends when nobody asks for more.
+# There is no last step: a process ends when no more lines come.
 ENDLESS = 1_000_000
 
 
@@ -195,7 +195,7 @@ def decode(folder: str, turns: protocol.Turns, model: Any) -> None:
     ids = [row["prompt_ids"] for row in protocol.rows(folder, "decode")]
     prompts = torch.tensor(ids).to(DEVICE)
     while True:
-        turns.begin()
+        turns.wait()
         tokens = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -227,7 +227,7 @@ def load(folder: str) -> Any:
 
 def loading(folder: str, turns: protocol.Turns) -> None:
     while True:
-        turns.begin()
+        turns.wait()
         model = load(folder)
         synchronize()
         turns.stop()

@@ -25,7 +25,7 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 from benchmarks.speed import protocol
 
-# There is no last step: a process ends when nobody asks for more.
+# There is no last step: a process ends when no more lines come.
 ENDLESS = 1_000_000
 # Of no token: completions have all their tokens, as on the other sides.
 NO_END = [-1]
@@ -69,13 +69,13 @@ def in_turns(turns: protocol.Turns, batch: Any, finish) -> Iterator[Any]:
     Args:
       finish: waits for the step, and returns its loss.
     """
-    turns.begin()
+    turns.wait()
     yield batch
     while True:
         loss = finish()
         turns.stop()
         turns.reply(loss=loss)
-        turns.begin()
+        turns.wait()
         yield batch
 
 
@@ -189,7 +189,7 @@ def decode(folder: str, size: SimpleNamespace, mesh, model, turns) -> None:
     cache = CacheConfig(size.prompt + size.new, size.layers, size.kv_heads, head_size)
     sampler = Sampler(model, PreTrainedTokenizerFast.from_pretrained(folder), cache)
     for seed in itertools.count():
-        turns.begin()
+        turns.wait()
         sampled = sampler(
             prompts,
             max_generation_steps=size.new,
@@ -207,7 +207,7 @@ def decode(folder: str, size: SimpleNamespace, mesh, model, turns) -> None:
 
 def loading(folder: str, size: SimpleNamespace, mesh, model, turns) -> None:
     while True:
-        turns.begin()
+        turns.wait()
         params = jax.block_until_ready(nnx.state(load(folder, size, mesh)))
         turns.stop()
         turns.reply(loss=float(sum(x.size for x in jax.tree.leaves(params))))
