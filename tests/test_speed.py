@@ -227,6 +227,15 @@ def test_the_matrix_rate_is_that_of_its_operations(monkeypatch):
     assert found["median"] == pytest.approx(found["flops"] / (0.5 * times))
 
 
+def test_the_busy_share_is_of_the_processor(monkeypatch):
+    times = iter([(1000, 400), (1200, 450)])
+    monkeypatch.setattr(machine, "processor_times", lambda: next(times))
+    assert machine.busy_share(0.0) == pytest.approx(0.75)
+    monkeypatch.undo()
+    total, idle = machine.processor_times()
+    assert 0 < idle < total
+
+
 # ---- scaling -----------------------------------------------------------------------------------
 
 
@@ -345,6 +354,13 @@ def test_bars_are_said_plainly():
     ]
 
 
+def test_a_comparison_on_a_busy_machine_says_so():
+    row = row_of("sft", 1.0, 3.0, 4.0)
+    of = lambda busy: page.bars(one_job(row | {"busy": busy}))[0]
+    assert of(0.05).endswith("the bar is 1.15: held.")
+    assert "held, but other programs used 60% of the processor" in of(0.6)
+
+
 def test_the_page_has_what_was_measured():
     text = page.text(full_results())
     assert "| dpo: rows | 1.00 | 3.00 | 1.40 | 1.40 (1.40–1.40) | 100 | 100 | 100 |" in text
@@ -419,5 +435,5 @@ def test_the_command_writes_its_page(tmp_path, capsys):
 
 def test_a_comparison_needs_our_side(capsys):
     with pytest.raises(SystemExit):
-        command.main(["--sides", "trl"])
+        command.arguments(["--sides", "trl"])
     assert "needs ours" in capsys.readouterr().err

@@ -74,14 +74,23 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         jobs.write_folder(folder, size)
         for job in jobs.JOBS:
             if args.only in (None, job):
-                replies = turns.take_turns(sides.start_all(args.sides, job, folder), args.steps)
-                row = turns.compared(job, replies)
-                yield {"jobs": {job: {**row, "what": jobs.descriptions(size)[job]}}}
+                yield {"jobs": {job: job_row(job, args, folder)}}
         if args.only in (None, "starts"):
             yield {"starts": starts.measure(args.sides, folder, args.starts)}
     if args.only in (None, "machine"):
         sft = scaling.prepared("sft", size)
         yield {"machine": machine.measure(size, sft, args.steps)}
+
+
+def job_row(job: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A job's row of the results."""
+    before = machine.busy_share()
+    replies = turns.take_turns(sides.start_all(args.sides, job, folder), args.steps)
+    row = turns.compared(job, replies)
+    row["what"] = jobs.descriptions(jobs.SIZES[args.size])[job]
+    # Of other programs: its own processes have not started, or have ended.
+    row["busy"] = max(before, machine.busy_share())
+    return row
 
 
 if __name__ == "__main__":

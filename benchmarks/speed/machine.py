@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +121,22 @@ def peaks() -> dict[str, float]:
     if chip:
         found["memory_rate"] = chip.memory_rate
     return found
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Of the processor, what is in use while this process rests."""
+    before = processor_times()
+    time.sleep(seconds)
+    after = processor_times()
+    total, idle = (b - a for a, b in zip(before, after, strict=True))
+    return 1 - idle / total
+
+
+def processor_times() -> tuple[int, int]:
+    """Since the start of the machine: of everything, and of being idle or waiting for files."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    times = [int(field) for field in fields]
+    return sum(times[:8]), times[3] + times[4]
 
 
 def measure(size: Size, job: Job, repeats: int) -> dict[str, Any]:

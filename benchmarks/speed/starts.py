@@ -1,4 +1,4 @@
-"""Fresh processes: the time to the first step, and of the first load of a checkpoint."""
+"""Fresh processes: the time to the first step, and to a checkpoint that is loaded."""
 
 import tempfile
 import time
@@ -10,8 +10,8 @@ from benchmarks.peers import Process
 from benchmarks.speed import sides
 from benchmarks.speed.turns import spread
 
-# Jobs whose first step is waited for.
-STEPS = ("sft", "grpo")
+# Jobs whose first step is waited for; that of `load` is the load.
+FIRST = ("sft", "grpo", "load")
 # torch compiles nothing here.
 COMPILING = ("ours", "tunix")
 
@@ -23,8 +23,7 @@ def measure(names: Sequence[str], folder: Path, starts: int) -> list[dict[str, A
     for name in names:
         # An environment that is not there yet is made before the clock starts.
         sides.python(name, "sft", isolated=len(names) > 1)
-    rows = [row for job in STEPS for row in until_first_step(names, job, folder, starts)]
-    return [*rows, *first_loads(names, folder, starts)]
+    return [row for job in FIRST for row in until_first_step(names, job, folder, starts)]
 
 
 def until_first_step(
@@ -33,7 +32,9 @@ def until_first_step(
     rows = []
     isolated = len(names) > 1
     with tempfile.TemporaryDirectory() as cache:
-        caches = {False: None, True: Path(cache)}
+        caches: dict[bool, Path | None] = {False: None, True: Path(cache)}
+        if job == "load":
+            del caches[True]
         for is_cached, where in caches.items():
             taking_part = [name for name in names if not is_cached or name in COMPILING]
             if is_cached:
@@ -68,17 +69,3 @@ def row_of(job: str, side: str, is_cached: bool, lines: list[dict]) -> dict[str,
     # Only our side compiles in a call of its own, before the step.
     compiled = [line["parts"]["compile"] for line in lines if "compile" in line["parts"]]
     return row | ({"compile": spread(compiled)["median"]} if compiled else {})
-
-
-def first_loads(names: Sequence[str], folder: Path, starts: int) -> list[dict[str, Any]]:
-    """With the modules that a first load imports."""
-    isolated = len(names) > 1
-    found: dict[str, list] = {name: [] for name in names}
-    for _ in range(starts):
-        for name in names:
-            found[name].append(one_start(name, "load", folder, isolated, None))
-    rows = []
-    for name, lines in found.items():
-        times = [line | {"since_start": line.get("seconds")} for line in lines]
-        rows.append(row_of("load", name, False, times))
-    return rows
