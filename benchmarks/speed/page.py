@@ -37,6 +37,7 @@ STARTS = """Seconds from the start of a process to the end of its first step, or
 fresh processes, imports in it), without and with JAX's persistent compilation cache filled; *compile*: of our step alone.
 """
 SCALING = """The slope of log time over log size, by least squares, of a step at each of the sizes, which take turns.
+*attention's share*: of the operations at the longest length, those that grow with its square; decoding's are left out.
 """
 BATCHING = """Tokens a second where completions end at random: rows that are refilled beside one fixed batch after another.
 """
@@ -254,7 +255,7 @@ def scaling_lines(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "exponent": f"{row['exponent']:.2f}",
             "bar": str(row["bar"]),
             "held": "yes" if scaling.is_held(row) else "no",
-            "attention's share at the last": f"{row['attention']:.0%}"
+            "attention's share": f"{row['attention']:.0%}"
             if "attention" in row
             else NONE,
         }
