@@ -281,6 +281,12 @@ def test_an_axis_varies_one_field():
                 assert getattr(size, field) == number
 
 
+def test_axes_of_one_job():
+    assert {job for job, _ in scaling.axes("grpo")} == {"grpo"}
+    assert len(scaling.axes(None)) == len(scaling.axes("sft")) + len(scaling.axes("grpo"))
+    assert scaling.axes("load") == []
+
+
 def test_an_axis_is_measured(monkeypatch):
     monkeypatch.setitem(scaling.NUMBER, "tiny", 2)
     row = scaling.measure_axis("tiny", "sft", "length", 2)
@@ -291,7 +297,7 @@ def test_an_axis_is_measured(monkeypatch):
 
 
 def test_committed_exponents_hold_their_bars():
-    for row in results.read(command.RESULTS / "speed.json").get("scaling", []):
+    for row in results.read(command.RESULTS / "speed.json").get("scaling", {}).values():
         assert scaling.is_held(row), row
 
 
@@ -339,7 +345,7 @@ def full_results():
             "decode_bytes": 1e9,
             "peaks": {},
         },
-        "scaling": axes,
+        "scaling": {axis["axis"]: axis for axis in axes},
         "batching": [{"way": "slots", "tokens": 7, "tokens_per_second": spread, "ratio": spread}],
     }
 
@@ -393,9 +399,11 @@ def test_a_short_table_for_the_readme():
 
 
 def test_results_of_one_commit_are_put_into_one():
-    old = {"about": ABOUT, "jobs": {"sft": 1, "dpo": 1}, "scaling": [3]}
-    found = results.merged(old, {"about": ABOUT, "jobs": {"sft": 2}})
-    assert found == {"about": ABOUT, "jobs": {"sft": 2, "dpo": 1}, "scaling": [3]}
+    old = {"about": ABOUT, "jobs": {"sft": 1, "dpo": 1}, "scaling": {"x": 3}, "starts": [4]}
+    found = results.merged(old, {"about": ABOUT, "jobs": {"sft": 2}, "scaling": {"y": 5}})
+    assert found["jobs"] == {"sft": 2, "dpo": 1}
+    assert found["scaling"] == {"x": 3, "y": 5}
+    assert found["starts"] == [4]
     for name in ("commit", "size", "processor"):
         other = {"about": ABOUT | {name: "other"}, "jobs": {"sft": 2}}
         assert results.merged(old, other) == other
@@ -437,3 +445,9 @@ def test_a_comparison_needs_our_side(capsys):
     with pytest.raises(SystemExit):
         command.arguments(["--sides", "trl"])
     assert "needs ours" in capsys.readouterr().err
+
+
+def test_scaling_is_of_steps(capsys):
+    with pytest.raises(SystemExit):
+        command.arguments(["--scaling", "--only", "load"])
+    assert "of sft and grpo, not of load" in capsys.readouterr().err

@@ -27,7 +27,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=(*jobs.JOBS, *OTHERS), help="one job")
-    parser.add_argument("--scaling", action="store_true", help="exponents of our steps, alone")
+    parser.add_argument(
+        "--scaling", action="store_true", help="exponents of our steps, of those --only names"
+    )
     parser.add_argument("--batching", action="store_true", help="continuous batching, alone")
     parser.add_argument("--sides", nargs="+", choices=sides.SIDES, default=sides.SIDES)
     parser.add_argument("--size", choices=jobs.SIZES, default="full")
@@ -37,6 +39,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if "ours" not in args.sides:
         parser.error("--sides needs ours, which the others are compared with")
+    if args.scaling and args.only and not scaling.axes(args.only):
+        parser.error(f"--scaling is of {' and '.join(scaling.FIELDS)}, not of {args.only}")
     return args
 
 
@@ -63,8 +67,9 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Parts of the results, one after another."""
     size = jobs.SIZES[args.size]
     if args.scaling or args.batching:
-        if args.scaling:
-            yield {"scaling": scaling.measure(args.size, args.steps)}
+        for job, axis in scaling.axes(args.only) if args.scaling else []:
+            row = scaling.measure_axis(args.size, job, axis, args.steps)
+            yield {"scaling": {f"{job}, {axis}": row}}
         if args.batching:
             load = batching.LOADS[args.size]
             yield {"batching": batching.measure(size, load, args.steps)}

@@ -58,7 +58,7 @@ def text(results: Results) -> str:
     if results.get("machine"):
         parts += ["## What the machine can do\n", table(machine_lines(results))]
     if results.get("scaling"):
-        parts += ["## Scaling\n", SCALING, table(scaling_lines(results["scaling"]))]
+        parts += ["## Scaling\n", SCALING, table(scaling_lines(results))]
     if results.get("batching"):
         parts += ["## Continuous batching\n", BATCHING, table(batching_lines(results["batching"]))]
     parts.append(", ".join(f"{key} {value}" for key, value in results["about"].items()) + "\n")
@@ -161,7 +161,7 @@ def bars(results: Results) -> list[str]:
             f"sft: {share:.0%} of the machine's matrix rate; the bar is {RATE_BAR:.0%}: "
             f"{held(share >= RATE_BAR)}."
         )
-    for row in results.get("scaling", []):
+    for row in results.get("scaling", {}).values():
         found.append(
             f"{row['job']}, {row['axis']}: exponent {row['exponent']:.2f}; the bar is "
             f"{row['bar']}: {held(scaling.is_held(row))}."
@@ -245,7 +245,7 @@ def start_lines(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def scaling_lines(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def scaling_lines(results: Results) -> list[dict[str, str]]:
     return [
         {
             "step": row["job"],
@@ -255,11 +255,9 @@ def scaling_lines(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "exponent": f"{row['exponent']:.2f}",
             "bar": str(row["bar"]),
             "held": "yes" if scaling.is_held(row) else "no",
-            "attention's share": f"{row['attention']:.0%}"
-            if "attention" in row
-            else NONE,
+            "attention's share": f"{row['attention']:.0%}" if "attention" in row else NONE,
         }
-        for row in found
+        for row in results["scaling"].values()
     ]
 
 

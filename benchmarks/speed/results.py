@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks import report
 from benchmarks.speed import sides
 
+# Parts whose rows have names, and may be of several runs.
+BY_NAME = ("jobs", "scaling")
 # What must be the same for two runs to be one result.
 SAME = ("commit", "size", "device", "processor")
 
@@ -41,7 +43,7 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The new results with those of the old ones that they lack, if both are of the same code.
 
     >>> here = {"commit": "a", "size": "full", "device": "cpu", "processor": "x"}
-    >>> old = {"about": here, "jobs": {"sft": 1, "dpo": 1}, "scaling": []}
+    >>> old = {"about": here, "jobs": {"sft": 1, "dpo": 1}}
     >>> merged(old, {"about": here, "jobs": {"sft": 2}})["jobs"]
     {'sft': 2, 'dpo': 1}
     >>> merged(old, {"about": here | {"commit": "b"}, "jobs": {"sft": 2}})["jobs"]
@@ -49,8 +51,8 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """
     if any(old.get("about", {}).get(name) != new["about"][name] for name in SAME):
         return dict(new)
-    jobs = {**old.get("jobs", {}), **new.get("jobs", {})}
-    return {**old, **new, "jobs": jobs}
+    by_name = {name: {**old.get(name, {}), **new.get(name, {})} for name in BY_NAME}
+    return {**old, **new, **by_name}
 
 
 def read(file: Path) -> dict[str, Any]:

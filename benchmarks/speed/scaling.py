@@ -59,9 +59,13 @@ def sizes(name: str, job: str, axis: str) -> list[tuple[int, Size]]:
     return [(number, smallest._replace(**{field: number})) for number in numbers]
 
 
-def measure(name: str, steps: int) -> list[dict[str, Any]]:
-    """Rows of the results, one an axis."""
-    return [measure_axis(name, job, axis, steps) for job, axes in FIELDS.items() for axis in axes]
+def axes(only: str | None) -> list[tuple[str, str]]:
+    """Jobs with their axes.
+
+    Args:
+      only: one job; None: all.
+    """
+    return [(job, axis) for job in FIELDS for axis in FIELDS[job] if only in (None, job)]
 
 
 def measure_axis(name: str, job: str, axis: str, steps: int) -> dict[str, Any]:
