@@ -1,11 +1,13 @@
 """Peers run in environments of their own, in processes that stay, so that both sides of a comparison can take turns."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 HOME = Path(os.environ.get("RLHF_PEERS", Path.home() / ".cache" / "rlhf-peers"))
 
@@ -22,12 +24,19 @@ def environment(name: str, *requirements: str) -> Path:
 
 
 class Process:
-    """A program that answers one line of JSON for each line of JSON that it gets; its errors are shown."""
+    """A program that answers one line of JSON for each line of JSON that it gets; its errors are shown.
 
-    def __init__(self, python: Path | str, program: str, *arguments: str):
+    Args:
+      python: that runs it.
+      program: its text.
+      arguments: `sys.argv[1:]` of it.
+      settings: of `subprocess.Popen`, such as its environment.
+    """
+
+    def __init__(self, python: Path | str, program: str, *arguments: str, **settings: Any):
         command = [str(python), "-c", program, *arguments]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **settings
         )
 
     def ask(self, **question):
@@ -42,5 +51,9 @@ class Process:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        assert self.process.stdout
+        # What one that has ended was not told is lost.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
