@@ -144,7 +144,7 @@ def loss_lines(results: Results) -> list[dict[str, str]]:
 
 
 def bars(results: Results) -> list[str]:
-    """Every bar that can be of_bars, and whether it is held."""
+    """Every bar of what was measured, and whether it is held."""
     found = []
     for row in rows(results) if results.get("jobs") else []:
         bar = BARS.get(row["job"])
