@@ -14,6 +14,7 @@ import pytest
 from run_commands import commands, run, shortened
 
 import rlhf
+from benchmarks.speed import page, results
 from rlhf import cli, losses
 from rlhf.models import transformer
 from rlhf.models.families import FAMILIES
@@ -74,13 +75,28 @@ def test_quoted_numbers_of_the_big_model_are_the_committed_results():
     )
 
 
-def test_quoted_speed_of_sampling_is_the_committed_result():
-    tables = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())["tables"]
-    peer, batching, _ = (table["rows"] for table in tables)
-    for row in peer:
-        numbers = f"{row['tokens/s']:,.0f} | {row['transformers']:,.0f} | {row['ratio']:.1f} |"
-        assert f"| {row['hidden / layers / vocabulary']} | {numbers}" in README
-    assert f"most go {batching[0]['ratio']:.1f} times as fast" in README
+def test_quoted_speed_is_the_committed_result():
+    found = results.read(ROOT / "benchmarks" / "results" / "speed.json")
+    assert page.short(found) in README
+    ratio = found["batching"][0]["ratio"]["median"]
+    assert f"most go {ratio:.1f} times as fast" in README
+    assert page.text(found) == (ROOT / "benchmarks" / "results" / "speed.md").read_text()
+
+
+def test_quoted_cost_of_a_composed_step_is_the_committed_result():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "fused_step.json").read_text())["rows"]
+    readme = " ".join(README.split())
+    for row in rows:
+        assert row["GF ratio"] <= 1.05
+        assert row["memory ratio"] <= 1.05
+    one, two = rows
+    assert (
+        f"has {one['GF ratio']:.2f} times its FLOPs and {one['memory ratio']:.2f} times" in readme
+    )
+    assert (
+        f"{two['GF ratio']:.2f} and {two['memory ratio']:.2f} times at {two['vocabulary']:,}"
+        in readme
+    )
 
 
 def test_the_objective_stands_on_the_first_screen():
@@ -119,21 +135,16 @@ def test_every_recipe_has_learned_and_stands_in_the_table():
         assert line.endswith(f"| {row['before']} | {row['after']} | {bar} |")
 
 
-def test_quoted_speed_of_training_is_the_committed_result():
-    results = ROOT / "benchmarks" / "results"
-    for row in json.loads((results / "train_step.json").read_text())["rows"]:
-        assert (
-            f"| {row['step']} | {row['seconds']:.2f} | {row['TRL']:.2f} | {row['ratio']:.2f} |"
-            in README
-        )
-    for row in json.loads((results / "shared_prefix.json").read_text())["rows"]:
+def test_quoted_speed_of_shared_prefixes_and_packing_is_the_committed_result():
+    folder = ROOT / "benchmarks" / "results"
+    for row in json.loads((folder / "shared_prefix.json").read_text())["rows"]:
         assert row["largest difference"] < 1e-4
         numbers = f"{row['seconds']:.2f} | {row['by themselves']:.2f} | {row['times as fast']:.2f}"
         assert (
             f"| {row['rows']} | {numbers} | {row['temporary MB']:,.0f} | {row['theirs']:,.0f} |"
             in README
         )
-    none, packed, *_ = json.loads((results / "packing.json").read_text())["rows"]
+    none, packed, *_ = json.loads((folder / "packing.json").read_text())["rows"]
     assert 30 < none["real tokens %"] < 37
     assert (
         f"train {packed['ratio']:.1f} times as fast with `--packing {packed['packing']}`" in README
