@@ -28,6 +28,7 @@ NONE = "none"  # in place of a second hyper-parameter
 WARM_RATE = 3e-3  # learning rate of the warm start
 WARM_ROWS = 64
 UPDATES = 2  # optimizer steps on the completions of a step
+RISE = 0.1  # share of the optimizer steps in which the learning rate rises
 
 
 class Setting(NamedTuple):
@@ -54,9 +55,9 @@ class Setting(NamedTuple):
     prompts: int = 16
     samples: int = 8
     evaluations: int = 10
-    eval_prompts: int = 128
+    eval_prompts: int = 256
     staleness: int = 0
-    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
+    rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4, 1.6e-3)
 
 
 class Algorithm(NamedTuple):
@@ -227,8 +228,15 @@ def make_train(algorithm: Algorithm, setting: Setting, reward: Callable | None =
 
 
 def make_optimizer(setting: Setting, learning_rate: Array) -> optax.GradientTransformation:
-    """Adam, whose learning rate falls linearly to 0."""
-    schedule = optax.linear_schedule(learning_rate, 0.0, UPDATES * setting.steps)
+    """Adam, whose learning rate rises from 0 and falls to 0, each linearly."""
+    number = UPDATES * setting.steps
+    rise = round(RISE * number)
+    # Without the rise Adam's first steps, on gradients of one batch, unlearn what the start knew.
+    parts = [
+        optax.linear_schedule(0.0, learning_rate, rise),
+        optax.linear_schedule(learning_rate, 0.0, number - rise),
+    ]
+    schedule = optax.join_schedules(parts, [rise])
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
