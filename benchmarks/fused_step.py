@@ -18,8 +18,9 @@ import optax
 
 import rlhf
 from benchmarks import report
+from benchmarks.speed import jobs
 from rlhf import rollouts
-from rlhf.models import TransformerConfig, transformer
+from rlhf.models import transformer
 from rlhf.planning import flops
 from rlhf.recipes import grpo
 from rlhf.shared_prefix import SharedPrefix
@@ -131,18 +132,7 @@ def inputs(lm: Any, vocabulary: int, optimizer: optax.GradientTransformation, si
 
 
 def compared(vocabulary: int, turns: int) -> dict[str, Any]:
-    lm = transformer(
-        TransformerConfig(
-            vocab_size=vocabulary,
-            hidden_size=256,
-            num_layers=4,
-            num_heads=4,
-            num_kv_heads=2,
-            mlp_size=1024,
-            qkv_bias=True,
-            tied=True,
-        )
-    )
+    lm = transformer(jobs.config(jobs.Size(vocabulary=vocabulary)))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     arguments = inputs(lm, vocabulary, optimizer, (PROMPTS, PROMPT, SAMPLES, NEW))
     steps = {

@@ -87,7 +87,7 @@ def chunked_sum(
 
     Args:
       fn: `(logits [B, C, V], *chunks [B, C, ...]) -> (loss [B, C], aux)`, with `aux` a pytree of
-        `[B, C, ...]`; must treat each position by itself.
+        `[B, C, ...]`; must treat each position by itself.  No gradients flow to what it closes over.
       hidden: `[B, T, D]`; gradients flow from the sum through it, and through whatever `unembed`
         closes over, and none from `aux`.
       unembed: `[..., D] -> [..., V]`, with its soft cap, bias and temperature.

@@ -231,11 +231,10 @@ def test_chunks_of_a_sum_without_a_needed_position_are_left_out():
     by = COTANGENTS[0].astype(np.float32)
     got = run(np.where(outside, np.nan, hidden), slice(None), needed)
     (value, aux), (of_hidden, of_weight) = run(hidden, columns, None)
-    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
-    close(got[0][0], value)
-    close(got[0][1]["logprob"][:, columns], aux["logprob"])
-    close(got[1][0], np.where(outside, 0.0, of_hidden))
-    close(got[1][1], of_weight)
+    np.testing.assert_allclose(got[0][0], value, atol=1e-5)
+    np.testing.assert_allclose(got[0][1]["logprob"][:, columns], aux["logprob"], atol=1e-5)
+    np.testing.assert_allclose(got[1][0], np.where(outside, 0.0, of_hidden), atol=1e-5)
+    np.testing.assert_allclose(got[1][1], of_weight, atol=1e-5)
 
 
 def test_a_sum_refuses_a_loss_that_is_not_of_positions():
