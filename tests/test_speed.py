@@ -1,9 +1,11 @@
 """The comparison of speed: its turns and statistics, our side of every job, exponents, and the page."""
 
+import io
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -27,16 +29,15 @@ from rlhf.models import transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = jobs.SIZES["tiny"]
-# A side that takes its time, in seconds, longer for its first steps, and reports a loss.
+# A side that says how many seconds it took, more for its first steps, and reports a loss.
 STAND_IN = """
-import sys, time
+import sys
 from benchmarks.speed import protocol
 turns = protocol.Turns()
 seconds, loss = map(float, sys.argv[1:])
 for step in range(1000):
     turns.wait()
-    time.sleep(seconds if step > 1 else 5 * seconds)
-    turns.stop()
+    turns.seconds = seconds if step > 1 else 5 * seconds
     turns.reply(loss=loss)
 """
 ENDS = """
@@ -71,6 +72,26 @@ def stand_in(program, *arguments):
 # ---- turns and statistics ----------------------------------------------------------------------
 
 
+def test_a_turn_is_timed_after_its_rest(monkeypatch):
+    now = [10.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(protocol, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"rest": 7.0}\n'))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    one = protocol.Turns(memory=lambda: 1.0)
+    one.wait()
+    sleep(0.25)
+    one.stop()
+    one.reply(loss=2.0)
+    reply = json.loads(one.replies.getvalue())
+    assert (reply["seconds"], reply["loss"], reply["memory_mib"]) == (0.25, 2.0, 1.0)
+    with pytest.raises(SystemExit):
+        one.wait()
+
+
 def test_a_slower_peer_has_the_ratio_of_its_time(monkeypatch):
     monkeypatch.setattr(turns, "REST", 0.0)
     processes = {
@@ -79,12 +100,12 @@ def test_a_slower_peer_has_the_ratio_of_its_time(monkeypatch):
         "tunix": stand_in(STAND_IN, "0.1", "3.0"),
     }
     row = turns.compared("sft", turns.take_turns(processes, 5))
-    assert row["ratios"]["trl"]["median"] == pytest.approx(3, rel=0.2)
-    assert row["ratios"]["tunix"]["median"] == pytest.approx(2, rel=0.2)
+    assert row["ratios"]["trl"]["median"] == pytest.approx(3)
+    assert row["ratios"]["tunix"]["median"] == pytest.approx(2)
     assert row["faster_peer"] == "tunix"
     assert len(row["sides"]["trl"]["all"]) == 5
     # The first steps, which are slow, do not count.
-    assert row["sides"]["trl"]["highest"] < 0.5
+    assert row["sides"]["trl"]["highest"] == 0.15
     # Its loss is another.
     assert row["same"] is False
 
