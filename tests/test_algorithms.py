@@ -102,7 +102,7 @@ def runs_that_end(**ends):
                         "kind": "main", "task": task, "algorithm": name, "hidden_size": 16, "staleness": 0, "control": "",
                         "purpose": "final", "seed": seed, "learning_rate": 1e-3, "knob": 0.1, "evaluation": i,
                         "tokens": 1000 * i, "exact": 0.2 + (at - 0.2) * i / 6, "score": at, "compile_seconds": 1.0,
-                        "run_seconds": 1.0,
+                        "run_seconds": 1.0, "piece_seconds": 90.0,
                     }
                     for i in range(7)
                 ]  # fmt: skip
@@ -127,6 +127,13 @@ def test_the_table_says_what_the_runs_say():
     assert any(
         "Of 3 pairs of algorithms 2 differ" in text and "1 are equal" in text for text in said
     )
+
+
+def test_minutes_are_those_of_each_piece():
+    rows = runs_that_end(GRPO=0.8, RLOO=0.8)
+    assert findings.minutes(pa.Table.from_pylist(rows)) == 6.0  # 2 algorithms, 2 tasks
+    flipped = [row | {"kind": "control", "control": "flipped"} for row in rows]
+    assert findings.minutes(pa.Table.from_pylist(rows + flipped)) == 12.0
 
 
 def test_sentences_of_pieces_beside_the_main_table():

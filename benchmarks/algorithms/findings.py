@@ -17,6 +17,7 @@ FITS = 200  # resamples of a fit
 MARGIN = 0.02  # within which two algorithms count as equal; set before the first run
 BASE = "GRPO"
 LEVEL = 0.05
+OF_PIECE = ("task", "algorithm", "hidden_size", "staleness", "control")
 Lines = list[dict[str, str]]
 
 
@@ -67,6 +68,12 @@ def scores(table: pa.Table, by: str = "algorithm", **where: object) -> list[Scor
         seconds = float(np.mean(of_name["run_seconds"].to_numpy()))
         found.append(Scores(str(name), curves, tokens, seconds))
     return found
+
+
+def minutes(table: pa.Table) -> float:
+    """What all pieces took, each in its process, whenever that was."""
+    seconds = table.group_by(["kind", *OF_PIECE]).aggregate([("piece_seconds", "min")])
+    return float(pc.sum(seconds["piece_seconds_min"]).as_py()) / 60
 
 
 def mean_of(rng: np.random.Generator, one: np.ndarray) -> Interval:
@@ -149,13 +156,12 @@ def side_table(table: pa.Table, kind: str) -> Lines:
     """Of pieces beside the main table: the mean of all runs at the start and at the end, with the least and the greatest."""
     rows = reported(table, kind=kind).to_pylist()
     last = max((row["evaluation"] for row in rows), default=0)
-    keys = ("task", "algorithm", "hidden_size", "staleness", "control")
     lines = []
-    for where in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        of_piece = [row for row in rows if tuple(row[key] for key in keys) == where]
+    for where in dict.fromkeys(tuple(row[key] for key in OF_PIECE) for row in rows):
+        of_piece = [row for row in rows if tuple(row[key] for key in OF_PIECE) == where]
         start = [row["exact"] for row in of_piece if row["evaluation"] == 0]
         end = [row["exact"] for row in of_piece if row["evaluation"] == last]
-        named = {key: str(value) for key, value in zip(keys, where, strict=True) if value != ""}
+        named = {key: str(value) for key, value in zip(OF_PIECE, where, strict=True) if value != ""}
         of_runs = {"of runs": f"{min(end):.3f} to {max(end):.3f}"}
         lines.append(
             named | {"start": f"{np.mean(start):.3f}", "end": f"{np.mean(end):.3f}"} | of_runs

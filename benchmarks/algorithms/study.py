@@ -277,7 +277,10 @@ def _write(name: str, folder: Path, number: int) -> int:
     if not file.exists():
         main = piece._replace(kind="main", setting=size.settings[piece.task], control="")
         chosen = None if piece.kind in TUNED else chosen_by(pq.read_table(_file(folder, main)))
+        started = time.perf_counter()
         table = run(size, piece, chosen)
+        seconds = time.perf_counter() - started
+        table = table.append_column("piece_seconds", pa.array([seconds] * len(table)))
         # Written beside and renamed: a run that is killed leaves no half of a file.
         part = file.with_suffix(".part")
         pq.write_table(table, part)
