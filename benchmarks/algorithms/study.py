@@ -86,9 +86,7 @@ def _setting(name: str, **options) -> Setting:
 
 
 SETTINGS = {
-    "walks": _setting(
-        "task:walks", hidden_size=16, warm_steps=50, steps=100, rates=(7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
-    ),
+    "walks": _setting("task:walks", hidden_size=16, warm_steps=50, rates=(5e-4, 1e-3, 2e-3, 4e-3)),
     "countdown": _setting("task:countdown", warm_steps=250, rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3)),
     "sort": _setting("task:sort"),
     "sums": _setting("task:sums", warm_steps=150),
