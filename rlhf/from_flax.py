@@ -43,7 +43,7 @@ def from_linen(module) -> LM:
 def _linen_boxed(module, key):
     # One token is enough: parameters do not depend on the batch's size.
     one = jnp.ones((1, 1), jnp.int32)
-    with _no_mesh():
+    with no_mesh():
         variables = module.init(key, one, positions=one - 1, segment_ids=one, method="hidden")
     # Batch statistics and the like would have to be carried from step to step; an LM is pure.
     if set(variables) - {"params"}:
@@ -59,11 +59,11 @@ def _linen_init(module, key):
     from flax.core import meta
 
     boxed = _linen_boxed(module, key)
-    with _no_mesh():
+    with no_mesh():
         return meta.unbox(boxed)
 
 
-def _no_mesh():
+def no_mesh():
     """On the mesh that is set Flax would look for logical names; where arrays go is
     `rlhf.sharding`'s to say.
     """

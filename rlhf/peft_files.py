@@ -17,7 +17,7 @@ from rlhf import hosts
 from rlhf.adapters import LoRAWeight, dotted, is_adapter, no_target, split
 from rlhf.lm import LM
 from rlhf.models.families import Tensor
-from rlhf.models.huggingface_config import config_of, decoder_of, family_of
+from rlhf.models.huggingface_config import config_of, family_of
 from rlhf.models.json_files import read_object
 from rlhf.models.mapping import joined, listed, parts_of, places
 from rlhf.models.patterns import matches
@@ -99,7 +99,6 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
     if (folder / CONFIG).exists():
         raise FileExistsError(f"{folder} holds an adapter already ({CONFIG}); give a new folder")
     leaves = _leaves(params)
-    heads = decoder_of(config_of(lm)).kv_heads
     rows = list(_matrices(lm, family, leaves))
     adapted = {leaf for leaf, w in leaves.items() if is_adapter(w)}
     named = {leaf for _, names, _ in rows for leaf in names}
@@ -121,7 +120,7 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
         transposed &= row.transpose
         for i, module in enumerate(of_row):
             parts = [_layer(leaves[name], i if "{}" in row.name else None) for name in names]
-            w = _alive(_side_by_side(parts, row, heads))
+            w = _alive(_side_by_side(parts, row))
             if w is None:
                 left_out.append(module)
                 continue
@@ -203,7 +202,6 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
     config = _config(folder)
     tensors = dict(header(folder / WEIGHTS))
     leaves = _leaves(params)
-    heads = decoder_of(config_of(lm)).kv_heads
     known = [
         part
         for part in _matrices(lm, family, leaves)
@@ -251,7 +249,7 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
             for arrays in zip(*parts, strict=True)
         )
         share, *rest = rest
-        split_up = [parts_of(x, row._replace(transpose=False), sizes, heads) for x in rest]
+        split_up = [parts_of(x, row._replace(transpose=False), sizes) for x in rest]
         for name, *columns in zip(names, *split_up, strict=True):
             b, *magnitude = map(jnp.array, columns)
             found[name] = LoRAWeight(
@@ -461,7 +459,7 @@ def _layer(w: Any, layer: int | None) -> Any:
     return w if layer is None else jax.tree.map(lambda x: x[layer], w)
 
 
-def _side_by_side(parts: list, row: Tensor, heads: int) -> LoRAWeight:
+def _side_by_side(parts: list, row: Tensor) -> LoRAWeight:
     """One adapter of several matrices that are one in the file, of which some may have none."""
     if len(parts) == 1:
         return parts[0]
@@ -469,7 +467,7 @@ def _side_by_side(parts: list, row: Tensor, heads: int) -> LoRAWeight:
 
     # `transpose=False`: these are columns of ours already, not of the file.
     def join_columns(columns):
-        return joined(columns, row._replace(transpose=False), heads)
+        return joined(columns, row._replace(transpose=False))
 
     # A of all parts stands in a row, so that B must be block diagonal: a part's columns are 0 but
     # in the rows of its own A.  The file has one scale: the others' goes into their B.

@@ -18,7 +18,10 @@ from rlhf.models import huggingface
 
 HOME = Path(__file__).parent / "checkpoints"
 CHECKPOINTS = Path(os.environ.get("RLHF_CHECKPOINTS", HOME))
-LATER = ("deepseek_v3", "gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "smolvlm")  # no families yet
+LATER = (  # no families yet: models that see images
+    *("gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_vl", "qwen2_5_vl"),
+    *("qwen3_vl", "qwen3_5_vl", "smolvlm"),
+)  # fmt: skip
 NEW = 8
 WAYS = (
     "gpt2",
@@ -32,6 +35,13 @@ WAYS = (
     "qwen3_moe",
     "t5",
     "bart",
+    "deepseek_v3",
+    "gemma4_text",
+    "gpt_oss",
+    "kimi_linear",
+    "lfm2",
+    "llama4_text",
+    "qwen3_next",
 )
 GENERATING = (
     WAYS if CHECKPOINTS == HOME else [file.parent.name for file in CHECKPOINTS.glob("*/meta.json")]
@@ -130,6 +140,9 @@ def forward(name):
             g.packed_position_ids,
             np.cumsum(g.packed_position_ids == 0, axis=1),
         )
+    if hasattr(g, "long_input_ids"):
+        mask = g.long_attention_mask
+        blocks["long"] = (g.long_input_ids, np.maximum(np.cumsum(mask, axis=1) - 1, 0), mask)
     if name in GENERATING:
         blocks["generated"] = (
             rollout(name).tokens,

@@ -12,7 +12,7 @@ from marks import exhaustive
 from rlhf import losses, rollouts, sharding
 from rlhf.models import TransformerConfig, transformer
 from rlhf.models.attention import attention
-from rlhf.models.config import LayerKind
+from rlhf.models.config import Experts, LayerKind
 from rlhf.models.splash import splash
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.training import meshes
@@ -28,9 +28,7 @@ CONFIGS = {
     "experts": dict(
         num_kv_heads=2,
         kinds=(LayerKind(sparse=True),),
-        experts=4,
-        experts_per_token=2,
-        expert_size=16,
+        experts=Experts(4, 2, 16),
     ),
 }
 MESHES = {

@@ -9,7 +9,7 @@ from marks import exhaustive
 from rlhf import data, rollouts, sharding
 from rlhf.data import Tokenized
 from rlhf.models import TransformerConfig, scalar_head, transformer
-from rlhf.models.config import LayerKind
+from rlhf.models.config import Experts, LayerKind
 from rlhf.models.rotary import Dynamic, Rope
 from rlhf.rollouts import Pairs
 from rlhf.shared_prefix import SharedPrefix
@@ -30,7 +30,10 @@ CONFIGS = {
     "learned positions, projected embeddings": dict(
         kinds=(LayerKind(rope=None),), max_positions=16, embed_size=8
     ),
-    "experts": dict(kinds=(LayerKind(sparse=True),), experts=4, experts_per_token=2, expert_size=8),
+    "experts": dict(
+        kinds=(LayerKind(sparse=True),),
+        experts=Experts(4, 2, 8),
+    ),
 }
 SHARED = SharedPrefix(group_size=3, suffix=5)
 PREFIX = 6

@@ -1,6 +1,7 @@
 """Flax models as `LM`s and `Head`s."""
 
 from rlhf.models.config import EncoderDecoderConfig as EncoderDecoderConfig
+from rlhf.models.config import Experts as Experts
 from rlhf.models.config import LayerKind as LayerKind
 from rlhf.models.config import TransformerConfig as TransformerConfig
 from rlhf.models.encoder_decoder import encoder_decoder as encoder_decoder

@@ -29,8 +29,10 @@ def attention(
     kv_segment_ids: Array | None = None,
     causal: bool = True,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
+    sinks: Array | None = None,
     scale: float,
     kernel: str | None = None,
     last: bool = False,
@@ -40,17 +42,21 @@ def attention(
     eq. 1; arXiv:2305.13245).
 
     A causal query sees the keys of its own segment whose position is not after its own and, with a
-    window, less than `window` before.  Others see all of their segment.
+    window, less than `window` before; with chunks, not before the last multiple of `chunk`.  Others
+    see all of their segment.
 
     Args:
-      q: `[B, N, T, H]`.  k, v: `[B, K, S, H]`; N is a multiple of K, query heads `n K / N` share a
-        key head.
+      q: `[B, N, T, H]`.  k: `[B, K, S, H]`, v: `[B, K, S, V]`; N is a multiple of K, query heads
+        `n K / N` share a key head.
       positions, segment_ids: `[B, T]` int32 of the queries; segment 0 is padding, which no query
         sees.
       kv_positions, kv_segment_ids: `[B, S]` of the keys; None: those of the queries.
       window: tokens a query sees, itself included; None: all.
+      chunk: positions of a chunk, beyond whose start no query sees; None: there are none.
       softcap: c in `c tanh(score / c)`, before the mask  (Gemma 2).
       bias: `[B, N, T, S]`, added to the scores; a leading axis of 1 serves every row.
+      sinks: `[N]`, a score a head that joins the softmax with no value, so that less than 1 is
+        left for the keys  (GPT-OSS); None: there are none.
       scale: on the scores, usually `H ** -0.5`.
       kernel: "xla" (anywhere), "cudnn" or "triton" (GPU), or "splash" (TPU); None: the device's
         fastest fused one that can serve, else "xla".  Without a cache, positions must grow along
@@ -61,7 +67,7 @@ def attention(
       cached: the keys are those of a cache, of which no mesh splits the columns.  Else, on a mesh
         with an axis `sequence`, each device computes its own queries and gathers all keys.
 
-    Returns: `[B, N, T, H]` in the dtype of `q`; finite at padding, but without meaning.
+    Returns: `[B, N, T, V]` in the dtype of `q`; finite at padding, but without meaning.
 
     Raises: ValueError where shapes do not fit, or the kernel asked for cannot serve the request; it
     says why.
@@ -75,7 +81,9 @@ def attention(
     splits = not cached and ways("sequence") > 1 and q.shape[2] % ways("sequence") == 0
 
     def refused(kernel):
-        return _refused(kernel, q, causal, window, softcap, bias, same_tokens or last, splits)
+        return _refused(
+            kernel, q, v, causal, window, chunk, softcap, bias, sinks, same_tokens or last, splits
+        )
 
     # A single query has nothing to fuse.
     kernel = "xla" if q.shape[2] == 1 else kernel
@@ -108,24 +116,24 @@ def attention(
             splits=splits,
         )
 
-    def attend(q, k, v, bias, *where):
+    def attend(q, k, v, bias, sinks, *where):
         if chosen in KERNELS["gpu"]:
             from rlhf.models.cudnn import by_lengths_or_tiles
             from rlhf.models.flash import Options, flash
 
             options = Options(causal, window, softcap, scale)
             return (by_lengths_or_tiles if chosen == "cudnn" else flash)(q, k, v, *where, options)
-        mask = visible(*where, causal, window)
+        mask = visible(*where, causal, window, chunk)
         # In two halves a layer of 256 tokens takes 64 ms on a CPU instead of 80; four parts were no
         # faster and compile longer.  Short rows have too little to save.
         halves = same_tokens and causal and q.shape[2] >= 128 and not splits
-        return (_in_halves if halves else _xla)(q, k, v, mask, softcap, bias, scale)
+        return (_in_halves if halves else _xla)(q, k, v, mask, softcap, bias, sinks, scale)
 
     # XLA cannot split a kernel over devices by itself; each runs it on its own rows and heads.
     of_devices = chosen != "xla" and not jax.sharding.get_abstract_mesh().empty
     if splits or of_devices:
         attend = _on_devices(attend, q, k, bias, splits=splits, check=chosen == "xla")
-    return attend(q, k, v, bias, *where)
+    return attend(q, k, v, bias, sinks, *where)
 
 
 def _one_a_device(x, heads):
@@ -159,7 +167,8 @@ def _on_devices(attend, q, k, bias, splits, check):
 
     of_queries, of_keys = PartitionSpec(rows, columns), PartitionSpec(rows, None)
     where = of_queries, of_queries, of_keys, of_keys
-    specs = (queries, keys, keys, biases, *where)
+    of_heads = PartitionSpec(queries[1])
+    specs = (queries, keys, keys, biases, of_heads, *where)
     # Kernels say nothing of the axes that their results vary over, as the check wants.
     return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=check)
 
@@ -185,7 +194,7 @@ def shared_prefix_attention(
       positions, segment_ids: `[B, T]` int32; segment 0 is padding.
       bias: `[B, N, T, T]`, added to the scores, with a leading axis of 1 for all rows; or None.
       kv_positions, kv_segment_ids: `[B, T]`, those of the queries.
-      options: `causal`, `window`, `softcap`, `scale` and `kernel` of `attention`.
+      options: `causal`, `window`, `chunk`, `softcap`, `scale` and `kernel` of `attention`.
 
     Returns: `[B / G, N, T - S + G * S, H]` for groups of G rows and suffixes of S columns.
     """
@@ -221,7 +230,7 @@ def shared_prefix_attention(
     return jnp.concatenate([prefix, suffix], axis=2)
 
 
-def _in_halves(q, k, v, mask, softcap, bias, scale):
+def _in_halves(q, k, v, mask, softcap, bias, sinks, scale):
     """`_xla`, where the first half of the queries cannot see the second half of the keys: three
     quarters of the work.
     """
@@ -237,13 +246,14 @@ def _in_halves(q, k, v, mask, softcap, bias, scale):
             mask[:, rows, :end],
             softcap,
             part_bias,
+            sinks,
             scale,
         )
 
     return jnp.concatenate([part(slice(0, half), half), part(slice(half, length), length)], axis=2)
 
 
-def _xla(q, k, v, mask, softcap, bias, scale):
+def _xla(q, k, v, mask, softcap, bias, sinks, scale):
     """Plain batched matrix products, the queries of a group side by side; scores and softmax in at
     least float32.
     """
@@ -263,12 +273,15 @@ def _xla(q, k, v, mask, softcap, bias, scale):
     # gradient would spread.  0.7, since softmax subtracts the row's maximum, which must not
     # overflow.
     scores = jnp.where(mask[:, None, None], scores, -0.7 * jnp.finfo(scores.dtype).max)
-    probs = (
-        jax.nn.softmax(scores, axis=-1)
-        .astype(v.dtype)
-        .reshape(batch, k.shape[1], groups * length, -1)
-    )
-    return jnp.matmul(probs, v).reshape(batch, heads, length, width)
+    if sinks is None:
+        probs = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = jnp.broadcast_to(
+            sinks.astype(scores.dtype).reshape(1, k.shape[1], groups, 1, 1), (*scores.shape[:-1], 1)
+        )
+        probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    probs = probs.astype(v.dtype).reshape(batch, k.shape[1], groups * length, -1)
+    return jnp.matmul(probs, v).reshape(batch, heads, length, v.shape[-1])
 
 
 def _products(q, k, one_by_one: bool):
@@ -278,7 +291,9 @@ def _products(q, k, one_by_one: bool):
     return jnp.concatenate([in_float32(SCORES, part, k) for part in parts], axis=2)
 
 
-def _refused(kernel, q, causal, window, softcap, bias, uncached, splits) -> list[str]:
+def _refused(
+    kernel, q, v, causal, window, chunk, softcap, bias, sinks, uncached, splits
+) -> list[str]:
     """Why a kernel cannot serve; nothing if it can."""
     if kernel == "xla":
         return []
@@ -288,7 +303,12 @@ def _refused(kernel, q, causal, window, softcap, bias, uncached, splits) -> list
         ]
     width = q.shape[3]
     # Reasons by whether they hold; those that do are what the error lists.
-    why = {"a bias on the scores": bias is not None}
+    why = {
+        "a bias on the scores": bias is not None,
+        "attention in chunks": chunk is not None,
+        "sinks": sinks is not None,
+        "values of another width than keys": v.shape[3] != width,
+    }
     if kernel in KERNELS["gpu"]:
         why |= {
             f"{q.dtype}, where it wants bfloat16 or float16": q.dtype
@@ -311,7 +331,7 @@ def _refused(kernel, q, causal, window, softcap, bias, uncached, splits) -> list
 
 
 def _check(q, k, v, positions, segment_ids, kv_positions, kv_segment_ids) -> None:
-    if k.shape != v.shape:
+    if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {list(k.shape)} but v {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(

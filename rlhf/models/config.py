@@ -1,7 +1,7 @@
 """What a transformer looks like: one table of choices, from which every family is put together."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,49 @@ ACTIVATIONS = {
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "tanh": jnp.tanh,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
 }
 
 
 ROPE = Rope()
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Queries times `1 + rate ln(1 + floor((position + offset) / length))`: sharper attention far
+    from the start  (arXiv:2501.19399).
+    """
+
+    rate: float
+    length: int
+    offset: int = 0
+
+    def of(self, positions: jax.Array) -> jax.Array:
+        """The factor at each position."""
+        return 1 + self.rate * jnp.log1p(jnp.floor((positions + self.offset) / self.length))
+
+
+class Mixer(Protocol):
+    """What lets a token read those before it: `Latent`, `Delta` and `ShortConvolution` are some."""
+
+    def mix(self, block: Any, x: jax.Array, where: Any) -> tuple[jax.Array, Any]:
+        """`x [B, T, D]` to `[B, T, D]`, and the state for a cache; `block` declares weights."""
+        ...
+
+    def empty(self, c: Any, batch: int, length: int) -> Any:
+        """The state before the first of `length` columns; batch on axis 0 of every leaf."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Heads of layers where they are of another size than elsewhere in the model."""
+
+    width: int  # entries of a head
+    kv_heads: int
+    # of their parameters' names: arrays of several shapes cannot lie in one stack
+    prefix: str = ""
+    keys_are_values: bool = False  # one projection for both, before norms and positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +68,59 @@ class LayerKind:
     window: int | None = None  # tokens a query sees, itself included; None: all before it
     rope: Rope | None = ROPE  # None: queries and keys do not turn
     sparse: bool = False  # experts in place of the MLP
+    chunk: int | None = None  # a query sees those from the last multiple of it on (Llama 4)
+    temperature: Temperature | None = None
+    mixer: Mixer | None = None  # in place of attention over keys and values of its own
+    heads: Heads | None = None  # None: as the model's config says
+    # A name under which later layers get this one's keys and values; or that whose they take.
+    lends: str | None = None
+    borrows: str | None = None
+    widening: int = 1  # the MLP is so many times as wide
+
+    @property
+    def mlp_prefix(self) -> str:
+        """Of the names of the MLP's parameters."""
+        return "" if self.widening == 1 else "wide_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """MLPs of which each token goes through a few, and the router that chooses them."""
+
+    number: int
+    per_token: int
+    size: int  # width of each
+    # What the router's logits become: "softmax" over all experts, "chosen" over those that are
+    # chosen, "sigmoid" of each, or "sparsemixer" (Phi 3.5)
+    scores: str = "softmax"
+    renormalise: bool = True  # the weights of the chosen ones are divided by their sum
+    scale: float = 1.0  # of the weights, at last
+    correction: bool = False  # a learned number an expert, added for the choice alone (DeepSeek V3)
+    # The experts stand in so many groups; those of the best few alone can be chosen, by the sum of
+    # a group's best scores, so many of them.
+    groups: int = 1
+    groups_per_token: int = 1
+    group_best: int = 1
+    # MLPs of this width in all that every token goes through, 0: none; and whether a learned
+    # sigmoid weighs them.
+    shared_size: int = 0
+    shared_gate: bool = False
+    beside: bool = False  # added to an MLP, with norms and a scale an expert (Gemma 4)
+    weighs_input: bool = False  # an expert reads x times its weight (Llama 4)
+    bias: bool = False  # of the router and of the experts
+    # (α, limit) of `(u + 1) g σ(α g)`, g up to the limit and u within ± the limit  (GPT-OSS); None:
+    # the MLP's activation
+    clamp: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.scores not in (allowed := ("softmax", "chosen", "sigmoid", "sparsemixer")):
+            raise ValueError(f"scores must be one of {allowed}, but is {self.scores!r}")
+        if not 0 < self.per_token <= self.number:
+            raise ValueError(f"{self.per_token} experts a token of {self.number}")
+        if self.number % self.groups or not 0 < self.groups_per_token <= self.groups:
+            raise ValueError(
+                f"{self.groups_per_token} groups a token of {self.groups}, of {self.number} experts"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +152,32 @@ class TransformerConfig:
     # "pre", "branch" (of its output, OLMo 2), "both" (Gemma 2) or "sum" (of x and the branch, BERT)
     norm_place: str = "pre"
     norm_offset: float = 0.0  # Gemma: scale by 1 + w
+    norm_bias: bool = True  # of "layer"
     embed_norm: bool = False
     final_norm: bool = True
-    # "head": of each head's queries and keys (Qwen 3); "heads": over all heads jointly (OLMo 2)
+    # "head": of each head's queries and keys (Qwen 3); "heads": over all heads jointly (OLMo 2);
+    # "turned": of each head's, after they turned (Hunyuan); "unit": likewise, without weights, where
+    # they turn (Llama 4)
     qk_norm: str | None = None
+    v_norm: bool = False  # of each head's values, without weights (Gemma 4)
+    qkv_clip: float | None = None  # queries, keys and values within ± this (OLMoE)
     # blocks
     # attention and MLP side by side: 1 with one norm (GPT-J), 2 with a norm each (GPT-NeoX)
     parallel: int = 0
-    activation: str = "silu"  # a name of ACTIVATIONS
+    activation: str = "silu"  # a name of ACTIVATIONS; or "xielu", which has parameters
     gated: bool = True  # down(act(gate x) · up x), else down(act(up x))
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    experts: int = 0  # of sparse layers
-    experts_per_token: int = 2
-    expert_size: int = 0
-    expert_renormalise: bool = True  # the chosen experts' weights sum to 1
+    experts: Experts | None = None  # of sparse layers
+    sinks: bool = False  # a learned score a head joins each softmax, and has no value (GPT-OSS)
+    attention_gate: bool = False  # of x, a sigmoid on every entry of the output (Qwen 3 Next)
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float | None = None
     residual_scale: float = 1.0  # of every branch (Granite)
+    # Numbers of each token for each layer by itself, of a table of their own; 0: none (Gemma 4)
+    layer_input_size: int = 0
+    layer_scalar: bool = False  # a number that a layer's output is multiplied by (Gemma 4)
     # ends
     embed_scale: float = 1.0  # Gemma: √hidden_size
     unembeds: bool = True  # False: hidden states alone, no output matrix
@@ -96,9 +195,9 @@ class TransformerConfig:
         choices = {
             "norm": ("rms", "layer"),
             "norm_place": ("pre", "branch", "both", "sum"),
-            "qk_norm": (None, "head", "heads"),
+            "qk_norm": (None, "head", "heads", "turned", "unit"),
             "parallel": (0, 1, 2),
-            "activation": tuple(ACTIVATIONS),
+            "activation": (*ACTIVATIONS, "xielu"),
             "remat": tuple(REMAT),
         }
         for field, allowed in choices.items():
@@ -120,14 +219,8 @@ class TransformerConfig:
                 "learned, relative or ALiBi positions beside rotary ones; give "
                 "kinds=(LayerKind(rope=None),)"
             )
-        if (
-            any(kind.sparse for kind in self.kinds)
-            and not 0 < self.experts_per_token <= self.experts
-        ):
-            raise ValueError(
-                f"sparse layers need experts, but {self.experts_per_token} a token of "
-                f"{self.experts} are given"
-            )
+        if any(kind.sparse for kind in self.kinds) and self.experts is None:
+            raise ValueError("sparse layers need experts=Experts(…)")
 
     @property
     def rotary(self) -> bool:

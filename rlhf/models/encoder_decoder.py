@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from rlhf.from_flax import from_linen
 from rlhf.lm import LM
-from rlhf.models.block import Block, Weights
+from rlhf.models.block import Block
 from rlhf.models.config import EncoderDecoderConfig
 from rlhf.models.linear import or_zero
 from rlhf.models.transformer import Stack, embed, empty_cache, ends, logits, unstacked
+from rlhf.models.weights import Weights
 
 Array = jax.Array
 INPUTS = ("tokens", "positions", "segment_ids")

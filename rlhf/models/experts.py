@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf.fields import documented
+from rlhf.models.config import Experts
+from rlhf.models.linear import rows as as_rows
 from rlhf.sharding import fitting, ways
 
 Array = jax.Array
@@ -30,20 +32,56 @@ class Routing(NamedTuple):
     tokens: Array
 
 
+@documented
+class Router(NamedTuple):
+    """What chooses experts.
+
+    Attributes:
+      weight: [D, E].
+      bias: [E]; or None.
+      correction: [E], added to the scores for the choice alone; or None.
+      scale: [E], of the weights, at last; or None.
+    """
+
+    weight: Any
+    bias: Array | None = None
+    correction: Array | None = None
+    scale: Array | None = None
+
+
+@documented
+class Weights(NamedTuple):
+    """Of experts, stacked; biases may be None.
+
+    Attributes:
+      gate: [E, D, F].
+      up: [E, D, F].
+      down: [E, F, D].
+      gate_bias: [E, F].
+      up_bias: [E, F].
+      down_bias: [E, D].
+    """
+
+    gate: Array
+    up: Array
+    down: Array
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
+    down_bias: Array | None = None
+
+
 def experts(
     x: Array,
-    router: Any,
-    gate: Array,
-    up: Array,
-    down: Array,
+    router: Router,
+    weights: Weights,
     real: Array,
-    *,
-    per_token: int,
-    renormalise: bool,
+    config: Experts,
     activate: Callable,
+    *,
     cached: bool = False,
+    router_input: Array | None = None,
 ) -> tuple[Array, Routing]:
-    """`Σ_{e in top-k} p_e down_e(act(gate_e x) · up_e x)`, `p = softmax(router x)`
+    """`Σ_{e chosen} w_e down_e(act(gate_e x) · up_e x)`, weights and choice by `route`
     (arXiv:2101.03961; arXiv:2401.04088).
 
     Tokens are sorted by expert, so that each expert is one dense product of the rows that chose it
@@ -51,23 +89,29 @@ def experts(
     some of the experts, and gathers the tokens that the devices of this axis have.
 
     Args:
-      x: `[B, T, D]`.  router: `[D, E]`, which meets x in at least float32.  gate, up: `[E, D, F]`.
-        down: `[E, F, D]`.
+      x: `[B, T, D]`.
+      router: meets x in at least float32.
+      weights: of the experts.
       real: `[B, T]` bool; other tokens are left out of the statistics.
-      per_token: k.  renormalise: divide the chosen p by their sum.
+      config: of the layer.
+      activate: act.
       cached: a loop of decoding steps, of which a mesh splits the rows alone.
+      router_input: `[B, T, D]`, what the router reads; None: x.
 
     Returns: `[B, T, D]` in the dtype of x, and `Routing`.  Gradients flow through x, the experts
-    and p; not through the choice.
+    and the weights; not through the choice.
     """
-    local = partial(_local, per_token=per_token, renormalise=renormalise, activate=activate)
+    local = partial(_local, config=config, activate=activate)
+    router_input = x if router_input is None else router_input
     # Elsewhere XLA places tokens and experts by itself.
     if ways("expert") * ways("sequence") == 1:
-        return local(x, router, gate, up, down, real)
+        return local(x, router_input, router, weights, real)
     names = ("decoded", None) if cached else ("batch", "sequence")
     rows, columns = of_tokens = fitting(names, real.shape)
-    inner = fitting(("expert", None, "mlp"), gate.shape)
+    inner = fitting(("expert", None, "mlp"), weights.gate.shape)
     outer = PartitionSpec(inner[0], inner[2], None)
+    of_bias = PartitionSpec(inner[0], inner[2])
+    specs = Weights(inner, inner, outer, of_bias, of_bias, PartitionSpec(inner[0], None))
     # Rows that this axis does not divide, such as a single prompt's, are on all of its devices.
     gathers = inner[0] in ((rows,) if isinstance(rows, str) else rows or ())
     local = jax.shard_map(
@@ -78,22 +122,84 @@ def experts(
             inner_axis=inner[2],
             columns_axis=columns,
         ),
-        in_specs=(of_tokens, PartitionSpec(), inner, inner, outer, of_tokens),
+        in_specs=(of_tokens, of_tokens, PartitionSpec(), specs, of_tokens),
         out_specs=(of_tokens, PartitionSpec(rows)),
     )
-    return local(x, router, gate, up, down, real)
+    return local(x, router_input, router, weights, real)
+
+
+def route(logits: Array, correction: Array | None, config: Experts) -> tuple[Array, Array, Array]:
+    """Which experts a token goes to, and with which weights.
+
+    Args:
+      logits: `[N, E]`.
+      correction: `[E]`, or None.
+      config: scores s of the logits, and how weights w follow from the chosen ones.
+
+    Returns: w `[N, k]`; the experts chosen `[N, k]` int32; and probabilities `[N, E]` for a
+    balance loss: s, over its sum where it has none.
+    """
+    if config.scores == "sparsemixer":
+        return _sparsemixer(logits, config.per_token)
+    probs = jax.nn.softmax(logits, axis=-1)
+    scores = probs
+    if config.scores == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        probs = scores / scores.sum(-1, keepdims=True)
+    ranked = scores if correction is None else scores + as_rows(correction, scores)
+    _, chosen = jax.lax.top_k(_in_best_groups(ranked, config), config.per_token)
+    weights = jnp.take_along_axis(logits if config.scores == "chosen" else scores, chosen, axis=-1)
+    if config.scores == "chosen":
+        weights = jax.nn.softmax(weights, axis=-1)
+    elif config.renormalise:
+        weights = weights / (weights.sum(-1, keepdims=True) + TINY)
+    return weights * config.scale, chosen, probs
+
+
+TINY = 1e-20  # beside a sum of scores
+
+
+def _in_best_groups(ranked: Array, config: Experts) -> Array:
+    """Scores `[N, E]`, -inf outside the best groups of each token  (arXiv:2405.04434, sec. 2.2.2)."""
+    if config.groups == 1:
+        return ranked
+    groups = ranked.reshape(len(ranked), config.groups, -1)
+    of_group = jax.lax.top_k(groups, config.group_best)[0].sum(-1)
+    _, best = jax.lax.top_k(of_group, config.groups_per_token)
+    allowed = jax.nn.one_hot(best, config.groups, dtype=jnp.int32).sum(1) > 0
+    return jnp.where(allowed[:, :, None], groups, -jnp.inf).reshape(ranked.shape)
+
+
+JITTER = 0.01
+
+
+def _sparsemixer(logits: Array, number: int) -> tuple[Array, Array, Array]:
+    """One expert after another: the best of those left, with its softmax among those whose logits
+    are near its own  (arXiv:2310.00811).
+    """
+    weights = []
+    chosen = []
+    left = logits
+    for _ in range(number):
+        best = left.argmax(-1, keepdims=True)
+        most = jnp.take_along_axis(left, best, axis=-1)
+        far = (most - logits) / jnp.maximum(jnp.abs(logits), most) > 2 * JITTER
+        near = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
+        weights.append(jnp.take_along_axis(near, best, axis=-1))
+        chosen.append(best)
+        left = jnp.where(jnp.arange(logits.shape[-1])[None] == best, -jnp.inf, left)
+    probs = jax.nn.softmax(logits, axis=-1)
+    return jnp.concatenate(weights, -1), jnp.concatenate(chosen, -1).astype(jnp.int32), probs
 
 
 def _local(
     x,
+    router_input,
     router,
-    gate,
-    up,
-    down,
+    weights,
     real,
     *,
-    per_token,
-    renormalise,
+    config,
     activate,
     experts_axis=None,
     gathers=False,
@@ -106,15 +212,18 @@ def _local(
       gathers: tokens too stand in parts on the experts' axis.
     """
     batch, length, size = x.shape
-    number = router.shape[1]
+    number = config.number
     flat = x.reshape(-1, size)
     # The router computes in float32 whatever the dtype of the rest: rounding would choose other
     # experts, in training than in sampling.
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.matmul(flat.astype(wide), router.astype(wide), precision="highest")
-    probs = jax.nn.softmax(logits, axis=-1)  # [N, E]
-    weights, chosen = jax.lax.top_k(probs, per_token)  # [N, k]
-    weights = weights / weights.sum(-1, keepdims=True) if renormalise else weights
+    logits = jnp.matmul(
+        router_input.reshape(-1, size).astype(wide), router.weight.astype(wide), precision="highest"
+    )
+    logits = logits if router.bias is None else logits + as_rows(router.bias, logits)
+    shares, chosen, probs = route(logits, router.correction, config)
+    if router.scale is not None:
+        shares = shares * router.scale.astype(wide)[chosen]
 
     # Sums by row, not a loss: it multiplies means over the whole batch, which no device has alone.
     counted = real.astype(probs.dtype)
@@ -129,26 +238,38 @@ def _local(
     if columns_axis:
         routing = jax.lax.psum(routing, columns_axis)
 
-    routed = flat, weights, chosen
+    routed = flat, shares, chosen
     if gathers:
         # Every device computes what its experts make of the tokens of all, and gets the sums of its
         # own.
         routed = (jax.lax.all_gather(z, experts_axis, tiled=True) for z in routed)
-    first = jax.lax.axis_index(experts_axis) * gate.shape[0] if experts_axis else None
-    y = _mixed(gate, up, down, activate, *routed, first=first)
+    first = jax.lax.axis_index(experts_axis) * weights.gate.shape[0] if experts_axis else None
+    if inner_axis and weights.down_bias is not None:
+        # Devices add up what they make: one of them adds the bias.
+        is_first = jax.lax.axis_index(inner_axis) == 0
+        weights = weights._replace(down_bias=weights.down_bias * is_first)
+    y = _mixed(weights, partial(_glu, config.clamp, activate), config, *routed, first)
     if gathers:
         y = jax.lax.psum_scatter(y, experts_axis, tiled=True)
     y = jax.lax.psum(y, tuple(filter(None, (None if gathers else experts_axis, inner_axis))))
     return y.astype(x.dtype).reshape(x.shape), routing
 
 
-def _mixed(gate, up, down, activate, flat, weights, chosen, first=None):
+def _glu(clamp: tuple[float, float] | None, activate: Callable, gate: Array, up: Array) -> Array:
+    if clamp is None:
+        return activate(gate) * up
+    alpha, limit = clamp
+    gate = jnp.minimum(gate, limit)
+    return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+
+def _mixed(weights: Weights, glu: Callable, config: Experts, flat, shares, chosen, first):
     """`[N, D]`, added up in float32, what these experts add to tokens `[N, D]` that chose `[N, k]`.
 
     Args:
       first: these are the experts from this one on, and others are elsewhere; None: they are all.
     """
-    number = gate.shape[0]
+    number = weights.gate.shape[0]
     expert = chosen.reshape(-1)
     if first is not None:
         # Other devices' experts come last, in no group.
@@ -159,8 +280,16 @@ def _mixed(gate, up, down, activate, flat, weights, chosen, first=None):
     sizes = jnp.bincount(expert, length=number).astype(jnp.int32)
     of_token = order // chosen.shape[1]
 
-    def product(rows, w):
-        return jax.lax.ragged_dot(rows, w.astype(rows.dtype), sizes)
+    sorted_expert = expert[order]
+
+    def product(rows, w, bias):
+        y = jax.lax.ragged_dot(rows, w.astype(rows.dtype), sizes)
+        # Rows in no group have no bias either.
+        return (
+            y
+            if bias is None
+            else y + bias.astype(y.dtype).at[sorted_expert].get(mode="fill", fill_value=0)
+        )
 
     def in_groups(rows):
         # What `ragged_dot` makes of rows in no group is undefined, and so is their gradient.
@@ -169,7 +298,12 @@ def _mixed(gate, up, down, activate, flat, weights, chosen, first=None):
         return jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], rows, 0)
 
     rows = in_groups(flat[of_token])
-    out = in_groups(product(activate(product(rows, gate)) * product(rows, up), down))
-    out = out.astype(weights.dtype) * weights.reshape(-1)[order][:, None]
+    sorted_shares = shares.reshape(-1)[order][:, None]
+    if config.weighs_input:
+        rows = (rows * sorted_shares).astype(rows.dtype)
+    w = weights
+    h = glu(product(rows, w.gate, w.gate_bias), product(rows, w.up, w.up_bias))
+    out = in_groups(product(h, w.down, w.down_bias)).astype(shares.dtype)
+    out = out if config.weighs_input else out * sorted_shares
     # Back at the tokens' places.
-    return jnp.zeros(flat.shape, weights.dtype).at[of_token].add(out)
+    return jnp.zeros(flat.shape, shares.dtype).at[of_token].add(out)

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from rlhf import hosts
 from rlhf.lm import LM, Head, Params
 from rlhf.models import huggingface_config as configs
-from rlhf.models import mapping
+from rlhf.models import mapping, mxfp4
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Family, Tensor
+from rlhf.models.families.table import numberless
 from rlhf.models.heads import classifier_head, scalar_head
 from rlhf.models.safetensors_files import DTYPES, FLOATS, INDEX, WEIGHTS, find, has_weights
 from rlhf.models.tokenizer_files import BESIDE, FAST, OLDER
@@ -34,8 +35,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER = (FAST, *BESIDE, *OLDER)
 # TRL's names.
 VALUE_HEAD = (
-    Tensor("v_head.summary.weight", "weight", lead=True),
-    Tensor("v_head.summary.bias", "bias", lead=True),
+    Tensor("v_head.summary.weight", "weight", ones=(0,)),
+    Tensor("v_head.summary.bias", "bias", ones=(0,)),
 )
 # Of files from before PyTorch's names, such as bert-base-uncased's.
 OLD_NORMS = {"gamma": "weight", "beta": "bias"}
@@ -92,7 +93,7 @@ def load(
         path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}, shapes_only
     )
     lm = configs.lm_of(config)
-    parts = {"lm": (lm, family.rows(config))}
+    parts = {"lm": (lm, family.rows(config, tensors))}
     params = _read(folder, family, config, tensors, parts, mesh, say, shapes_only)
     return lm, params["lm"], _tokenizer(folder)
 
@@ -124,7 +125,7 @@ def load_classifier(
     of_tokens = _of_tokens(hf)
     lm = configs.lm_of(config)
     head = _head(config, family, hf.num_labels, of_tokens)
-    parts = {"lm": (lm, family.rows(config)), "head": (head, family.head_rows(of_tokens))}
+    parts = {"lm": (lm, family.rows(config, tensors)), "head": (head, family.head_rows(of_tokens))}
     return lm, head, _read(folder, family, config, tensors, parts, mesh, say), _tokenizer(folder)
 
 
@@ -198,7 +199,7 @@ def load_for_classification(
         family,
         config,
         tensors,
-        {"lm": (lm, family.rows(config)), "head": (head, stored)},
+        {"lm": (lm, family.rows(config, tensors)), "head": (head, stored)},
         mesh,
         say,
         shapes_only,
@@ -270,7 +271,7 @@ def load_with_value(
     lm = configs.lm_of(config)
     last = configs.decoder_of(config)
     head = scalar_head(last.embed_size or last.hidden_size, dtype=last.param_dtype)
-    parts: dict[str, tuple[Any, Any]] = {"lm": (lm, family.rows(config))}
+    parts: dict[str, tuple[Any, Any]] = {"lm": (lm, family.rows(config, tensors))}
     if any(name.startswith("v_head.") for name in tensors):
         parts["head"] = head, VALUE_HEAD
     params = _read(folder, family, config, tensors, parts, mesh, say)
@@ -441,15 +442,16 @@ def save(
     shapes = _shapes(configs.lm_of(config))
     if wrong := _misfits(flat, shapes):
         raise ValueError(f"params are not the config's: {'; '.join(wrong)}")
-    heads = configs.decoder_of(config).kv_heads
-    tensors = list(mapping.write(mapping.places(known.rows(config), shapes, config), flat, heads))
+    # The experts' tensors as the original has them.
+    rows = known.rows(config, () if original is None else find(original))
+    tensors = list(mapping.write(mapping.places(rows, shapes, config), flat))
     if head is not None:
         leaves = mapping.flat(_with_labels(head))
         # Of the heads that `_head` makes, those of tokens alone have a bias and no inner layer.
         of_tokens = ("bias",) in leaves and ("inner",) not in leaves
         rows = known.head_rows(of_tokens)
         tensors += mapping.write(
-            mapping.places(rows, {k: v.shape for k, v in leaves.items()}, config), leaves, heads
+            mapping.places(rows, {k: v.shape for k, v in leaves.items()}, config), leaves
         )
         hf.update(_of_classifier(hf, known, leaves, of_tokens))
         # transformers finds a decoder's last token by its padding; encoders are read at their
@@ -461,7 +463,6 @@ def save(
         tensors += mapping.write(
             mapping.places(VALUE_HEAD, {k: v.shape for k, v in leaves.items()}, config),
             leaves,
-            heads,
         )
 
     def size(leaf):
@@ -548,7 +549,11 @@ def _found(path_or_name, fields: Mapping[str, Any], shapes_only: bool = False):
     configs.generation(folder, hf.vocab_size)
     family = configs.family_of(hf.model_type)
     config = configs.replaced(config, **fields)
-    stored_tensors = find(folder) if not shapes_only or has_weights(folder) else {}
+    stored_tensors: Mapping[str, Any] = {}
+    if not shapes_only or has_weights(folder):
+        stored_tensors = find(folder)
+    if configs.quantised_by(hf) == mxfp4.METHOD:
+        stored_tensors = mxfp4.unpacked(stored_tensors)
     tensors = {_full_name(name, family, config): stored for name, stored in stored_tensors.items()}
     # Some files store an output matrix of its own beside a config that ties it: the files are
     # right, as transformers has it.
@@ -601,10 +606,10 @@ def _read(
         }
     last = configs.decoder_of(config)
     # Counted before any name is made: a config could claim millions of layers or experts.
-    if (least := mapping.least(config)) > len(tensors):
+    if (least := mapping.least(config, parts["lm"][1])) > len(tensors):
         raise ValueError(
             f"{folder / configs.CONFIG} describes {last.num_layers} layers (num_hidden_layers) "
-            f"with {last.experts} experts, so "
+            f"with {last.experts.number if last.experts else 0} experts, so "
             f"at least {least:,} tensors, but the files have {len(tensors)}"
         )
     shapes = {name: {path: leaf.shape for path, leaf in leaves[name].items()} for name in parts}
@@ -639,9 +644,7 @@ def _read(
         def put(path, x, shaped=shaped):
             return _put(x, shaped[path].sharding)
 
-        out[name] = mapping.nested(
-            mapping.read(places[name], tensors, leaves[name], last.kv_heads, put)
-        )
+        out[name] = mapping.nested(mapping.read(places[name], tensors, leaves[name], put))
     return out
 
 
@@ -697,10 +700,10 @@ def _misfits(flat: Mapping, wanted: Mapping) -> list[str]:
 
 def _full_name(name: str, family: Family, config: Config) -> str:
     """A tensor's name with the trunk's prefix, which files of the trunk alone leave out."""
-    names = {row.name for row in (*family.rows(config), *family.head)}
+    names = {row.name for row in (*family.rows(config), *family.fused, *family.head)}
     name = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda old: OLD_NORMS[old[0]], name)
     # Family tables write {} for the numbers of layers and experts.
-    numbered = re.sub(r"\.\d+\.", ".{}.", family.prefix + name)
+    numbered = numberless(family.prefix + name)
     return (
         family.prefix + name
         if numbered in names or re.search(family.ignored, family.prefix + name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.lm import LM
+from rlhf.models import mxfp4
 from rlhf.models.config import Config, EncoderDecoderConfig, LayerKind, TransformerConfig
 from rlhf.models.encoder_decoder import encoder_decoder
 from rlhf.models.families import FAMILIES, Family, schema
@@ -16,6 +17,9 @@ from rlhf.models.transformer import transformer
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 LIMIT = 16_000_000  # bytes of either
+OF_LAYERS = ("gemma4_text",)  # families whose layers have fields of their own
+# Of transformers' config: those may be read of the model too.
+OF_MODEL = "allow_global_per_layer_attribute_access"
 COMPUTATION = ("dtype", "param_dtype", "kernel", "remat")  # fields that no file holds
 
 
@@ -58,15 +62,18 @@ def read(folder: Path) -> tuple[Any, Config]:
             hint = "; it holds an adapter alone, and adapter_config.json names its base model"
         raise FileNotFoundError(f"{folder} has no {CONFIG}{hint}")
     raw = read_object(file, LIMIT)
-    if (quantised := raw.get("quantization_config")) is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ValueError(f"{folder} holds quantised weights ({method}), not supported")
+    if (method := quantised_by(raw)) not in (None, mxfp4.METHOD):
+        raise ValueError(
+            f"{folder} holds quantised weights ({method}), not supported; known: {mxfp4.METHOD}"
+        )
     try:
         family_of(raw.get("model_type"))
         # Before transformers sees them: its classes make lists and loops of some sizes at once.
         schema.check(raw, raw["model_type"])
         _check_names(raw)
         hf = AutoConfig.for_model(**raw)
+        if raw["model_type"] in OF_LAYERS:
+            setattr(hf, OF_MODEL, True)
         schema.check_ids(raw, hf.vocab_size)
         # Before our config is made, whose error would not name the fields of this file.
         schema.check_heads(raw, hf)
@@ -80,6 +87,13 @@ def read(folder: Path) -> tuple[Any, Config]:
             f"{file}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     return hf, config
+
+
+def quantised_by(config: Any) -> str | None:
+    """The method by which a config says that the files' matrices are held in few bits."""
+    fields = config if isinstance(config, Mapping) else vars(config)
+    found = fields.get("quantization_config")
+    return found.get("quant_method") if isinstance(found, Mapping) else found
 
 
 def transformers_config(folder: Path):
@@ -117,7 +131,8 @@ def _check_names(raw: Mapping[str, Any]) -> None:
     if wrong := [
         name
         for name in raw
-        if callable(getattr(PreTrainedConfig, name, None)) or name == "per_layer_config"
+        if callable(getattr(PreTrainedConfig, name, None))
+        or (name == "per_layer_config" and raw["model_type"] not in OF_LAYERS)
     ]:
         raise ValueError(f"{wrong[0]!r} is no field of a config that is supported; leave it out")
 
@@ -211,7 +226,11 @@ def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
         theirs = replaced(theirs, unembeds=False)
     if lost := differences(config, theirs):
         raise ValueError(f"{original} has another config: {', '.join(lost)}")
+    if hasattr(hf, "quantization_config"):
+        # What is written is plain.
+        del hf.quantization_config
     hf.update(dict(fields))
+    vars(hf).pop(OF_MODEL, None)
     return hf
 
 

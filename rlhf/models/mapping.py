@@ -15,8 +15,8 @@ from rlhf.fields import documented
 from rlhf.lm import Params
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Tensor
+from rlhf.models.layers import leaves as leaves_of
 from rlhf.models.safetensors_files import FLOATS, Stored
-from rlhf.models.transformer import DENSE, SPARSE
 
 Path = tuple[str, ...]
 # Names of a kind that an error lists; a wrong config could make them thousands.
@@ -64,9 +64,7 @@ def _numbers(
     if not stacked:
         yield (), ()
         return
-    # Indexed by whether a layer is sparse: dense layers lack the first, sparse ones the second.
-    lacks = (leaf in SPARSE, leaf in DENSE)
-    layers = [i for i in range(config.num_layers) if not lacks[config.kind(i).sparse]]
+    layers = [i for i in range(config.num_layers) if leaf in leaves_of(config, config.kind(i))]
     for place, layer in enumerate(layers):
         if stacked == 1:
             yield (layer,), (place,)
@@ -74,13 +72,16 @@ def _numbers(
             yield from (((layer, expert), (place, expert)) for expert in range(shape[1]))
 
 
-def least(config: Config) -> int:
-    """Tensors that a model has at least: one a layer, and one for each expert of a sparse one."""
+def least(config: Config, rows: Sequence[Tensor]) -> int:
+    """Tensors that a model has at least: one a layer, and one for each expert of a sparse one where
+    they do not lie in one tensor.
+    """
+    one_by_one = any(row.name.count("{}") > 1 for row in rows)
     stacks = (
         (config,) if isinstance(config, TransformerConfig) else (config.encoder, config.decoder)
     )
     return sum(
-        stack.experts if stack.kind(i).sparse else 1
+        stack.experts.number if one_by_one and stack.experts and stack.kind(i).sparse else 1
         for stack in stacks
         for i in range(stack.num_layers)
     )
@@ -96,8 +97,8 @@ def file_shape(place: Place, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[in
     # Without the stacked axes; fused parts lie side by side along our last axis.
     parts = [shapes[leaf][len(place.at) :] for leaf in place.leaves]
     shape = (*parts[0][:-1], sum(part[-1] for part in parts)) if parts[0] else ()
-    shape = shape[::-1] if place.row.transpose else shape
-    return (1, *shape) if place.row.lead else shape
+    shape = (*shape[:-2], *shape[:-3:-1]) if place.row.transpose else shape
+    return np.expand_dims(np.empty(shape, bool), place.row.ones).shape if place.row.ones else shape
 
 
 def problems(
@@ -146,7 +147,6 @@ def read(
     where: Mapping[str, Place],
     tensors: Mapping[str, Stored],
     leaves: Mapping[Path, jax.ShapeDtypeStruct],
-    heads: int,
     put: Callable,
 ) -> dict[Path, Any]:
     """Our leaves, each put on the devices before the next is read.
@@ -154,7 +154,6 @@ def read(
     The largest come first, so that the host never holds much more than the parameters themselves.
 
     Args:
-      heads: key and value heads, for what is fused by groups.
       put: `(path, array) -> jax.Array`.
     """
     names: dict[Path, list[str]] = {}
@@ -166,7 +165,7 @@ def read(
         leaf = leaves[path]
 
         def part(name):
-            return _part(tensors[name], where[name], path, leaves, heads)
+            return _part(tensors[name], where[name], path, leaves)
 
         if where[names[path][0]].at == ():
             return np.ascontiguousarray(part(names[path][0]).astype(leaf.dtype, copy=False))
@@ -185,51 +184,47 @@ def read(
 
 
 def _part(
-    stored: Stored,
-    place: Place,
-    path: Path,
-    leaves: Mapping[Path, jax.ShapeDtypeStruct],
-    heads: int,
+    stored: Stored, place: Place, path: Path, leaves: Mapping[Path, jax.ShapeDtypeStruct]
 ) -> np.ndarray:
     sizes = [(leaves[leaf].shape or (1,))[-1] for leaf in place.leaves]
-    return parts_of(stored.read(), place.row, sizes, heads)[place.leaves.index(path)]
+    return parts_of(stored.read(), place.row, sizes)[place.leaves.index(path)]
 
 
 def write(
-    where: Mapping[str, Place], flat: Mapping[Path, Any], heads: int
+    where: Mapping[str, Place], flat: Mapping[Path, Any]
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """A file's tensors, each as a function that makes it."""
 
     # Made when it is called for: only one file of several need be in the host's memory.
     def make(place):
         parts = [np.asarray(hosts.fetch(flat[leaf][place.at])) for leaf in place.leaves]
-        return joined(parts, place.row, heads)
+        return joined(parts, place.row)
 
     for name, place in where.items():
         yield name, partial(make, place)
 
 
-def parts_of(x: np.ndarray, row: Tensor, sizes: list[int], heads: int) -> list[np.ndarray]:
+def parts_of(x: np.ndarray, row: Tensor, sizes: list[int]) -> list[np.ndarray]:
     """A tensor's parts, each `[..., out]`."""
-    x = x[0] if row.lead else x
-    x = x.T if row.transpose else x
+    x = np.squeeze(x, row.ones) if row.ones else x
+    x = np.swapaxes(x, -1, -2) if row.transpose else x
     if len(sizes) == 1:
         return [x]
-    if not row.grouped:
+    if not row.groups:
         return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
-    # Grouped: each key head follows its queries, [..., groups, (queries a group + 2) H].
-    groups = x.reshape(*x.shape[:-1], heads, -1)
-    parts = np.split(groups, np.cumsum([size // heads for size in sizes])[:-1], axis=-1)
+    # [..., groups, the parts of a group]
+    groups = x.reshape(*x.shape[:-1], row.groups, -1)
+    parts = np.split(groups, np.cumsum([size // row.groups for size in sizes])[:-1], axis=-1)
     return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
 
-def joined(parts: list[np.ndarray], row: Tensor, heads: int) -> np.ndarray:
-    if row.grouped:
-        parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
+def joined(parts: list[np.ndarray], row: Tensor) -> np.ndarray:
+    if row.groups:
+        parts = [part.reshape(*part.shape[:-1], row.groups, -1) for part in parts]
     x = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    x = x.reshape(*x.shape[:-2], -1) if row.grouped else x
-    x = np.asarray(x.T if row.transpose else x, order="C")
-    return x[None] if row.lead else x
+    x = x.reshape(*x.shape[:-2], -1) if row.groups else x
+    x = np.asarray(np.swapaxes(x, -1, -2) if row.transpose else x, order="C")
+    return np.expand_dims(x, row.ones) if row.ones else x
 
 
 def _bytes(leaf) -> int:

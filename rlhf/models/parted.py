@@ -12,7 +12,7 @@ from rlhf.fields import documented
 from rlhf.lm import LM, Params
 from rlhf.models.config import TransformerConfig
 from rlhf.models.huggingface_config import config_of
-from rlhf.models.transformer import rank
+from rlhf.models.layers import rank
 
 
 @documented
@@ -59,7 +59,7 @@ def part(lm: LM, params: Params, *, top: int) -> tuple[Params, Params]:
     halves: tuple[Params, Params] = ({}, {})
     for name, leaf in params["layers"].items():
         # Leaves of experts or MLPs are stacked over fewer layers, so each leaf has its own border.
-        below = rank(name, config.kinds, config.num_layers - top)
+        below = rank(config, name, config.num_layers - top)
         halves[0][name] = jax.tree.map(itemgetter(slice(below, None)), leaf)
         halves[1][name] = jax.tree.map(itemgetter(slice(below)), leaf)
     above = {

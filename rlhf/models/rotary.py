@@ -80,6 +80,19 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
+class Proportional:
+    """Frequencies of all of a head, of which the first share turns, and the rest stays  (Gemma 4)."""
+
+    share: float
+    attention_factor = 1.0
+    by_length = False
+
+    def frequencies(self, theta, size, lengths=None):
+        turning = int(self.share * size / 2)
+        return jnp.where(jnp.arange(size // 2) < turning, plain(theta, size), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dynamic:
     """A base that grows with the length once it is over `original`  (NTK-aware, as transformers has
     it).
@@ -173,14 +186,14 @@ class LongRope:
 
 
 def rotations(
-    ropes: Sequence[Rope],
-    width: int,
+    ropes: Sequence[tuple[Rope, int]],
     positions: Array,
     segment_ids: Array,
     kv_positions: Array | None,
     kv_segment_ids,
-) -> dict[Rope | None, Rotation]:
-    """cos and sin for every kind of rotation in use; `kv_...` are a cache's, None without one.
+) -> dict[tuple[Rope, int], Rotation]:
+    """cos and sin for every kind of rotation in use, of heads of a width; `kv_...` are a cache's,
+    None without one.
 
     Positions beyond a cache's columns give NaN: a row has no more tokens than columns.
     """
@@ -190,7 +203,7 @@ def rotations(
     else:
         here = lengths(kv_positions, kv_segment_ids)
 
-    def one(rope, positions, segment_ids):
+    def one(rope, width, positions, segment_ids):
         by_length = rope.scaling is not None and rope.scaling.by_length
         of_row = (
             jnp.take_along_axis(here, segment_ids, axis=1, mode="fill", fill_value=0)
@@ -224,14 +237,14 @@ def rotations(
             sin = jnp.where(known, sin, jnp.nan)
         return cos, sin
 
-    def rotation(rope):
+    def rotation(rope, width):
         later = kv_positions is not None and rope.scaling is not None and rope.scaling.by_length
         return Rotation(
-            one(rope, positions, segment_ids),
-            one(rope, kv_positions, kv_segment_ids) if later else None,
+            one(rope, width, positions, segment_ids),
+            one(rope, width, kv_positions, kv_segment_ids) if later else None,
         )
 
-    return {rope: rotation(rope) for rope in dict.fromkeys(ropes)}
+    return {each: rotation(*each) for each in dict.fromkeys(ropes)}
 
 
 def lengths(positions: Array, segment_ids: Array) -> Array:

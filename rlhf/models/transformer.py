@@ -1,6 +1,7 @@
 """One transformer for every decoder and encoder: a config says which."""
 
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,20 +11,19 @@ import jax.numpy as jnp
 from rlhf.fields import documented
 from rlhf.from_flax import from_linen
 from rlhf.lm import LM
-from rlhf.models.block import Block, Weights
-from rlhf.models.config import REMAT, LayerKind, TransformerConfig
+from rlhf.models.block import Block, Extra
+from rlhf.models.config import REMAT, Heads, TransformerConfig
 from rlhf.models.experts import Routing
+from rlhf.models.layers import all_leaves, initial, leaves, nothing_lent, rank, runs
 from rlhf.models.linear import linear, look_up, or_zero, rows
 from rlhf.models.position_bias import alibi, relative
 from rlhf.models.rotary import rotations
+from rlhf.models.self_attention import Cached
+from rlhf.models.weights import Weights
 from rlhf.sharding import constrain, platform, ways
 from rlhf.shared_prefix import NOT_SHARED, SharedPrefix
 
 Array = jax.Array
-# Leaves of sparse layers alone, and of dense layers alone: where a model has both, each is stacked
-# over fewer layers than the others.
-SPARSE = ("router", "expert_gate", "expert_up", "expert_down")
-DENSE = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
 @documented
@@ -34,13 +34,13 @@ class Cache(NamedTuple):
       written: [B] int32, columns written: the write index.
       positions: [B, S] int32.
       segment_ids: [B, S] int32, 0 = not written, or padding.
-      layers: per layer keys and values [B, K, S, H].
+      layers: per layer keys and values [B, K, S, H], or the state of its mixer.
     """
 
     written: Array
     positions: Array
     segment_ids: Array
-    layers: tuple[tuple[Array, Array], ...]
+    layers: tuple[Any, ...]
 
 
 def transformer(config: TransformerConfig) -> LM:
@@ -90,31 +90,17 @@ class Stack(Weights):
         return self.param("layers", self._init_layers)
 
     def _init_layers(self, key):
-        """Blocks of each kind there is, dense or sparse; what both kinds have is taken from the
-        first.
-        """
+        """Blocks of each kind there is; what several kinds have is taken from the first."""
         c = self.config
-        x = jnp.zeros((1, 1, c.hidden_size), c.dtype)
-        one = jnp.ones((1, 1), jnp.int32)
-        attention_inputs = dict(positions=one, segment_ids=one)
         out: dict[str, Any] = {}
-        for sparse in dict.fromkeys(c.kind(i).sparse for i in range(c.num_layers)):
-            init = partial(
-                Block(c).init,
-                x=x,
-                kind=LayerKind(rope=None, sparse=sparse),
-                rotations={},
-                cached=None,
-                attention_inputs=attention_inputs,
-                cross=attention_inputs,
-            )
-            stacked = jax.vmap(lambda key, init=init: init(key)["params"])(
-                jax.random.split(key, c.num_layers)
-            )
+        # Kinds that differ in a window alone have the same parameters.
+        kinds = {leaves(c, c.kind(i)): c.kind(i) for i in reversed(range(c.num_layers))}
+        for kind in reversed(kinds.values()):
+            stacked = jax.vmap(partial(initial, c, kind))(jax.random.split(key, c.num_layers))
             for name, leaf in stacked.items():
                 # All layers were initialised as if of this kind; as many are taken as have the
                 # leaf.
-                present = leaf.value[: rank(name, c.kinds, c.num_layers)]
+                present = leaf.value[: rank(c, name, c.num_layers)]
                 out.setdefault(name, leaf.replace(value=present, names=("layers", *leaf.names)))
         return out
 
@@ -125,6 +111,7 @@ class Stack(Weights):
         segment_ids,
         cache=None,
         encoded=None,
+        layer_inputs=None,
         shared: SharedPrefix = NOT_SHARED,
     ) -> tuple[Array, Cache | None, dict]:
         """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it,
@@ -132,6 +119,7 @@ class Stack(Weights):
 
         Args:
           encoded: what `encode` of an encoder-decoder returned; None without an encoder.
+          layer_inputs: `[B, T, layers, P]`, numbers of each token for each layer; None without.
           shared: what the rows of `positions` and `segment_ids` share stands once in `x` and in
             what is returned.
         """
@@ -146,21 +134,23 @@ class Stack(Weights):
             x = x + look_up(self.position_embedding, shared.deduplicate(places)).astype(x.dtype)
         x = self.normalise(x, *self.embed_norm) if c.embed_norm else x
         x = constrain(x, *(("batch", "sequence") if cache is None else ("decoded", None)), None)
-        layers = self.layers
+        # What each layer has of its own travels with its parameters, so that a scan cuts it too.
+        of_layers: dict[str, Any] = {}
         cross = None
         if encoded is not None:
-            # Each layer has keys and values of the encoder's output: they travel with its
-            # parameters.
-            of_layers = {name: jnp.moveaxis(encoded[name], 1, 0) for name in ("k", "v")}
-            if isinstance(layers, tuple):
-                layers = tuple(
-                    {**x, "cross": {k: y[i] for k, y in of_layers.items()}}
-                    for i, x in enumerate(layers)
-                )
-            else:
-                layers = {**layers, "cross": of_layers}
+            of_layers["cross"] = {name: jnp.moveaxis(encoded[name], 1, 0) for name in ("k", "v")}
             where = dict(kv_positions=encoded["positions"], kv_segment_ids=encoded["segment_ids"])
             cross = dict(positions=positions, segment_ids=segment_ids, **where)
+        if layer_inputs is not None:
+            of_layers["layer_input"] = jnp.moveaxis(layer_inputs, 2, 0)
+        layers = self.layers
+        if isinstance(layers, tuple):
+            layers = tuple(
+                {**layer, **jax.tree.map(itemgetter(i), of_layers)}
+                for i, layer in enumerate(layers)
+            )
+        else:
+            layers = {**layers, **of_layers}
         # Without a cache the model trains, or scores what is there already; with one it decodes.
         run = partial(self._scan, shared) if cache is None else self._unroll
         x, cache, routing = run(x, layers, positions, segment_ids, cache, cross)
@@ -180,35 +170,37 @@ class Stack(Weights):
         attention_inputs, rotations = self._where(positions, segment_ids, None)
         unroll = 4 if platform() == "cpu" else 1
 
-        def apply(carry, layers, repeat, place, kinds):
-            x, routing = carry
-            layer = _layer(layers, kinds, repeat, place)
-            kind = kinds[place]
-            x, _, more = _block(c, layer, x, kind, rotations, None, attention_inputs, cross, shared)
-            return constrain(x, "batch", "sequence", None), _add(routing, more)
+        def apply(carry, stack, repeat, run, place):
+            x, routing, lent = carry
+            layer = _layer(c, stack, run, repeat, place)
+            kind = c.kind(run.start + place)
+            x, kv, more = _block(
+                c, layer, x, kind, rotations, None, attention_inputs, cross, lent, shared
+            )
+            lent = lent if kind.lends is None else {**lent, kind.lends: kv}
+            return constrain(x, "batch", "sequence", None), _add(routing, more), lent
 
-        # The repeat is an array, the index of the scan; place and kinds are Python values, as which
+        # The repeat is an array, the index of the scan; run and place are Python values, as which
         # leaves a layer has, and its window, are known when the program is compiled.
         apply = jax.checkpoint(
             apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat]
         )
-        carry = x, self._no_routing(x)
+        carry = x, self._no_routing(x), nothing_lent(c, *positions.shape)
         for first, number, stack in _stacks(layers, c):
             # Vectors of all layers at once: gathered one by one, each would cost a message.
             stack = {name: _replicated_if_vectors(leaf) for name, leaf in stack.items()}
-            kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
+            for run in _runs(c, first, number):
+                # Defaults bind this round's values; a closure would see the last round's.
+                def pattern(carry, repeat, stack=stack, run=run):
+                    for place in range(run.length):
+                        carry = apply(carry, stack, repeat, run, place)
+                    return carry, None
 
-            # Defaults bind this round's values; a closure would see the last round's.
-            def pattern(carry, repeat, stack=stack, kinds=kinds):
-                for place in range(len(kinds)):
-                    carry = apply(carry, stack, repeat, place, kinds)
-                return carry, None
-
-            repeats, rest = divmod(number, len(kinds))
-            if repeats:
-                carry, _ = jax.lax.scan(pattern, carry, jnp.arange(repeats), unroll=unroll)
-            for place in range(rest):
-                carry = apply(carry, stack, repeats, place, kinds)
+                if run.times > 1:
+                    repeats = jnp.arange(run.times)
+                    carry, _ = jax.lax.scan(pattern, carry, repeats, unroll=unroll)
+                else:
+                    carry, _ = pattern(carry, 0)
         return carry[0], None, carry[1]
 
     def _unroll(self, x, layers, positions, segment_ids, cache, cross):
@@ -244,7 +236,8 @@ class Stack(Weights):
         attention_inputs, rotations = self._where(
             positions, segment_ids, None if fills else (cache_positions, cache_segments)
         )
-        layer_caches: list[tuple[Array, Array]] = []
+        layer_caches: list[Any] = []
+        lent = nothing_lent(c, *cache.positions.shape)
         for i, layer in enumerate(cut(layers, c)):
             x, kv, more = _block(
                 c,
@@ -252,11 +245,14 @@ class Stack(Weights):
                 x,
                 c.kind(i),
                 rotations,
-                (*cache.layers[i], write),
+                Cached(cache.layers[i], write, fills),
                 attention_inputs,
                 cross,
+                lent,
             )
-            layer_caches.append(kv)
+            lent = lent if c.kind(i).lends is None else {**lent, c.kind(i).lends: kv}
+            # What a layer takes of another is in that one's cache.
+            layer_caches.append(() if c.kind(i).borrows else kv)
             routing = _add(routing, more)
         # A device cannot raise.  Beyond the end `dynamic_update_slice` moves the start back and
         # writes over older tokens, which would be believed; NaN is not.
@@ -290,17 +286,16 @@ class Stack(Weights):
             kv_segment_ids=kv_segment_ids,
             bias=bias,
         )
-        ropes = [kind.rope for kind in c.kinds if kind.rope] if c.rotary else []
-        return attention_inputs, rotations(
-            ropes, c.width, positions, segment_ids, *(cached or (None, None))
-        )
+        widths = [(kind.rope, kind.heads.width if kind.heads else c.width) for kind in c.kinds]
+        ropes = [(rope, width) for rope, width in widths if rope and c.rotary]
+        return attention_inputs, rotations(ropes, positions, segment_ids, *(cached or (None, None)))
 
     def _no_routing(self, x) -> Routing | None:
         c = self.config
-        if not any(kind.sparse for kind in c.kinds):
+        if c.experts is None or not any(kind.sparse for kind in c.kinds):
             return None
         # Zeros to add to: a scan's carry must have its final structure from the start.
-        zeros = jnp.zeros((x.shape[0], c.experts), jnp.promote_types(x.dtype, jnp.float32))
+        zeros = jnp.zeros((x.shape[0], c.experts.number), jnp.promote_types(x.dtype, jnp.float32))
         return Routing(zeros, zeros, zeros[:, 0])
 
 
@@ -316,6 +311,13 @@ class Transformer(Stack):
             self.type_embedding = self.weight(
                 "type_embedding", (c.token_types, c.hidden_size), (None, "embed"), init
             )
+        if c.layer_input_size:
+            size = c.num_layers * c.layer_input_size
+            table = ("layer_input_embedding", (c.vocab_size, size), ("vocab", "embed"), init)
+            self.layer_input_embedding = self.weight(*table)
+            matrix = ("layer_input_projection", (c.hidden_size, size), ("embed", None), init)
+            self.layer_input_projection = self.weight(*matrix)
+            self.layer_input_norm = self.norm_weights("layer_input_norm", c.layer_input_size)
         if c.embed_size:
             self.project_in = self.weight(
                 "project_in", (c.embed_size, c.hidden_size), (None, "embed"), init
@@ -326,10 +328,12 @@ class Transformer(Stack):
 
     @property
     def shares(self) -> bool:
-        """Whether a prefix is the same whatever follows: not where attention reads the full text,
-        or rotary angles depend on its length.
+        """Whether a prefix can be read once for rows that share it: not where attention reads the
+        full text, rotary angles depend on its length, or a layer has a mixer of its own.
         """
-        return self.config.causal and not _by_length(self.config)
+        c = self.config
+        mixes = any(kind.mixer for kind in c.kinds)
+        return c.causal and not _by_length(c) and not mixes
 
     def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=NOT_SHARED):
         """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and
@@ -347,16 +351,33 @@ class Transformer(Stack):
         # Every device must have as many groups as the others: smaller ones, if need be.  Where
         # devices share the columns, those of a group are on one device no more.
         shared = shared.fitting(len(tokens), ways("batch")) if ways("sequence") == 1 else NOT_SHARED
-        x = embed(c, self.embedding, shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids)))
+        tokens = shared.deduplicate(or_zero(tokens, c.vocab_size, segment_ids))
+        x = embed(c, self.embedding, tokens)
         x = _beside_table(x) if cache is None else x
         if c.token_types:
             types = or_zero(
-                inputs.get("token_types", jnp.zeros_like(tokens)), c.token_types, segment_ids
+                inputs.get("token_types", jnp.zeros_like(segment_ids)), c.token_types, segment_ids
             )
             x = x + look_up(self.type_embedding, shared.deduplicate(types)).astype(c.dtype)
+        inputs_of_layers = self._layer_inputs(x, tokens)
         x = linear(x, self.project_in) if c.embed_size else x
-        x, cache, aux = self.run(x, positions, segment_ids, cache, shared=shared)
+        x, cache, aux = self.run(
+            x, positions, segment_ids, cache, layer_inputs=inputs_of_layers, shared=shared
+        )
         return shared.expand(linear(x, self.project_out) if c.embed_size else x), cache, aux
+
+    def _layer_inputs(self, x: Array, tokens: Array) -> Array | None:
+        """`[B, T, layers, P]`: of each token's table and of its embedding, half and half  (Gemma 4)."""
+        c = self.config
+        if not c.layer_input_size:
+            return None
+        size = c.layer_input_size
+        shape = (*tokens.shape, c.num_layers, size)
+        found = look_up(self.layer_input_embedding, tokens).astype(x.dtype).reshape(shape)
+        found = found * jnp.asarray(size**0.5, x.dtype)
+        context = linear(x, self.layer_input_projection) * jnp.asarray(c.hidden_size**-0.5, x.dtype)
+        context = self.normalise(context.reshape(shape), *self.layer_input_norm)
+        return (found + context) * jnp.asarray(2**-0.5, x.dtype)
 
     def unembed(self, hidden):
         """Logits `[..., V]` in at least float32."""
@@ -384,10 +405,16 @@ def _by_length(c: TransformerConfig) -> bool:
 def empty_cache(c: TransformerConfig, batch: int, length: int) -> Cache:
     zeros = jnp.zeros((batch, length), jnp.int32)
 
-    def empty():
-        return jnp.zeros((batch, c.kv_heads, length, c.width), c.dtype)
+    def empty(kind):
+        if kind.mixer is not None:
+            return kind.mixer.empty(c, batch, length)
+        if kind.borrows is not None:
+            return ()
+        heads = kind.heads or Heads(c.width, c.kv_heads)
+        shape = batch, heads.kv_heads, length, heads.width
+        return jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)
 
-    layers = tuple((empty(), empty()) for _ in range(c.num_layers))
+    layers = tuple(empty(c.kind(i)) for i in range(c.num_layers))
     return Cache(written=zeros[:, 0], positions=zeros, segment_ids=zeros, layers=layers)
 
 
@@ -442,12 +469,14 @@ def _divisible(matrix: Any) -> Any:
     return constrain(jnp.pad(matrix, ((0, 0), (0, more))), None, "vocab")
 
 
-def _block(c, layer, x, kind, rotations, cached, attention_inputs, cross, shared=NOT_SHARED):
-    # The encoder's keys and values travelled with the parameters, so that a scan cuts them too.
-    params = {name: leaf for name, leaf in layer.items() if name != "cross"}
+def _block(c, layer, x, kind, rotations, cached, attention_inputs, cross, lent, shared=NOT_SHARED):
+    # What the layer has of its own travelled with its parameters.
+    others = {"cross", "layer_input"}
+    params = {name: leaf for name, leaf in layer.items() if name not in others}
     cross = None if cross is None else {**cross, **layer["cross"]}
+    extra = Extra(cross, lent, layer.get("layer_input"))
     return Block(c, shared, parent=None).apply(
-        {"params": params}, x, kind, rotations, cached, attention_inputs, cross
+        {"params": params}, x, kind, rotations, cached, attention_inputs, extra
     )
 
 
@@ -457,8 +486,7 @@ def cut(layers: dict[str, Any] | tuple, c: TransformerConfig) -> tuple[dict[str,
         return layers
     out: list[dict[str, Any]] = []
     for first, number, stack in _stacks(layers, c):
-        kinds = tuple(c.kind(first + i) for i in range(len(c.kinds)))
-        out += [_layer(stack, kinds, *divmod(i, len(kinds))) for i in range(number)]
+        out += [_layer(c, stack, Run(first, first + i, 1, 1), 0, 0) for i in range(number)]
     return tuple(out)
 
 
@@ -494,12 +522,19 @@ def _narrowed(c: TransformerConfig, path: tuple, weight: Any) -> Any:
 
 def _stacks(layers: dict[str, Any], c: TransformerConfig) -> list[tuple[int, int, dict[str, Any]]]:
     """`(first layer, number, parameters)`: one stack of all layers, or the two of `parted`."""
-    if not hasattr(layers["q"], "bottom"):
+    of_all = next(name for name in layers if rank(c, name, c.num_layers) == c.num_layers)
+    if not hasattr(layers[of_all], "bottom"):
         return [(0, c.num_layers, layers)]
+    below = jax.tree.leaves(layers[of_all].bottom)[0].shape[0]
+
+    def half(name, leaf):
+        if hasattr(leaf, name):
+            return getattr(leaf, name)
+        return leaf[:below] if name == "bottom" else leaf[below:]
+
     bottom, top = (
-        {name: getattr(leaf, half) for name, leaf in layers.items()} for half in ("bottom", "top")
+        {key: half(name, leaf) for key, leaf in layers.items()} for name in ("bottom", "top")
     )
-    below = jax.tree.leaves(bottom["q"])[0].shape[0]
     return [(0, below, bottom), (below, c.num_layers - below, top)]
 
 
@@ -509,27 +544,50 @@ def _replicated_if_vectors(leaf: Any) -> Any:
     return constrain(leaf, None, None) if is_vectors else leaf
 
 
-def _layer(
-    layers: dict[str, Any], kinds: tuple[LayerKind, ...], repeat, place: int
-) -> dict[str, Any]:
-    """The parameters of the layer at a place in a repeat of the kinds, of leaves stacked over the
-    layers that have them.
+@documented
+class Run(NamedTuple):
+    """Layers of a stack that a scan takes: a pattern of kinds, so many times.
+
+    Attributes:
+      first: layer of the stack.
+      start: layer of the run.
+      length: of the pattern.
+      times: it repeats.
     """
-    absent = DENSE if kinds[place].sparse else SPARSE
+
+    first: int
+    start: int
+    length: int
+    times: int
+
+
+def _runs(c: TransformerConfig, first: int, number: int) -> list[Run]:
+    out = []
+    start = first
+    for length, times in runs([c.kind(first + i) for i in range(number)]):
+        out.append(Run(first, start, length, times))
+        start += length * times
+    return out
+
+
+def _layer(
+    c: TransformerConfig, stack: dict[str, Any], run: Run, repeat: Array | int, place: int
+) -> dict[str, Any]:
+    """The parameters of the layer at a place in a repeat of a run's pattern, of leaves stacked over
+    the layers that have them.
+    """
+    absent = all_leaves(c) - leaves(c, c.kind(run.start + place))
 
     def cut(name, leaf):
-        # Experts' leaves are stacked over sparse layers alone: the index counts the layers before
-        # this one that have the leaf.  `repeat` may be an array, the index of a scan.
-        i = repeat * rank(name, kinds, len(kinds)) + rank(name, kinds, place)
+        # The index counts the layers before this one that have the leaf.
+        of_first, of_start, of_place, of_end = (
+            rank(c, name, i)
+            for i in (run.first, run.start, run.start + place, run.start + run.length)
+        )
+        i = of_place - of_first + repeat * (of_end - of_start)
         return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), leaf)
 
-    return {name: cut(name, leaf) for name, leaf in layers.items() if name not in absent}
-
-
-def rank(name: str, kinds: tuple[LayerKind, ...], i: int) -> int:
-    """How many of the first i layers have this leaf."""
-    sparse = sum(kinds[j % len(kinds)].sparse for j in range(i))
-    return sparse if name in SPARSE else i - sparse if name in DENSE else i
+    return {name: cut(name, leaf) for name, leaf in stack.items() if name not in absent}
 
 
 def _add(a: Routing | None, b: Routing | None) -> Routing | None:

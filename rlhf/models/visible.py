@@ -6,7 +6,7 @@ Array = jax.Array
 
 
 def visible(
-    positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None
+    positions, segment_ids, kv_positions, kv_segment_ids, causal=True, window=None, chunk=None
 ) -> Array:
     """Which keys a query sees.  `[..., T]`, `[..., S]` -> `[..., T, S]` bool.
 
@@ -19,4 +19,9 @@ def visible(
         return ((of_queries == of_keys) | (of_queries == 0)) & (of_keys != 0)
     distance = positions[..., :, None] - kv_positions[..., None, :]
     allowed = (of_queries == of_keys) & (of_queries != 0) & (distance >= 0)
-    return allowed if window is None else allowed & (distance < window)
+    if window is not None:
+        allowed = allowed & (distance < window)
+    if chunk is not None:
+        same = positions[..., :, None] // chunk == kv_positions[..., None, :] // chunk
+        allowed = allowed & same
+    return allowed

@@ -7,7 +7,8 @@ import pytest
 from marks import exhaustive
 
 from rlhf import losses
-from rlhf.models.experts import Routing, experts
+from rlhf.models.config import Experts
+from rlhf.models.experts import Router, Routing, Weights, experts
 from rlhf.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -17,6 +18,11 @@ ROUTER = RNG.normal(size=(SIZE, NUMBER)).astype(np.float32)
 GATE, UP = (RNG.normal(size=(NUMBER, SIZE, INNER)).astype(np.float32) for _ in range(2))
 DOWN = RNG.normal(size=(NUMBER, INNER, SIZE)).astype(np.float32)
 REAL = np.arange(LENGTH)[None] < np.array([[LENGTH], [3]])
+
+
+def two_of_them(x, router, gate, up, down, real):
+    config = Experts(NUMBER, 2, INNER)
+    return experts(x, Router(router), Weights(gate, up, down), real, config, jax.nn.silu)
 
 
 def by_definition(x, router, gate, up, down, per_token, renormalise):
@@ -36,8 +42,10 @@ def by_definition(x, router, gate, up, down, per_token, renormalise):
 
 @pytest.mark.parametrize(("per_token", "renormalise"), [(2, True), (1, False), (4, True)])
 def test_experts_are_their_definition(per_token, renormalise):
-    how = dict(per_token=per_token, renormalise=renormalise, activate=jax.nn.silu)
-    y, routing = jax.jit(lambda x: experts(x, ROUTER, GATE, UP, DOWN, REAL, **how))(X)
+    config = Experts(NUMBER, per_token, INNER, renormalise=renormalise)
+    y, routing = jax.jit(
+        lambda x: experts(x, Router(ROUTER), Weights(GATE, UP, DOWN), REAL, config, jax.nn.silu)
+    )(X)
     out, probs, picked = by_definition(X, ROUTER, GATE, UP, DOWN, per_token, renormalise)
     np.testing.assert_allclose(y, out, rtol=0, atol=2e-5)
     counted = REAL[:, :, None]
@@ -57,8 +65,7 @@ def test_gradients_are_those_of_all_experts_side_by_side():
         h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
         return jnp.einsum("bte,btef,efd->btd", p / p.sum(-1, keepdims=True), h, down)
 
-    how = dict(per_token=2, renormalise=True, activate=jax.nn.silu)
-    sparse = lambda *args: experts(*args, REAL, **how)[0]
+    sparse = lambda *args: two_of_them(*args, REAL)[0]
     weights = (X, ROUTER, GATE, UP, DOWN)
     ours, theirs = (
         jax.jit(jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(*w)))))(weights) for f in (sparse, dense)
@@ -97,11 +104,10 @@ def test_experts_on_several_devices_are_those_of_one(shape):
     rng = np.random.default_rng(1)
     x, toward = (rng.normal(size=(8, 6, SIZE)).astype(np.float32) for _ in range(2))
     real = np.arange(6)[None] < rng.integers(3, 7, (8, 1))
-    how = dict(per_token=2, renormalise=True, activate=jax.nn.silu)
 
     def graded(weights):
         y, vjp, routing = jax.vjp(
-            lambda *weights: experts(*weights, real, **how), *weights, has_aux=True
+            lambda *weights: two_of_them(*weights, real), *weights, has_aux=True
         )
         return y, routing, vjp(toward)
 

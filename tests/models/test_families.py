@@ -11,6 +11,7 @@ from checkpoint_goldens import (
     GENERATING,
     HOME,
     NEW,
+    WAYS,
     forward,
     generate,
     golden,
@@ -24,12 +25,12 @@ from marks import exhaustive
 from safetensors.numpy import load_file
 
 from rlhf import losses, rollouts
-from rlhf.models import huggingface
+from rlhf.models import delta, huggingface, mxfp4
 from rlhf.models.families import FAMILIES
 
 LMS = names("causal", "seq2seq")
 # Positions, norms, experts and encoders of every kind; the rest differ from these by names and sizes.
-FEW = ["gemma3_text", "llama", "t5"]
+FEW = ["gemma3_text", "gemma4_text", "llama", "qwen3_next", "t5"]
 CAUSAL = names("causal")
 SEQ2SEQ = names("seq2seq")
 CLASSIFIERS = names("seqcls", "tokcls", "encoder_seqcls")
@@ -82,11 +83,23 @@ def test_encoders_of_decoders_are_those_of_transformers(name):
     assert_close(encoded["hidden"][real], g.encoder_last_hidden_state[real], g.tolerance)
 
 
+PACKED = [name for name in CAUSAL if "packed_logits" in meta(name)["arrays"]]
+LONG = [name for name in CAUSAL if "long_input_ids" in meta(name)["arrays"]]
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in CAUSAL if "packed_logits" in meta(name)["arrays"]]
+    "name", exhaustive(PACKED, quick=[name for name in (*WAYS, *FEW) if name in PACKED])
 )
 def test_packed_sequences_are_those_of_transformers_one_by_one(name):
     assert_close(forward(name)["packed"].logits, golden(name).packed_logits, golden(name).tolerance)
+
+
+@pytest.mark.parametrize("name", exhaustive(LONG, quick=[name for name in FEW if name in LONG]))
+def test_rows_of_more_than_a_chunk(name):
+    """Of the delta rule; one of them padded on the left."""
+    g = golden(name)
+    assert g.long_input_ids.shape[1] > delta.CHUNK
+    assert_close(forward(name)["long"].logprobs[:, 1:], g.long_token_logprobs, g.tolerance)
 
 
 def same_rows(name):
@@ -241,6 +254,10 @@ def test_saving_gives_back_every_tensor(name, tmp_path):
     """Bit for bit, under the same names, beside the same config; and what was saved loads as the same."""
     lm, head, params, _ = load(name)
     original = tensors(CHECKPOINTS / name)
+    if any(key.endswith(mxfp4.BLOCKS) for key in original):
+        # What was packed is written plain.
+        found = mxfp4.unpacked(huggingface.find(CHECKPOINTS / name))
+        original = {key: stored.read() for key, stored in found.items()}
     if head is None:
         huggingface.save(tmp_path / "a", lm, params, like=CHECKPOINTS / name)
         again = huggingface.load(tmp_path / "a")
@@ -274,7 +291,8 @@ def test_saving_gives_back_every_tensor(name, tmp_path):
         for folder in (tmp_path / "a", CHECKPOINTS / name)
     )
     for config in (ours, theirs):
-        config.pop("transformers_version"), config.pop("dtype")
+        for field in ("transformers_version", "dtype", "quantization_config"):
+            config.pop(field, None)
     assert ours == theirs
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import rlhf
 from rlhf import rollouts
-from rlhf.models import LayerKind, Rope, TransformerConfig, parted, transformer
+from rlhf.models import Experts, LayerKind, Rope, TransformerConfig, parted, transformer
 
 KINDS = (LayerKind(window=2), LayerKind(rope=Rope(100.0), sparse=True))
 CONFIG = TransformerConfig(
@@ -20,8 +20,7 @@ CONFIG = TransformerConfig(
     num_heads=2,
     mlp_size=8,
     kinds=KINDS,
-    experts=3,
-    expert_size=4,
+    experts=Experts(3, 2, 4),
 )
 LM = transformer(CONFIG)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 6)), jnp.int32)
@@ -82,9 +81,7 @@ def test_a_top_of_nothing_or_of_everything_is_refused(top):
 
 def test_one_layer_kind_is_one_scan():
     """A dense model of one kind, split anywhere, is the same."""
-    lm = transformer(
-        dataclasses.replace(CONFIG, kinds=(LayerKind(),), experts=0, expert_size=0, num_layers=3)
-    )
+    lm = transformer(dataclasses.replace(CONFIG, kinds=(LayerKind(),), experts=None, num_layers=3))
     params = lm.init(jax.random.key(0))
     hidden = lambda params: lm.hidden(params, TOKENS, **WHERE)[0]
     split = parted.join(*parted.part(lm, params, top=2))

@@ -7,7 +7,8 @@ import pytest
 
 from rlhf.models import LayerKind, Rope, TransformerConfig, transformer
 from rlhf.models.attention import attention
-from rlhf.models.experts import experts
+from rlhf.models.config import Experts
+from rlhf.models.experts import Router, Weights, experts
 from rlhf.models.linear import in_float32, linear
 from rlhf.models.rotary import rotate, rotations
 from rlhf.rollouts import samplers
@@ -24,8 +25,9 @@ def test_routers_choose_as_in_float32():
     x, router = low(4, 256, 32), low(32, 64)
     ones = jnp.ones((4, 256), bool)
     gate, up, down = low(64, 32, 4), low(64, 32, 4), low(64, 4, 32)
+    config = Experts(64, 4, 4)
     route = jax.jit(
-        lambda *w: experts(*w, ones, per_token=4, renormalise=True, activate=jax.nn.silu)[1]
+        lambda x, router, *w: experts(x, Router(router), Weights(*w), ones, config, jax.nn.silu)[1]
     )
     ours, exact = route(x, router, gate, up, down), route(*wide(x, router, gate, up, down))
     np.testing.assert_array_equal(ours.choices, exact.choices)
@@ -116,7 +118,7 @@ def test_gradients_of_masters_are_not_rounded(of_logits):
 def test_far_positions_turn_by_their_own_angles():
     """bfloat16 has no 257; float32 has every position."""
     at = jnp.array([[0, 257, 4097, 131_071]])
-    angles = rotations([Rope()], 16, at, jnp.ones_like(at), None, None)[Rope()].queries
+    angles = rotations([(Rope(), 16)], at, jnp.ones_like(at), None, None)[Rope(), 16].queries
     exact = np.asarray(at)[0, :, None] * 10_000.0 ** (-np.arange(8) / 8)
     np.testing.assert_allclose(angles[0][0, 0], np.cos(exact), atol=0.02)
     x = low(1, 1, 4, 16)

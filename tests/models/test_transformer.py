@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from marks import exhaustive
 
-from rlhf.models import LayerKind, Rope, TransformerConfig, q_head, scalar_head, transformer
+from rlhf.models import (
+    Experts,
+    LayerKind,
+    Rope,
+    TransformerConfig,
+    q_head,
+    scalar_head,
+    transformer,
+)
 from rlhf.models.attention import attention
 from rlhf.models.huggingface_config import config_of
 from rlhf.models.rotary import Dynamic, LongRope
@@ -60,9 +68,7 @@ def whole():
 
 SPARSE = dict(
     kinds=(KINDS[0], LayerKind(window=20, rope=Rope(1000.0), sparse=True)),
-    experts=4,
-    experts_per_token=2,
-    expert_size=5,
+    experts=Experts(4, 2, 5),
 )
 LONG = LongRope(short=(1.0, 1.1, 1.2), long=(2.0, 3.0, 4.0), original=3, attention_factor=1.3)
 NO_ROPE = dict(kinds=(LayerKind(rope=None),))
@@ -363,7 +369,7 @@ def test_q_head():
         ),
         (
             dict(kinds=(LayerKind(sparse=True),)),
-            r"sparse layers need experts, but 2 a token of 0 are given",
+            r"sparse layers need experts=Experts\(…\)",
         ),
         (
             dict(head_dim=None, num_heads=3, num_kv_heads=3),
@@ -387,7 +393,7 @@ def test_inputs_are_refused():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (dict(v=(2, 2, 5, 3)), r"k \[2, 2, 5, 4\] but v \[2, 2, 5, 3\]"),
+        (dict(v=(2, 2, 4, 3)), r"k \[2, 2, 5, 4\] but v \[2, 2, 4, 3\]"),
         (dict(q=(2, 3, 5, 4)), r"q .* \[2, 3, 5, 4\] but k .* \[2, 2, 5, 4\]; K must divide N"),
         (dict(q=(2, 4, 5, 6)), r"q .* \[2, 4, 5, 6\] but k"),
         (dict(q=(1, 4, 5, 4)), r"q .* \[1, 4, 5, 4\] but k"),

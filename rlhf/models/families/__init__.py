@@ -5,20 +5,32 @@ function, named here.
 from collections.abc import Mapping
 
 from rlhf.models.families import (
+    apertus,
     bart,
     bert,
     bloom,
+    cohere,
+    deepseek,
     falcon,
     gemma,
+    glm,
     gpt2,
     gpt_neo,
     gpt_neox,
+    gpt_oss,
     gptj,
+    granite,
+    kimi,
+    lfm,
     llama,
+    llama4,
     mixtral,
+    nemotron,
+    olmo,
     opt,
     phi,
     qwen,
+    qwen_next,
     t5,
 )
 from rlhf.models.families.table import Family as Family
@@ -40,6 +52,18 @@ _FILES = (
     t5,
     bart,
     bert,
+    olmo,
+    granite,
+    glm,
+    deepseek,
+    cohere,
+    apertus,
+    nemotron,
+    llama4,
+    qwen_next,
+    kimi,
+    lfm,
+    gpt_oss,
 )
 
 # By model_type.  The order counts: the first that can express a config is the one it is saved as.

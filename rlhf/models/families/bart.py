@@ -76,7 +76,7 @@ TENSORS = (
     *matrices("model.decoder.layers.{}.", CROSS, to="decoder.layers."),
     Tensor("lm_head.weight", "unembedding", transpose=True),
     # A buffer [1, V], zero in most files, but part of the logits.
-    Tensor("final_logits_bias", "unembedding_bias", lead=True),
+    Tensor("final_logits_bias", "unembedding_bias", ones=(0,)),
 )
 # Copies of `model.shared.weight`.
 IGNORED = r"^model\.(encoder|decoder)\.embed_tokens\.weight$"

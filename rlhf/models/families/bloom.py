@@ -30,16 +30,19 @@ def _read(hf) -> TransformerConfig:
     )
 
 
-TENSORS = (
-    Tensor("transformer.word_embeddings.weight", "embedding"),
-    *vectors("transformer.", {"embed_norm": "word_embeddings_layernorm"}, to=""),
-    *vectors(LAYER, NORMS),
-    # Head by head: a head's query, key and value lie side by side (`grouped`).
-    Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, grouped=True),
-    Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", grouped=True),
-    *matrices(LAYER, PROJECTIONS),
-    *vectors("transformer.", {"final_norm": "ln_f"}, to=""),
-    Tensor("lm_head.weight", "unembedding", transpose=True),
-)
+def _tensors(c: TransformerConfig) -> tuple[Tensor, ...]:
+    return (
+        Tensor("transformer.word_embeddings.weight", "embedding"),
+        *vectors("transformer.", {"embed_norm": "word_embeddings_layernorm"}, to=""),
+        *vectors(LAYER, NORMS),
+        # Head by head: a head's query, key and value lie side by side (`groups`).
+        Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, groups=c.num_heads),
+        Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", groups=c.num_heads),
+        *matrices(LAYER, PROJECTIONS),
+        *vectors("transformer.", {"final_norm": "ln_f"}, to=""),
+        Tensor("lm_head.weight", "unembedding", transpose=True),
+    )
+
+
 ONLY = {"apply_residual_connection_post_layernorm": (False,)}
-FAMILIES = {"bloom": Family("BloomForCausalLM", "transformer.", TENSORS, _read, only=ONLY)}
+FAMILIES = {"bloom": Family("BloomForCausalLM", "transformer.", _tensors, _read, only=ONLY)}

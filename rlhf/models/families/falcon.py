@@ -43,8 +43,8 @@ def _tensors(c) -> tuple[Tensor, ...]:
     return (
         Tensor("transformer.word_embeddings.weight", "embedding"),
         *vectors(LAYER, dict(zip(("attention_norm", "mlp_norm"), names, strict=True))),
-        Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, grouped=True),
-        Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", grouped=True),
+        Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, groups=c.kv_heads),
+        Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", groups=c.kv_heads),
         *matrices(LAYER, PROJECTIONS),
         *vectors("transformer.", {"final_norm": "ln_f"}, to=""),
         Tensor("lm_head.weight", "unembedding", transpose=True),

@@ -30,15 +30,20 @@ def _read(hf) -> TransformerConfig:
     )
 
 
-TENSORS = (
-    Tensor("gpt_neox.embed_in.weight", "embedding"),
-    *vectors(LAYER, {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}),
-    Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, grouped=True),
-    Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", grouped=True),
-    *matrices(LAYER, PROJECTIONS),
-    *vectors("gpt_neox.", {"final_norm": "final_layer_norm"}, to=""),
-    Tensor("embed_out.weight", "unembedding", transpose=True),
-)
+def _tensors(c: TransformerConfig) -> tuple[Tensor, ...]:
+    return (
+        Tensor("gpt_neox.embed_in.weight", "embedding"),
+        *vectors(
+            LAYER, {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+        ),
+        Tensor(f"{QKV}.weight", "layers.q layers.k layers.v", transpose=True, groups=c.num_heads),
+        Tensor(f"{QKV}.bias", "layers.q_bias layers.k_bias layers.v_bias", groups=c.num_heads),
+        *matrices(LAYER, PROJECTIONS),
+        *vectors("gpt_neox.", {"final_norm": "final_layer_norm"}, to=""),
+        Tensor("embed_out.weight", "unembedding", transpose=True),
+    )
+
+
 # Causal masks and frequencies, which old versions of torch stored as buffers.
 IGNORED = r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"
-FAMILIES = {"gpt_neox": Family("GPTNeoXForCausalLM", "gpt_neox.", TENSORS, _read, ignored=IGNORED)}
+FAMILIES = {"gpt_neox": Family("GPTNeoXForCausalLM", "gpt_neox.", _tensors, _read, ignored=IGNORED)}

@@ -1,8 +1,8 @@
-"""Llama, and those that kept its names: Mistral, Granite, SmolLM 3, OLMo 2."""
+"""Llama, and those that kept its names: Mistral, SmolLM 3, Seed-OSS, Ernie 4.5, Hunyuan."""
 
 from collections.abc import Mapping
 
-from rlhf.models.config import LayerKind, TransformerConfig
+from rlhf.models.config import LayerKind, Temperature, TransformerConfig
 from rlhf.models.families.table import (
     Family,
     Tensor,
@@ -44,21 +44,23 @@ def tensors(
     layer = "model.layers.{}."
     return (
         Tensor("model.embed_tokens.weight", "embedding"),
-        *vectors(layer, {**norms, **QK_NORMS}),
+        *vectors(layer, {**QK_NORMS, **norms}),
         *matrices(layer, projections),
         *vectors("model.", {"final_norm": "norm"}, to=""),
         Tensor("lm_head.weight", "unembedding", transpose=True),
     )
 
 
-def read(hf, activation_field: str = "hidden_act", **fields) -> TransformerConfig:
+def read(hf, activation_field: str | None = "hidden_act", **fields) -> TransformerConfig:
     # `hasattr`: families differ in a few of these fields, and our defaults serve for what is
     # absent.
     common = {ours: getattr(hf, theirs) for ours, theirs in COMMON.items() if hasattr(hf, theirs)}
-    common |= dict(
-        head_dim=getattr(hf, "head_dim", None), activation=activation(getattr(hf, activation_field))
-    )
-    return TransformerConfig(**{**common, "kinds": kinds(hf, ["full_attention"]), **fields})
+    common["head_dim"] = getattr(hf, "head_dim", None)
+    if activation_field is not None:
+        common["activation"] = activation(getattr(hf, activation_field))
+    if "kinds" not in fields:
+        common["kinds"] = kinds(hf, ["full_attention"])
+    return TransformerConfig(**{**common, **fields})
 
 
 def write(c: TransformerConfig, activation_field: str = "hidden_act") -> dict:
@@ -73,9 +75,10 @@ def write(c: TransformerConfig, activation_field: str = "hidden_act") -> dict:
 
 
 def read_llama(hf, **fields) -> TransformerConfig:
-    return read(
-        hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias, **fields
-    )
+    # Granite's mixture of experts has no MLP, and no such field.
+    mlp_bias = getattr(hf, "mlp_bias", False)
+    biases = dict(qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=mlp_bias)
+    return read(hf, **biases, **fields)
 
 
 def _write_llama(c: TransformerConfig) -> dict:
@@ -90,14 +93,6 @@ def _write_mistral(c: TransformerConfig) -> dict:
     return {**write(c), "sliding_window": c.kinds[0].window}
 
 
-def _read_granite(hf) -> TransformerConfig:
-    # Granite's scalings (µP): `logits_scaling` divides, where ours multiplies.
-    scales = dict(embed_scale=hf.embedding_multiplier, residual_scale=hf.residual_multiplier)
-    return read_llama(
-        hf, attention_scale=hf.attention_multiplier, logit_scale=1 / hf.logits_scaling, **scales
-    )
-
-
 def _read_smollm3(hf) -> TransformerConfig:
     windows = (
         hf.sliding_window if kind == "sliding_attention" and hf.use_sliding_window else None
@@ -110,25 +105,54 @@ def _read_smollm3(hf) -> TransformerConfig:
     )
 
 
-def _read_olmo2(hf) -> TransformerConfig:
+def _read_ministral3(hf) -> TransformerConfig:
+    p = hf.rope_parameters
+    beta = p.get("llama_4_scaling_beta")
+    temperature = beta and Temperature(float(beta), int(p["original_max_position_embeddings"]))
+    kind = LayerKind(hf.sliding_window, rope(hf), temperature=temperature or None)
+    return read(hf, kinds=(kind,))
+
+
+def _read_seed_oss(hf) -> TransformerConfig:
+    return read(
+        hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_out_bias, mlp_bias=hf.mlp_bias
+    )
+
+
+def _read_ernie(hf) -> TransformerConfig:
+    biases = dict(qkv_bias=hf.use_bias, out_bias=hf.use_bias, mlp_bias=hf.use_bias)
+    return read(hf, kinds=(LayerKind(rope=rope(hf, interleaved=True)),), **biases)
+
+
+def _read_hunyuan(hf) -> TransformerConfig:
+    p = dict(hf.rope_parameters)
+    if p.get("alpha"):
+        # NTK with a factor that does not grow with the text: another base, and no scaling.
+        size = hf.head_dim
+        p["rope_theta"] = p["rope_theta"] * p["alpha"] ** (size / (size - 2))
+        p["rope_type"] = "default"
     return read(
         hf,
-        norm_place="branch",
-        qk_norm="heads",
+        kinds=(LayerKind(rope=rope(hf, p)),),
+        qk_norm="turned",
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
     )
 
 
-OLMO2_NORMS = {
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
+HUNYUAN_NORMS = {"q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_layernorm"}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "model.", tensors(), read_llama, _write_llama),
     "mistral": Family("MistralForCausalLM", "model.", tensors(), _read_mistral, _write_mistral),
-    "granite": Family("GraniteForCausalLM", "model.", tensors(), _read_granite),
     "smollm3": Family("SmolLM3ForCausalLM", "model.", tensors(), _read_smollm3),
-    "olmo2": Family("Olmo2ForCausalLM", "model.", tensors(OLMO2_NORMS), _read_olmo2),
+    "ministral3": Family("Ministral3ForCausalLM", "model.", tensors(), _read_ministral3),
+    "seed_oss": Family("SeedOssForCausalLM", "model.", tensors(), _read_seed_oss),
+    "ernie4_5": Family("Ernie4_5ForCausalLM", "model.", tensors(), _read_ernie),
+    "hunyuan_v1_dense": Family(
+        "HunYuanDenseV1ForCausalLM",
+        "model.",
+        tensors({**NORMS, **HUNYUAN_NORMS}),
+        _read_hunyuan,
+    ),
 }

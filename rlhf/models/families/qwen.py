@@ -1,10 +1,17 @@
-"""Qwen 2, Qwen 3 and its mixture of experts."""
+"""Qwen 2 and 3, and their mixtures of experts."""
 
 import dataclasses
 
-from rlhf.models.config import TransformerConfig
+from rlhf.models.config import Experts, LayerKind, TransformerConfig
 from rlhf.models.families.llama import read, tensors, write
-from rlhf.models.families.table import Family, Tensor, kinds, pattern
+from rlhf.models.families.table import (
+    Family,
+    Tensor,
+    kinds,
+    matrices,
+    pattern,
+    sparse_after,
+)
 
 EXPERTS = tuple(
     Tensor(
@@ -56,7 +63,8 @@ def _write_qwen3(c: TransformerConfig) -> dict:
     return {**_write_qwen2(c), "head_dim": c.width, "attention_bias": c.qkv_bias}
 
 
-def _read_qwen3_moe(hf) -> TransformerConfig:
+def _of_layers(hf) -> tuple[LayerKind, ...]:
+    """Kinds of the layers of a mixture of experts."""
     dense = kinds(hf, ["sliding_attention" if hf.use_sliding_window else "full_attention"])[0]
 
     # As transformers' decoder layer decides it.
@@ -64,20 +72,50 @@ def _read_qwen3_moe(hf) -> TransformerConfig:
         on_step = (i + 1) % hf.decoder_sparse_step == 0
         return i not in hf.mlp_only_layers and hf.num_experts > 0 and on_step
 
-    of_layers = tuple(
-        dataclasses.replace(dense, sparse=sparse(i)) for i in range(hf.num_hidden_layers)
-    )
-    sizes = dict(
-        experts=hf.num_experts,
-        experts_per_token=hf.num_experts_per_tok,
-        expert_size=hf.moe_intermediate_size,
-    )
-    return _read_qwen3(hf, kinds=pattern(of_layers), expert_renormalise=hf.norm_topk_prob, **sizes)
+    return sparse_after(dense, hf.num_hidden_layers, sparse)
 
 
+def _experts(hf, **fields) -> Experts | None:
+    sizes = hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size
+    return Experts(*sizes, renormalise=hf.norm_topk_prob, **fields) if hf.num_experts else None
+
+
+def _read_qwen3_moe(hf) -> TransformerConfig:
+    return _read_qwen3(hf, kinds=_of_layers(hf), experts=_experts(hf))
+
+
+def _read_qwen2_moe(hf) -> TransformerConfig:
+    of_layers = _of_layers(hf)
+    if "sliding_attention" in hf.layer_types:
+        windows = kinds(hf, hf.layer_types)
+        of_layers = pattern(
+            tuple(
+                dataclasses.replace(
+                    windows[i % len(windows)], sparse=of_layers[i % len(of_layers)].sparse
+                )
+                for i in range(hf.num_hidden_layers)
+            )
+        )
+    experts = _experts(hf, shared_size=hf.shared_expert_intermediate_size, shared_gate=True)
+    return read(hf, kinds=of_layers, qkv_bias=hf.qkv_bias, experts=experts)
+
+
+SHARED = (
+    *matrices(
+        "model.layers.{}.mlp.shared_expert.",
+        {"shared_gate": "gate_proj", "shared_up": "up_proj", "shared_down": "down_proj"},
+    ),
+    Tensor("model.layers.{}.mlp.shared_expert_gate.weight", "layers.shared_router", transpose=True),
+)
 FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", "model.", tensors(), _read_qwen2, _write_qwen2),
     "qwen3": Family("Qwen3ForCausalLM", "model.", tensors(), _read_qwen3, _write_qwen3),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        "model.",
+        (*tensors(), *EXPERTS, ROUTER, *SHARED),
+        _read_qwen2_moe,
+    ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", "model.", (*tensors(), *EXPERTS, ROUTER), _read_qwen3_moe
     ),

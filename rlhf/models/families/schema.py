@@ -17,10 +17,12 @@ Heads = Annotated[int, between(1, 4096)]
 Width = Annotated[int, between(1, 10**6)]
 Inner = Annotated[int, between(1, 10**7)]
 Count = Annotated[int, at_least(1)]
+Number = Annotated[int, between(1, 4096)]  # of experts
 Epsilon = Annotated[float, between(0, 1, above=True)]
 Positive = Annotated[float, above(0)]
 Id = Annotated[int, at_least(0)]
 LayerTypes = list[Literal["full_attention", "sliding_attention"]]
+Linear = list[Literal["full_attention", "linear_attention"]] | None
 Activation = Literal[tuple(ACTIVATIONS)]  # type: ignore[valid-type]
 Gated = Literal[(*ACTIVATIONS, *(f"gated-{name}" for name in ACTIVATIONS))]  # type: ignore[valid-type]
 
@@ -61,17 +63,45 @@ FIELDS: Mapping[str, Any] = {
         Count,
     ),
     "max_window_layers": Id,
-    "sliding_window": Count | None,
+    **_all("sliding_window attention_chunk_size", Count | None),
     # experts
     **_all("num_local_experts num_experts", Annotated[int, between(0, 4096)]),
-    "num_experts_per_tok": Annotated[int, between(1, 4096)],
+    "num_experts_per_tok": Number,
+    "n_routed_experts": Number,
+    "n_shared_experts": Annotated[int, between(0, 4096)] | None,
+    **_all("n_group topk_group", Count | None),
+    "first_k_dense_replace": Annotated[int, at_least(0)],
+    **_all("shared_expert_intermediate_size intermediate_size_mlp", Inner),
+    "interleave_moe_layer_step": Count,
+    "num_experts_per_token": Number,
+    "num_shared_experts": Annotated[int, between(0, 4096)],
+    **_all("num_expert_group", Count),
+    "mlp_layer_types": list[Literal["dense", "sparse"]] | None,
+    **_all("swiglu_alpha swiglu_limit block_ffn_dim_multiplier", Positive | None),
+    # layers that are no attention, and latent attention
+    **_all("linear_num_key_heads linear_num_value_heads linear_num_heads", Heads),
+    **_all("linear_key_head_dim linear_value_head_dim linear_head_dim", Width),
+    **_all("linear_conv_kernel_dim conv_L_cache", Annotated[int, between(2, 64)]),
+    **_all("kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim", Width),
+    "q_lora_rank": Width | None,
+    **_all("full_attention_interval block_multiple_of", Count),
+    # Gemma 4
+    **_all("global_head_dim num_global_key_value_heads top_k_experts", Width | None),
+    "hidden_size_per_layer_input": Annotated[int, between(0, 10**6)] | None,
+    "vocab_size_per_layer_input": Annotated[int, between(0, 10**7)] | None,
+    "num_kv_shared_layers": Annotated[int, between(0, 1000)] | None,
+    **_all("block_ff_dim", Inner),
+    "moe_layers": list[Id] | None,
     # numbers in the equations
-    **_all("rms_norm_eps layer_norm_eps layer_norm_epsilon", Epsilon),
+    **_all("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps", Epsilon),
     **_all(
         "attention_multiplier embedding_multiplier logits_scaling residual_multiplier "
-        "query_pre_attn_scalar",
+        "query_pre_attn_scalar routed_scaling_factor logit_scale floor_scale",
         Positive,
     ),
+    "clip_qkv": Positive | None,
+    "attn_scale": Annotated[float, at_least(0)],
+    "router_jitter_noise": Annotated[float, at_least(0)],
     **_all("attn_logit_softcapping final_logit_softcapping", Positive | None),
     "relative_attention_num_buckets": Annotated[int, between(4, 10**5)],
     "relative_attention_max_distance": Count,
@@ -91,7 +121,10 @@ FIELDS: Mapping[str, Any] = {
     ),
     **_all(
         "multi_query new_decoder_architecture parallel_attn alibi use_parallel_residual "
-        "norm_topk_prob",
+        "norm_topk_prob qkv_bias attention_out_bias use_bias use_qk_norm lm_head_bias "
+        "attn_temperature_tuning rope_interleave moe_renormalize conv_bias "
+        "block_auto_adjust_ff_dim tie_embedding attention_k_eq_v enable_moe_block "
+        "use_double_wide_mlp",
         bool,
     ),
     **_all(
@@ -114,7 +147,19 @@ OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
         "partial_rotary_factor": Annotated[float, between(0, 1, above=True)],
     },
     "roberta": {"pad_token_id": Id},  # positions start after it
-    "mixtral": {"num_local_experts": Annotated[int, between(1, 4096)]},
+    **_all("mixtral minimax_m2 phimoe granitemoe", {"num_local_experts": Number}),
+    "llama4_text": {
+        "num_local_experts": Number,
+        "layer_types": list[Literal["full_attention", "chunked_attention"]] | None,
+    },
+    "olmoe": {"num_experts": Number},
+    **_all("qwen3_next qwen3_5_text qwen3_5_moe_text kimi_linear", {"layer_types": Linear}),
+    "lfm2": {"layer_types": list[Literal["full_attention", "conv"]] | None},
+    "gemma4_text": {
+        "num_experts": Number | None,
+        "moe_intermediate_size": Inner | None,
+    },
+    "qwen2_moe": {"sliding_window": Annotated[int, at_least(0)] | None},
 }
 ROPE: Mapping[str, Any] = {  # of rope_parameters, and of each layer type's where they differ
     **_all("rope_type type", str),
@@ -127,6 +172,7 @@ ROPE: Mapping[str, Any] = {  # of rope_parameters, and of each layer type's wher
     **_all("mscale mscale_all_dim", Annotated[float, at_least(0)] | None),
     **_all("short_factor long_factor", list[Positive]),
     "truncate": bool,
+    **_all("llama_4_scaling_beta alpha", Positive | None),
     **_all("full_attention sliding_attention", dict | None),
 }
 NEEDED: Mapping[str, tuple[str, ...]] = {  # rope_type -> keys without which it computes nothing

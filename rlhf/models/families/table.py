@@ -2,8 +2,10 @@
 some, written.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,17 +24,17 @@ class Tensor(NamedTuple):
       name: there; {} is the layer's number, a second {} the expert's.
       leaves: here, `layers.q`; several names: parts of the tensor, side by side along our last
         axis.
-      transpose: there [out, in], here [in, out].
-      grouped: q, k and v by groups of heads: a group's queries, its key, its value, then the next
-        group.
-      lead: there with an axis of size 1 before all others.
+      transpose: there [..., out, in], here [..., in, out].
+      groups: the parts lie by so many groups: one group's of every part, then the next group's; 0:
+        part after part.
+      ones: where there are axes of size 1 there, which are not here.
     """
 
     name: str
     leaves: str
     transpose: bool = False
-    grouped: bool = False
-    lead: bool = False
+    groups: int = 0
+    ones: tuple[int, ...] = ()
 
 
 @documented
@@ -51,6 +53,8 @@ class Family(NamedTuple):
       head: rows of a classifier's head.
       head_inner: activation of a layer before the labels; None: there is none.
       token_head: of classifiers of tokens, where it is another; without an inner layer.
+      fused: rows in place of those of the same leaves, in files that have them: experts that lie in
+        one tensor rather than each in its own.
     """
 
     architecture: str
@@ -67,12 +71,31 @@ class Family(NamedTuple):
     )
     head_inner: str | None = None
     token_head: tuple[Tensor, ...] | None = None
+    fused: tuple[Tensor, ...] = ()
 
-    def rows(self, config: TransformerConfig | EncoderDecoderConfig) -> tuple[Tensor, ...]:
-        return self.tensors(config) if callable(self.tensors) else self.tensors
+    def rows(
+        self, config: TransformerConfig | EncoderDecoderConfig, names: Collection[str] = ()
+    ) -> tuple[Tensor, ...]:
+        """The table of a file with tensors of these names."""
+        rows = self.tensors(config) if callable(self.tensors) else self.tensors
+        fused = {row.name for row in self.fused}
+        if fused.isdisjoint(numberless(name) for name in names):
+            return rows
+        leaves = {row.leaves for row in self.fused}
+        leaves |= {leaf for names in leaves for leaf in names.split()}
+        return (*(row for row in rows if row.leaves not in leaves), *self.fused)
 
     def head_rows(self, of_tokens: bool) -> tuple[Tensor, ...]:
         return self.token_head if of_tokens and self.token_head else self.head
+
+
+def numberless(name: str) -> str:
+    """A tensor's name as tables write it.
+
+    >>> numberless("model.layers.3.mlp.experts.12.up_proj.weight")
+    'model.layers.{}.mlp.experts.{}.up_proj.weight'
+    """
+    return re.sub(r"\.\d+(?=\.)", ".{}", name)
 
 
 # --- tensors ----------------------------------------------------------------------
@@ -118,6 +141,8 @@ ACTIVATIONS = {
     "gelu": "gelu_exact",
     "quick_gelu": "gelu_quick",
     "relu": "relu",
+    "relu2": "relu2",
+    "xielu": "xielu",
     "tanh": "tanh",
 }
 
@@ -132,12 +157,13 @@ def activation_there(ours: str) -> str:
     return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
 
 
-def rope(hf, parameters: Mapping[str, Any] | None = None) -> Rope:
+def rope(hf, parameters: Mapping[str, Any] | None = None, *, interleaved: bool = False) -> Rope:
     """Rotary positions as a config's `rope_parameters` describe them."""
     p = hf.rope_parameters if parameters is None else parameters
     return Rope(
         theta=float(p["rope_theta"]),
         share=float(p.get("partial_rotary_factor") or 1.0),
+        interleaved=interleaved,
         scaling=_scaling(hf, p),
     )
 
@@ -209,6 +235,13 @@ def kinds(hf, layer_types: Sequence[str]) -> tuple[LayerKind, ...]:
         return LayerKind(window, rope(hf, hf.rope_parameters.get(layer_type, hf.rope_parameters)))
 
     return pattern(tuple(map(kind, layer_types)))
+
+
+def sparse_after(
+    dense: LayerKind, layers: int, is_sparse: Callable[[int], bool]
+) -> tuple[LayerKind, ...]:
+    """Layers of one kind, with experts where a layer's number says so."""
+    return pattern(tuple(dataclasses.replace(dense, sparse=is_sparse(i)) for i in range(layers)))
 
 
 def pattern(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
