@@ -13,6 +13,9 @@ from rlhf import losses, rollouts, sharding
 from rlhf.models import TransformerConfig, transformer
 from rlhf.models.attention import attention
 from rlhf.models.config import Experts, LayerKind
+from rlhf.models.delta import Delta
+from rlhf.models.latent import Latent
+from rlhf.models.rotary import Rope
 from rlhf.models.splash import splash
 from rlhf.shared_prefix import SharedPrefix
 from rlhf.training import meshes
@@ -28,7 +31,25 @@ CONFIGS = {
     "experts": dict(
         num_kv_heads=2,
         kinds=(LayerKind(sparse=True),),
-        experts=Experts(4, 2, 16),
+        experts=Experts(
+            4,
+            2,
+            16,
+            scores="sigmoid",
+            groups=2,
+            groups_per_token=1,
+            shared_size=8,
+            shared_gate=True,
+            bias=True,
+        ),
+    ),
+    "delta": dict(
+        kinds=(LayerKind(rope=None, mixer=Delta(2, 4, 8, 8)), LayerKind()),
+        attention_gate=True,
+        sinks=True,
+    ),
+    "latent": dict(
+        head_dim=12, kinds=(LayerKind(rope=Rope(share=1 / 3), mixer=Latent(8, 8, 4, 6)),)
     ),
 }
 MESHES = {

@@ -111,7 +111,7 @@ def experts(
     inner = fitting(("expert", None, "mlp"), weights.gate.shape)
     outer = PartitionSpec(inner[0], inner[2], None)
     of_bias = PartitionSpec(inner[0], inner[2])
-    specs = Weights(inner, inner, outer, of_bias, of_bias, PartitionSpec(inner[0], None))
+    specs = (inner, inner, outer, of_bias, of_bias, PartitionSpec(inner[0], None))
     # Rows that this axis does not divide, such as a single prompt's, are on all of its devices.
     gathers = inner[0] in ((rows,) if isinstance(rows, str) else rows or ())
     local = jax.shard_map(
@@ -122,7 +122,7 @@ def experts(
             inner_axis=inner[2],
             columns_axis=columns,
         ),
-        in_specs=(of_tokens, of_tokens, PartitionSpec(), specs, of_tokens),
+        in_specs=(of_tokens, of_tokens, PartitionSpec(), Weights._make(specs), of_tokens),
         out_specs=(of_tokens, PartitionSpec(rows)),
     )
     return local(x, router_input, router, weights, real)

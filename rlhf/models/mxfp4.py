@@ -64,8 +64,8 @@ def unpacked(tensors: Mapping[str, Stored]) -> dict[str, Stored | Packed]:
             out[name] = stored
             continue
         scales = tensors.get(stem + SCALES)
-        fits = scales is not None and scales.shape == stored.shape[:-1]
-        if not fits or {stored.dtype, scales.dtype} != {"U8"}:
+        wanted = "U8", stored.shape[:-1]
+        if scales is None or stored.dtype != "U8" or (scales.dtype, scales.shape) != wanted:
             found = "missing" if scales is None else f"{scales.dtype} {list(scales.shape)}"
             raise ValueError(
                 f"{name} {stored.dtype} {list(stored.shape)} needs {stem}{SCALES} U8 "

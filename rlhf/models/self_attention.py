@@ -71,11 +71,12 @@ class Where(NamedTuple):
           width: of a head.
           keys: x is keys of the cache, where those are turned anew at every step.
         """
-        rotation = None
-        if self.kind.rope is not None:
-            rotation = self.rotations.get((self.kind.rope, width))
-        angles = None if rotation is None else rotation.keys if keys else rotation.queries
-        return x if angles is None else rotate(x, angles, self.kind.rope.interleaved)
+        rope = self.kind.rope
+        rotation = None if rope is None else self.rotations.get((rope, width))
+        if rope is None or rotation is None:
+            return x
+        angles = rotation.keys if keys else rotation.queries
+        return x if angles is None else rotate(x, angles, rope.interleaved)
 
     def turns_late(self, width: int) -> bool:
         """Whether keys are cached as they are, since angles depend on the length (`by_length`)."""
@@ -113,83 +114,69 @@ def attend(
     c = where.config
     kind = where.kind
     heads = kind.heads or Heads(c.width, c.kv_heads)
-    names = {
-        name: heads.prefix + name for name in ("q", "k", "v", "o", "q_norm", "k_norm", "q_gate")
-    }
-    q = project(block, names["q"], x, c.num_heads * heads.width)
+    prefix = heads.prefix
+    size = heads.kv_heads * heads.width
+    q = project(block, f"{prefix}q", x, c.num_heads * heads.width)
     if kind.borrows is None:
-        k = project(block, names["k"], x, heads.kv_heads * heads.width)
-        v = (
-            k
-            if heads.keys_are_values
-            else project(block, names["v"], x, heads.kv_heads * heads.width)
-        )
-    else:
-        k = v = None
-    # OLMo 2 norms before the split into heads, over all of them; Qwen 3 each head by itself.
-    if c.qk_norm == "heads":
-        q = block.norm(names["q_norm"], q)
-        k = block.norm(names["k_norm"], k)
-    if c.qkv_clip is not None:
-        q, k, v = (jnp.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
+        k = project(block, f"{prefix}k", x, size)
+        v = k if heads.keys_are_values else project(block, f"{prefix}v", x, size)
 
-    # Every row with all its columns again, [B, heads, T, H]: attention alone needs the prefix in
-    # each row; the products above and below read it once a group.
-    def by_head(y):
-        return None if y is None else split(shared.expand(y), heads.width)
+    def by_head(y, name):
+        y = y if c.qkv_clip is None else jnp.clip(y, -c.qkv_clip, c.qkv_clip)
+        # Every row with all its columns again, [B, heads, T, H]: attention alone needs the prefix
+        # in each row; the products above and below read it once a group.
+        y = split(shared.expand(y), heads.width)
+        if c.qk_norm == "head" and name != "v":
+            y = block.norm(f"{prefix}{name}_norm", y)
+        # Named for the rematerialisation policies "names" and "offload" of `REMAT`.
+        return checkpoint_name(y, name)
 
-    q, k, v = (by_head(y) for y in (q, k, v))
+    def to_be_compared(y, name):
+        """Queries or keys, normed and turned."""
+        # OLMo 2 norms before the split into heads, over all of them; Qwen 3 each head by itself.
+        y = block.norm(f"{prefix}{name}_norm", y) if c.qk_norm == "heads" else y
+        y = by_head(y, name)
+        # Keys are rotated before they are cached, so that each is rotated once.  Where angles
+        # depend on the length (`by_length`), they are cached plain and rotated anew at every step.
+        late = name == "k" and where.turns_late(heads.width)
+        y = y if late else where.turned(y, heads.width)
+        y = block.norm(f"{prefix}{name}_norm", y) if c.qk_norm == "turned" else y
+        units = c.qk_norm == "unit" and kind.rope is not None
+        return block.normalise(y, None, None) if units else y
 
-    def normed(name, y):
-        return None if y is None else block.norm(names[name], y)
-
-    if c.qk_norm == "head":
-        q = normed("q_norm", q)
-        k = normed("k_norm", k)
-    if c.v_norm and v is not None:
-        v = block.normalise(v, None, None)
-    # Named for the rematerialisation policies "names" and "offload" of `REMAT`.
-    q, k, v = (
-        y if y is None else checkpoint_name(y, name) for y, name in ((q, "q"), (k, "k"), (v, "v"))
-    )
-    # Keys are rotated before they are cached, so that each is rotated once.  Where angles depend on
-    # the length (`by_length`), they are cached plain and rotated anew at every step.
-    q = where.turned(q, heads.width)
-    if k is not None and not where.turns_late(heads.width):
-        k = where.turned(k, heads.width)
-    if c.qk_norm == "turned":
-        q = normed("q_norm", q)
-        k = normed("k_norm", k)
-    if c.qk_norm == "unit" and kind.rope is not None:
-        q, k = (block.normalise(y, None, None) for y in (q, k))
+    q = to_be_compared(q, "q")
     if kind.temperature is not None:
         factor = kind.temperature.of(where.attention_inputs["positions"])
         q = q * factor[:, None, :, None].astype(q.dtype)
-    if kind.borrows is not None:
+    if kind.borrows is None:
+        k = to_be_compared(k, "k")
+        v = by_head(v, "v")
+        v = block.normalise(v, None, None) if c.v_norm else v
+        if where.cached is not None:
+            keys, values = where.cached.state
+            k = where.cached.write(keys, k)
+            v = where.cached.write(values, v)
+    else:
         k, v = where.lent[kind.borrows]
-    elif where.cached is not None:
-        keys, values = where.cached.state
-        k = where.cached.write(keys, k)
-        v = where.cached.write(values, v)
     kv = k, v
     if where.turns_late(heads.width):
         k = where.turned(k, heads.width, keys=True)
     computed = attention if shared.group_size == 1 else partial(shared_prefix_attention, shared)
-    sinks = None
+    sinks = gate = None
     if c.sinks:
         sinks = block.weight("sinks", (c.num_heads,), ("heads",), nn.initializers.zeros)
-    y = computed(q, k, v, sinks=sinks, **where.options())
-    gate = None
     if c.attention_gate:
-        gate = project(block, names["q_gate"], x, c.num_heads * heads.width)
-    return checkpoint_name(out(block, names["o"], y, gate), "attention"), kv
+        gate = project(block, f"{prefix}q_gate", x, c.num_heads * heads.width)
+    y = computed(q, k, v, sinks=sinks, **where.options())
+    return checkpoint_name(out(block, f"{prefix}o", y, gate), "attention"), kv
 
 
-def attend_cross(block: Weights, x: Array, cross: dict[str, Any]) -> Array:
+def attend_cross(block: Weights, x: Array, cross: dict[str, Any] | None) -> Array:
     """Attention of `x` to an encoder's output, of which `cross` has keys and values."""
     c = block.config
     q = split(project(block, "cross_q", x, c.num_heads * c.width), c.width)
     # Initialisation has no encoder's output; reading `x` in its place declares the parameters.
+    cross = {**(cross or {})}
     cross = {**cross_kv(block, x), **cross} if block.is_initializing() else cross
     return out(block, "cross_o", attention(q, causal=False, scale=c.scale, **cross))
 

@@ -2,6 +2,8 @@
 after each branch.  Gemma 4: plain norms, layers that share keys and values, inputs of each layer.
 """
 
+from typing import Any
+
 from rlhf.models.config import Experts, Heads, LayerKind, TransformerConfig
 from rlhf.models.families.llama import PROJECTIONS, QK_NORMS, read, tensors, write
 from rlhf.models.families.qwen import layer_types
@@ -72,10 +74,10 @@ def _write_gemma3(c: TransformerConfig) -> dict:
     return {**_write_gemma2(c), "rope_parameters": rope, "attn_logit_softcapping": None}
 
 
-def _lends_and_borrows(types: list[str], shared: int) -> list[dict[str, str]]:
+def _lends_and_borrows(types: list[str], shared: int) -> list[dict[str, Any]]:
     """The last `shared` layers take keys and values of the last layer of their type before them."""
     first = len(types) - shared
-    out: list[dict[str, str]] = [{} for _ in types]
+    out: list[dict[str, Any]] = [{} for _ in types]
     for name in set(types[first:]):
         lender = max(i for i in range(first) if types[i] == name)
         out[lender] = {"lends": name}

@@ -1,6 +1,6 @@
 """Kimi Linear: a delta rule whose channels decay by themselves, between layers of latent attention."""
 
-from rlhf.models.config import Experts, LayerKind, TransformerConfig
+from rlhf.models.config import Experts, LayerKind, Mixer, TransformerConfig
 from rlhf.models.delta import Delta
 from rlhf.models.families.deepseek import LATENT, LATENT_NORMS, OTHERS, latent
 from rlhf.models.families.llama import read, tensors
@@ -53,7 +53,7 @@ def _read(hf) -> TransformerConfig:
     heads = hf.linear_num_heads
     size = hf.linear_head_dim
     delta = Delta(heads, heads, size, size, hf.linear_conv_kernel_dim, by_channel=True)
-    mixers = {"linear_attention": delta, "full_attention": latent(hf)}
+    mixers: dict[str, Mixer] = {"linear_attention": delta, "full_attention": latent(hf)}
     of_layers = tuple(
         LayerKind(rope=None, mixer=mixers[layer_type], sparse=mlp == "sparse")
         for layer_type, mlp in zip(hf.layer_types, hf.mlp_layer_types, strict=True)
