@@ -6,11 +6,12 @@ reference model, for nothing.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rlhf.fields import documented
 from rlhf.models.linear import linear
@@ -52,23 +53,69 @@ class LoRAWeight(NamedTuple):
         """`x [..., in]` times the adapted matrix, `[..., out]` in the dtype of `x`; no matrix
         `[in, out]` is made.
         """
-        y = linear(x, self.base)
+        return self._product(x, linear, lambda y: y[(None,) * (x.ndim - y.ndim)])
+
+    def grouped_matmul(self, x: Array, product: Callable, expert: Array) -> Array:
+        """`matmul` of rows `[N, in]`, each with the matrix of its expert.
+
+        Args:
+          x: sorted by expert.
+          product: (rows, matrices `[E, in, out]`) -> rows.
+          expert: `[N]` int32; of a row without one the product is 0.
+        """
+
+        def of_rows(y):
+            y = y.at[expert].get(mode="fill", fill_value=0)
+            return y[:, None] if y.ndim == 1 else y
+
+        # Rows of all experts drop by one key.
+        one = self if self.key is None else self._replace(key=self.key[0], rate=self.rate[0])
+        return one._product(x, product, of_rows)
+
+    def _product(self, x: Array, product: Callable, of_rows: Callable) -> Array:
+        y = product(x, self.base)
         dropped = x if self.key is None else _drop(x, self.key, self.rate)
         # Through the thin side first: `x A` is `[N, r]`, where `A B` would be a second `[in, out]`.
-        delta = linear((linear(dropped, self.a) * self.scale).astype(x.dtype), self.b)
+        thin = product(dropped, self.a) * of_rows(self.scale)
+        delta = product(thin.astype(x.dtype), self.b)
         if self.magnitude is None:
             return y + delta
 
         def rescaled(plain: Array) -> Array:
             share = self.magnitude / column_norm(self)
-            return (share[(None,) * (x.ndim - 1)] * (plain + delta)).astype(x.dtype)
+            return (of_rows(share) * (plain + delta)).astype(x.dtype)
 
         if self.key is None:
             return rescaled(y)
         # As PEFT: x W + x' (W' - W), x' being the inputs of which some are dropped.  The frozen
         # part is never dropped.
-        plain = linear(dropped, self.base)
+        plain = product(dropped, self.base)
         return y - plain + rescaled(plain)
+
+    def specs(self, of_base: PartitionSpec) -> "LoRAWeight":
+        """Where each part of the experts' adapter lies, as its base `[E, in, out]` does.
+
+        Raises: ValueError for DoRA where inputs are split: its norms are over all of them.
+        """
+        experts, inputs, outputs = of_base
+        if self.magnitude is not None and inputs is not None:
+            raise ValueError(
+                f"DoRA on experts whose inputs the mesh splits over {inputs!r}; give dora=False, or "
+                "a mesh without that axis"
+            )
+        return self._replace(
+            base=of_base,
+            a=PartitionSpec(experts, inputs, None),
+            b=PartitionSpec(experts, None, outputs),
+            scale=PartitionSpec(experts),
+            magnitude=None if self.magnitude is None else PartitionSpec(experts, outputs),
+            key=None if self.key is None else PartitionSpec(experts),
+            rate=None if self.rate is None else PartitionSpec(experts),
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
 
     def merged(self) -> Array:
         """The adapted matrix `[.., in, out]`, in the dtype of `base`."""
@@ -337,10 +384,11 @@ def no_target(name: str, leaf: Array) -> str:
     """Why a leaf cannot have an adapter, or nothing."""
     if rank_in_file(name.split("."), leaf) < 2:
         return "which is no matrix"
-    return (
-        # Not `unembedding`, which multiplies.
-        "whose rows are looked up, not multiplied" if re.search(r"(?<!un)embedding$", name) else ""
-    )
+    if re.search(r"(?<!un)embedding$", name):  # not `unembedding`, which multiplies
+        return "whose rows are looked up, not multiplied"
+    if name.endswith(("_taps", "router")):
+        return "which is no matrix that `linear` multiplies with"
+    return ""
 
 
 def _drop(x: Array, key: Array, rate: Array) -> Array:

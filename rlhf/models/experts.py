@@ -62,9 +62,9 @@ class Weights(NamedTuple):
       down_bias: [E, D].
     """
 
-    gate: Array
-    up: Array
-    down: Array
+    gate: Any
+    up: Any
+    down: Any
     gate_bias: Array | None = None
     up_bias: Array | None = None
     down_bias: Array | None = None
@@ -111,7 +111,10 @@ def experts(
     inner = fitting(("expert", None, "mlp"), weights.gate.shape)
     outer = PartitionSpec(inner[0], inner[2], None)
     of_bias = PartitionSpec(inner[0], inner[2])
-    specs = (inner, inner, outer, of_bias, of_bias, PartitionSpec(inner[0], None))
+    specs = (
+        *(_specs(w, spec) for w, spec in zip(weights[:3], (inner, inner, outer), strict=True)),
+        *(of_bias, of_bias, PartitionSpec(inner[0], None)),
+    )
     # Rows that this axis does not divide, such as a single prompt's, are on all of its devices.
     gathers = inner[0] in ((rows,) if isinstance(rows, str) else rows or ())
     local = jax.shard_map(
@@ -126,6 +129,11 @@ def experts(
         out_specs=(of_tokens, PartitionSpec(rows)),
     )
     return local(x, router_input, router, weights, real)
+
+
+def _specs(w: Any, spec: PartitionSpec) -> Any:
+    """Of a stack of matrices, or of one with an adapter."""
+    return w.specs(spec) if hasattr(w, "specs") else spec
 
 
 def route(logits: Array, correction: Array | None, config: Experts) -> tuple[Array, Array, Array]:
@@ -282,8 +290,15 @@ def _mixed(weights: Weights, glu: Callable, config: Experts, flat, shares, chose
 
     sorted_expert = expert[order]
 
+    def plain(rows, w):
+        return jax.lax.ragged_dot(rows, w.astype(rows.dtype), sizes)
+
     def product(rows, w, bias):
-        y = jax.lax.ragged_dot(rows, w.astype(rows.dtype), sizes)
+        y = (
+            w.grouped_matmul(rows, plain, sorted_expert)
+            if hasattr(w, "grouped_matmul")
+            else plain(rows, w)
+        )
         # Rows in no group have no bias either.
         return (
             y

@@ -12,7 +12,16 @@ from rlhf.models.stacks import rank
 
 Array = jax.Array
 # Embeddings and the output matrix stay as they are, as in QLoRA.
-BLOCKS = r"(.*\.)?layers\.((cross_)?[qkvo]|gate|up|down)"
+BLOCKS = r"(.*\.)?layers\.(" + "|".join(
+    (
+        r"(cross_|full_)?[qkvo]|(full_)?q_gate",
+        r"(wide_|shared_)?(gate|up|down)",
+        r"latent_(q_)?(up|down)",
+        r"delta_(q|k|v|z|out|(step|gate)_(up|down))",
+        r"conv_(b|c|x|out)",
+        r"input_(gate|projection)",
+    )
+) + ")"  # fmt: skip
 TYPES = ("nf4", "int8")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from marks import exhaustive
 
-from rlhf import losses
+from rlhf import adapters, losses
 from rlhf.models.config import Experts
 from rlhf.models.experts import Router, Routing, Weights, experts
 from rlhf.sharding import make_mesh
@@ -120,3 +120,67 @@ def test_experts_on_several_devices_are_those_of_one(shape):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
         assert np.abs(b).max() > 0
+
+
+# --- adapters on experts -----------------------------------------------------------------------------------------------
+
+
+def adapted(rng, dora=False):
+    """Experts' matrices with adapters that change something, each expert's another."""
+
+    def one(base):
+        number, inputs, outputs = base.shape
+        a, b = rng.normal(size=(number, inputs, 2)), rng.normal(size=(number, 2, outputs))
+        magnitude = rng.random((number, outputs)) + 0.5 if dora else None
+        parts = (a, b, rng.random(number) + 0.5, magnitude)
+        return adapters.LoRAWeight(base, *jax.tree.map(lambda x: jnp.asarray(x, base.dtype), parts))
+
+    return Weights(*map(one, map(jnp.asarray, (GATE, UP, DOWN))))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_on_experts_are_the_merged_matrices(dora):
+    config = Experts(NUMBER, 2, INNER)
+    weights = adapted(np.random.default_rng(2), dora)
+    merged = Weights(*(w if w is None else w.merged() for w in weights))
+    assert np.abs(merged.gate - GATE).max() > 0.1
+    x = jnp.asarray(X)
+    run = jax.jit(lambda w: experts(x, Router(ROUTER), w, REAL, config, jax.nn.silu)[0])
+    np.testing.assert_allclose(run(weights), run(merged), rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_of_adapters_on_experts_over_devices():
+    config = Experts(NUMBER, 2, INNER)
+    rng = np.random.default_rng(3)
+    x, toward = (rng.normal(size=(8, 6, SIZE)) for _ in range(2))
+    real = np.ones((8, 6), bool)
+
+    def graded(weights):
+        def loss(weights):
+            y, _ = experts(x, Router(ROUTER), weights, real, config, jax.nn.silu)
+            return jnp.sum(toward * y)
+
+        return jax.grad(loss)(weights)
+
+    with jax.enable_x64(True):
+        x, toward = jnp.asarray(x), jnp.asarray(toward)
+        weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), adapted(rng))
+        wanted = jax.jit(graded)(weights)
+        for shape in (dict(expert=4, data=2), dict(expert=2, tensor=2, data=2)):
+            with jax.set_mesh(make_mesh(**shape)):
+                found = jax.jit(graded)(weights)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
+
+
+def test_norms_over_inputs_that_a_mesh_splits_are_refused():
+    config = Experts(NUMBER, 2, INNER)
+    weights = adapted(np.random.default_rng(2), dora=True)
+    x, real = jnp.ones((8, 6, SIZE)), np.ones((8, 6), bool)
+    run = jax.jit(lambda w: experts(x, Router(ROUTER), w, real, config, jax.nn.silu)[0])
+    message = "DoRA on experts whose inputs the mesh splits over"
+    with (
+        jax.set_mesh(make_mesh(expert=2, tensor=2, data=2)),
+        pytest.raises(ValueError, match=message),
+    ):
+        run(weights)
