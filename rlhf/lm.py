@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from rlhf.fields import documented
 
 Params = Any
+# A key of `inputs` and of `aux`: the experts that tokens go to, [B, T, sparse layers, k] int32.
+EXPERTS = "experts"
 
 
 @documented
@@ -20,7 +22,8 @@ class LM(NamedTuple):
       init: (key) -> params, plain arrays.
       axes: () -> pytree like params; a leaf is a tuple of logical axis names, or None.
       hidden: (params, tokens [B, T], *, positions, segment_ids, cache=None, inputs=None) -> ([B, T,
-        D], cache, aux).
+        D], cache, aux).  A mixture reports `aux[EXPERTS]`, and takes `inputs[EXPERTS]` in place of
+        its routers' choice.
       unembed: (params, hidden [..., D]) -> logits [..., V], at least float32.
       init_cache: (batch, length) -> cache; batch on axis 0 of every leaf; a longer one begins as a
         shorter one.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.fields import documented
+from rlhf.lm import EXPERTS
 from rlhf.rollouts import samplers
 from rlhf.rollouts.types import Array, Prompts, check_prompts
 from rlhf.sharding import constrain_params, constrain_rows
@@ -27,12 +28,14 @@ class Settings(NamedTuple):
       num_samples: completions a prompt.
       eos_ids: tokens that end a completion.
       pad_id: the token of padding.
+      record_experts: where a router sends each token that is read.
     """
 
     max_new_tokens: int
     num_samples: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    record_experts: bool = False
 
 
 @documented
@@ -53,6 +56,8 @@ class Rows(NamedTuple):
       finished: [B] bool, ended by an end token or a stop string.
       cache: of the model.
       inputs: arrays [B, ...] that the tokens are conditioned on.
+      experts: [B, T, layers, k] int32, where a router sent the tokens that were read; None: not
+        recorded.
     """
 
     tokens: Array
@@ -68,9 +73,12 @@ class Rows(NamedTuple):
     finished: Array
     cache: Any
     inputs: Any
+    experts: Any = None
 
 
-def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id) -> Settings:
+def checked(
+    prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id, record_experts=False
+) -> Settings:
     """The settings, once they, prompts `[P, L]` and a key, `[]` or `[P]`, are known to fit
     together.
     """
@@ -88,7 +96,7 @@ def checked(prompts: Prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
             f"key {list(key.shape)} but prompts.tokens {list(prompts.tokens.shape)}; one key, or "
             "one a prompt"
         )
-    return Settings(max_new_tokens, num_samples, tuple(eos_ids), pad_id)
+    return Settings(max_new_tokens, num_samples, tuple(eos_ids), pad_id, record_experts)
 
 
 @documented
@@ -151,17 +159,23 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
             else room(repeat(common, number), number, length)
         )
         where = dict(positions=positions + ahead, segment_ids=segment_ids)
-        hidden, cache, _ = lm.hidden(params, tokens, **where, cache=cache, inputs=inputs)
+        hidden, cache, aux = lm.hidden(params, tokens, **where, cache=cache, inputs=inputs)
+        experts = None
+        if settings.record_experts:
+            if EXPERTS not in aux:
+                raise ValueError("record_experts=True, but this model has no experts")
+            experts = aux[EXPERTS]
         # Prompts end in the last column: the next position is one beyond it.
         first = positions[:, -1] + 1 + ahead
         # A prompt is read once, its cache copied to all of its samples.
         # Prompts may be too few for the devices, which then read all; their rows are shared out.
-        hidden, cache, tokens, segment_ids, first, inputs = constrain_rows(
-            repeat((hidden[:, -1], cache, tokens, segment_ids, first, inputs), samples)
+        hidden, cache, tokens, segment_ids, first, inputs, experts = constrain_rows(
+            repeat((hidden[:, -1], cache, tokens, segment_ids, first, inputs, experts), samples)
         )
 
         def pad_right(x, value):
-            return jnp.pad(x, ((0, 0), (0, width - length)), constant_values=value)
+            more = ((0, 0), (0, width - length), *((0, 0) for _ in x.shape[2:]))
+            return jnp.pad(x, more, constant_values=value)
 
         zeros = jnp.zeros((number * samples, settings.max_new_tokens), jnp.float32)
         none = jnp.zeros(number * samples, jnp.int32)
@@ -180,6 +194,7 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
             finished=none.astype(bool),
             cache=cache,
             inputs=inputs,
+            experts=None if experts is None else pad_right(experts, 0),
         )
         return rows, hidden
 
@@ -191,8 +206,15 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
     ) -> tuple[Rows, Array]:
         where = dict(positions=positions, segment_ids=segment_ids, inputs=rows.inputs)
         # K tokens after those in the cache; the last column is that of the newest token.
-        hidden, cache, _ = lm.hidden(params, tokens, **where, cache=rows.cache)
-        return rows._replace(cache=cache), hidden[:, -1]
+        hidden, cache, aux = lm.hidden(params, tokens, **where, cache=rows.cache)
+        experts = rows.experts
+        if experts is not None:
+            # Padding is in no column.  What is read ends before the column of the next token.
+            ahead = jnp.arange(tokens.shape[1] - 1, -1, -1)[None] + 1
+            columns = jnp.where(segment_ids != 0, (rows.start + rows.new)[:, None] - ahead, width)
+            put = lambda old, at, new: old.at[at].set(new, mode="drop")
+            experts = jax.vmap(put)(experts, columns, aux[EXPERTS])
+        return rows._replace(cache=cache, experts=experts), hidden[:, -1]
 
     def sample_next(rows: Rows, hidden: Array) -> Rows:
         going = alive(rows, settings)

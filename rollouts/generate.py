@@ -11,7 +11,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
-from rlhf.lm import LM, Params
+from rlhf.lm import EXPERTS, LM, Params
 from rlhf.rollouts import samplers
 from rlhf.rollouts.decoding import (
     Rows,
@@ -46,6 +46,7 @@ def generate(
     prefix: Array | None = None,
     pad_id: int = 0,
     early_end: bool = True,
+    record_experts: bool = False,
 ) -> Rollout:
     """Samples `num_samples` completions of every prompt, in one jitted program.
 
@@ -65,6 +66,10 @@ def generate(
       pad_id: what stands in `tokens` after the end.
       early_end: stop when all rows have ended.  False: a loop of fixed length, for runs that are
         vmapped.
+      record_experts: of a mixture, put the experts of every token that was read into the rollout's
+        `inputs["experts"]`, `[B, T, sparse layers, k]`: scored with them, the tokens go to the
+        experts that they went to, though the router's own choice may differ by rounding or by
+        another step of training (R3, arXiv:2510.11370).
 
     Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row
     `p * num_samples + g` is sample g of prompt p.  No gradient flows.
@@ -81,8 +86,14 @@ def generate(
     >>> rollout.mask.astype(int).tolist(), rollout.positions.tolist()
     ([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]], [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
     """
-    settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
+    settings = checked(
+        prompts, key, max_new_tokens, num_samples, eos_ids, pad_id, record_experts
+    )
     _check_prefix(prefix, prompts)
+    if prefix is not None and record_experts:
+        raise ValueError(
+            "record_experts with a prefix, which is read once for all; write it before each prompt"
+        )
     _check_ids(lm, prompts, prefix, settings)
     return _generate(lm, settings, early_end, params, prompts, key, sampler, stop, prefix)
 
@@ -273,6 +284,9 @@ def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) 
     # `first` is the position of column `start`, from which all others are counted.
     positions = jnp.where(segment_ids != 0, columns - (start - rows.first)[:, None], 0)
     widen = lambda x: jnp.pad(x, ((0, 0), (start, 0)))
+    inputs = repeat(prompts.inputs, settings.num_samples)
+    if rows.experts is not None:
+        inputs = {**(inputs or {}), EXPERTS: rows.experts}
     return Rollout(
         tokens=tokens,
         mask=sampled,
@@ -282,7 +296,7 @@ def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) 
         sampling_logprobs=widen(sampling_logprobs),
         finished=rows.finished,
         temperature=jnp.asarray(sampler.temperature, jnp.float32),
-        inputs=repeat(prompts.inputs, settings.num_samples),
+        inputs=inputs,
     )
 
 

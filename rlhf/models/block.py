@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rlhf.fields import documented
 from rlhf.models.config import ACTIVATIONS, LayerKind, TransformerConfig
-from rlhf.models.experts import Routing
+from rlhf.models.experts import Routed
 from rlhf.models.feed_forward import mlp, sparse
 from rlhf.models.linear import linear, rows
 from rlhf.models.rotary import Rope, Rotation
@@ -29,11 +29,13 @@ class Extra(NamedTuple):
       cross: of an encoder's output, with its `k` and `v`; None without an encoder.
       lent: keys and values of earlier layers, by the name under which they lend them.
       layer_input: [B, T, P], of the tokens for this layer alone; None where there is none.
+      chosen: [B, T, k], experts in place of the router's choice; None: that.
     """
 
     cross: dict[str, Any] | None = None
     lent: Mapping[str, tuple[Array, Array]] = {}
     layer_input: Array | None = None
+    chosen: Array | None = None
 
 
 class Block(Weights):
@@ -51,7 +53,7 @@ class Block(Weights):
         cached: Cached | None,
         attention_inputs: dict[str, Any],
         extra: Extra,
-    ) -> tuple[Array, Any, Routing | None]:
+    ) -> tuple[Array, Any, Routed | None]:
         """`x [B, T, D]` through one block; what rows share stands in `x` once, and is attention's
         alone to read again.
 
@@ -63,7 +65,7 @@ class Block(Weights):
           attention_inputs: of `attention`: positions, segment ids, bias.
           extra: what else it reads.
 
-        Returns: x, this layer's keys and values or its mixer's state, and its `Routing`; None
+        Returns: x, this layer's keys and values or its mixer's state, and its `Routed`; None
         without experts.
         """
         c = self.config
@@ -81,27 +83,27 @@ class Block(Weights):
             if not kind.sparse:
                 return mlp(self, h, kind.widening * c.mlp_size, kind.mlp_prefix), None
             if c.experts.beside:
-                return self.beside(h, before, real, cached is not None)
-            return sparse(self, h, real, cached is not None)
+                return self.beside(h, before, real, cached is not None, extra.chosen)
+            return sparse(self, h, real, cached is not None, extra.chosen)
 
         # GPT-J reads both branches from one norm, GPT-NeoX from a norm each; neither reads the
         # other.
         if c.parallel:
             h = self.norm("attention_norm", x)
             y, state = mix(h)
-            z, routing = feed(h if c.parallel == 1 else self.norm("mlp_norm", x), x)
-            return x + (y + z) * jnp.asarray(c.residual_scale, x.dtype), state, routing
+            z, routed = feed(h if c.parallel == 1 else self.norm("mlp_norm", x), x)
+            return x + (y + z) * jnp.asarray(c.residual_scale, x.dtype), state, routed
         x, state = self.branch("attention", x, mix)
         if c.cross:
             x, _ = self.branch("cross", x, lambda h: (attend_cross(self, h, extra.cross), None))
-        x, routing = self.branch("mlp", x, partial(feed, before=x))
+        x, routed = self.branch("mlp", x, partial(feed, before=x))
         if c.layer_input_size:
             x = self.with_layer_input(x, extra.layer_input)
         if c.layer_scalar:
             # In the files, not trained.
             scalar = self.weight("layer_scalar", (1,), (None,), nn.initializers.ones)
             x = x * rows(jax.lax.stop_gradient(scalar), x)
-        return x, state, routing
+        return x, state, routed
 
     def branch(self, name: str, x: Array, f: Callable) -> tuple[Array, Any]:
         """`x + f(x)`, with norms where the config has them."""
@@ -112,7 +114,9 @@ class Block(Weights):
         x = x + y * jnp.asarray(self.config.residual_scale, x.dtype)
         return (self.norm(f"{name}_norm", x) if place == "sum" else x), more
 
-    def beside(self, h: Array, x: Array, real: Array, cached: bool) -> tuple[Array, Routing]:
+    def beside(
+        self, h: Array, x: Array, real: Array, cached: bool, chosen: Array | None
+    ) -> tuple[Array, Routed]:
         """The sum of an MLP of h and of experts of x, each with norms of its own  (Gemma 4)."""
         c = self.config
         dense = self.norm("dense_post_norm", mlp(self, h, c.mlp_size))
@@ -124,8 +128,8 @@ class Block(Weights):
             * rows(scale, router_input)
             * jnp.asarray(c.hidden_size**-0.5, router_input.dtype)
         )
-        y, routing = sparse(self, self.norm("expert_norm", x), real, cached, router_input)
-        return dense + self.norm("expert_post_norm", y), routing
+        y, routed = sparse(self, self.norm("expert_norm", x), real, cached, chosen, router_input)
+        return dense + self.norm("expert_post_norm", y), routed
 
     def with_layer_input(self, x: Array, of_layer: Array | None) -> Array:
         """`x + norm(W (act(V x) · i))`, with i the layer's own input  (Gemma 4)."""

@@ -33,6 +33,19 @@ class Routing(NamedTuple):
 
 
 @documented
+class Routed(NamedTuple):
+    """What a layer's router did.
+
+    Attributes:
+      routing: summed over each row.
+      chosen: [B, T, k] int32, each token's experts, the best first.
+    """
+
+    routing: Routing
+    chosen: Array
+
+
+@documented
 class Router(NamedTuple):
     """What chooses experts.
 
@@ -80,7 +93,8 @@ def experts(
     *,
     cached: bool = False,
     router_input: Array | None = None,
-) -> tuple[Array, Routing]:
+    chosen: Array | None = None,
+) -> tuple[Array, Routed]:
     """`Σ_{e chosen} w_e down_e(act(gate_e x) · up_e x)`, weights and choice by `route`
     (arXiv:2101.03961; arXiv:2401.04088).
 
@@ -97,15 +111,17 @@ def experts(
       activate: act.
       cached: a loop of decoding steps, of which a mesh splits the rows alone.
       router_input: `[B, T, D]`, what the router reads; None: x.
+      chosen: `[B, T, k]` int32, experts to take in place of the router's choice, such as those of
+        the policy that sampled; the weights are the router's.
 
-    Returns: `[B, T, D]` in the dtype of x, and `Routing`.  Gradients flow through x, the experts
+    Returns: `[B, T, D]` in the dtype of x, and `Routed`.  Gradients flow through x, the experts
     and the weights; not through the choice.
     """
     local = partial(_local, config=config, activate=activate)
     router_input = x if router_input is None else router_input
     # Elsewhere XLA places tokens and experts by itself.
     if ways("expert") * ways("sequence") == 1:
-        return local(x, router_input, router, weights, real)
+        return local(x, router_input, router, weights, real, chosen)
     names = ("decoded", None) if cached else ("batch", "sequence")
     rows, columns = of_tokens = fitting(names, real.shape)
     inner = fitting(("expert", None, "mlp"), weights.gate.shape)
@@ -125,10 +141,17 @@ def experts(
             inner_axis=inner[2],
             columns_axis=columns,
         ),
-        in_specs=(of_tokens, of_tokens, PartitionSpec(), Weights._make(specs), of_tokens),
-        out_specs=(of_tokens, PartitionSpec(rows)),
+        in_specs=(
+            of_tokens,
+            of_tokens,
+            PartitionSpec(),
+            Weights._make(specs),
+            of_tokens,
+            of_tokens,
+        ),
+        out_specs=(of_tokens, Routed(PartitionSpec(rows), of_tokens)),
     )
-    return local(x, router_input, router, weights, real)
+    return local(x, router_input, router, weights, real, chosen)
 
 
 def _specs(w: Any, spec: PartitionSpec) -> Any:
@@ -136,26 +159,32 @@ def _specs(w: Any, spec: PartitionSpec) -> Any:
     return w.specs(spec) if hasattr(w, "specs") else spec
 
 
-def route(logits: Array, correction: Array | None, config: Experts) -> tuple[Array, Array, Array]:
+def route(
+    logits: Array, correction: Array | None, config: Experts, replayed: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Which experts a token goes to, and with which weights.
 
     Args:
       logits: `[N, E]`.
       correction: `[E]`, or None.
       config: scores s of the logits, and how weights w follow from the chosen ones.
+      replayed: `[N, k]` int32, the choice, where it is made already.
 
     Returns: w `[N, k]`; the experts chosen `[N, k]` int32; and probabilities `[N, E]` for a
     balance loss: s, over its sum where it has none.
     """
     if config.scores == "sparsemixer":
-        return _sparsemixer(logits, config.per_token)
+        return _sparsemixer(logits, config.per_token, replayed)
     probs = jax.nn.softmax(logits, axis=-1)
     scores = probs
     if config.scores == "sigmoid":
         scores = jax.nn.sigmoid(logits)
         probs = scores / scores.sum(-1, keepdims=True)
     ranked = scores if correction is None else scores + as_rows(correction, scores)
-    _, chosen = jax.lax.top_k(_in_best_groups(ranked, config), config.per_token)
+    if replayed is None:
+        _, chosen = jax.lax.top_k(_in_best_groups(ranked, config), config.per_token)
+    else:
+        chosen = replayed
     weights = jnp.take_along_axis(logits if config.scores == "chosen" else scores, chosen, axis=-1)
     if config.scores == "chosen":
         weights = jax.nn.softmax(weights, axis=-1)
@@ -181,16 +210,16 @@ def _in_best_groups(ranked: Array, config: Experts) -> Array:
 JITTER = 0.01
 
 
-def _sparsemixer(logits: Array, number: int) -> tuple[Array, Array, Array]:
+def _sparsemixer(logits: Array, number: int, replayed: Array | None) -> tuple[Array, Array, Array]:
     """One expert after another: the best of those left, with its softmax among those whose logits
     are near its own  (arXiv:2310.00811).
     """
     weights = []
     chosen = []
     left = logits
-    for _ in range(number):
-        best = left.argmax(-1, keepdims=True)
-        most = jnp.take_along_axis(left, best, axis=-1)
+    for i in range(number):
+        best = left.argmax(-1, keepdims=True) if replayed is None else replayed[:, i : i + 1]
+        most = left.max(-1, keepdims=True)
         far = (most - logits) / jnp.maximum(jnp.abs(logits), most) > 2 * JITTER
         near = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
         weights.append(jnp.take_along_axis(near, best, axis=-1))
@@ -206,6 +235,7 @@ def _local(
     router,
     weights,
     real,
+    replayed,
     *,
     config,
     activate,
@@ -229,7 +259,8 @@ def _local(
         router_input.reshape(-1, size).astype(wide), router.weight.astype(wide), precision="highest"
     )
     logits = logits if router.bias is None else logits + as_rows(router.bias, logits)
-    shares, chosen, probs = route(logits, router.correction, config)
+    replayed = None if replayed is None else replayed.reshape(len(flat), -1)
+    shares, chosen, probs = route(logits, router.correction, config, replayed)
     if router.scale is not None:
         shares = shares * router.scale.astype(wide)[chosen]
 
@@ -260,7 +291,8 @@ def _local(
     if gathers:
         y = jax.lax.psum_scatter(y, experts_axis, tiled=True)
     y = jax.lax.psum(y, tuple(filter(None, (None if gathers else experts_axis, inner_axis))))
-    return y.astype(x.dtype).reshape(x.shape), routing
+    chosen = chosen.reshape(batch, length, -1).astype(jnp.int32)
+    return y.astype(x.dtype).reshape(x.shape), Routed(routing, chosen)
 
 
 def _glu(clamp: tuple[float, float] | None, activate: Callable, gate: Array, up: Array) -> Array:

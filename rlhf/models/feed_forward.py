@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf.models.config import ACTIVATIONS
-from rlhf.models.experts import Router, Routing, experts
+from rlhf.models.experts import Routed, Router, experts
 from rlhf.models.experts import Weights as ExpertWeights
 from rlhf.models.linear import linear
 from rlhf.models.weights import Weights
@@ -61,8 +61,13 @@ def _xielu(block: Weights, x: Array) -> Array:
 
 
 def sparse(
-    block: Weights, x: Array, real: Array, cached: bool, router_input: Array | None = None
-) -> tuple[Array, Routing]:
+    block: Weights,
+    x: Array,
+    real: Array,
+    cached: bool,
+    chosen: Array | None = None,
+    router_input: Array | None = None,
+) -> tuple[Array, Routed]:
     """Experts, and what every token goes through beside them.
 
     Args:
@@ -70,6 +75,7 @@ def sparse(
       x: `[B, T, D]`.
       real: `[B, T]` bool, which tokens count in the statistics of the router.
       cached: as in `experts`.
+      chosen: `[B, T, k]`, experts in place of the router's choice.
       router_input: what the router reads in place of x.
     """
     c = block.config
@@ -110,7 +116,7 @@ def sparse(
             ("down", c.hidden_size, "embed"),
         )
     )
-    y, routing = experts(
+    y, routed = experts(
         x,
         router,
         ExpertWeights(gate, up, down, *biases),
@@ -119,6 +125,7 @@ def sparse(
         ACTIVATIONS[c.activation],
         cached=cached,
         router_input=router_input,
+        chosen=chosen,
     )
     if e.shared_size:
         shared = mlp(block, x, e.shared_size, "shared_")
@@ -126,4 +133,4 @@ def sparse(
             w = block.weight("shared_router", (c.hidden_size, 1), ("embed", None), init)
             shared = shared * jax.nn.sigmoid(linear(x, w))
         y = y + shared
-    return y, routing
+    return y, routed

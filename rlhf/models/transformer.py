@@ -1,7 +1,6 @@
 """One transformer for every decoder and encoder: a config says which."""
 
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 
 from rlhf.fields import documented
 from rlhf.from_flax import from_linen
-from rlhf.lm import LM
+from rlhf.lm import EXPERTS, LM
 from rlhf.models.block import Block, Extra
 from rlhf.models.config import REMAT, Heads, TransformerConfig
-from rlhf.models.experts import Routing
+from rlhf.models.experts import Routed, Routing
 from rlhf.models.layers import all_leaves, initial, leaves, nothing_lent, rank, runs
 from rlhf.models.linear import linear, look_up, or_zero, rows
 from rlhf.models.position_bias import alibi, relative
@@ -112,6 +111,7 @@ class Stack(Weights):
         cache=None,
         encoded=None,
         layer_inputs=None,
+        chosen=None,
         shared: SharedPrefix = NOT_SHARED,
     ) -> tuple[Array, Cache | None, dict]:
         """Final hidden states of embedded tokens `[B, T, D]`, the cache with these tokens in it,
@@ -120,6 +120,7 @@ class Stack(Weights):
         Args:
           encoded: what `encode` of an encoder-decoder returned; None without an encoder.
           layer_inputs: `[B, T, layers, P]`, numbers of each token for each layer; None without.
+          chosen: `[B, T, sparse layers, k]`, experts in place of the routers' choice; None: that.
           shared: what the rows of `positions` and `segment_ids` share stands once in `x` and in
             what is returned.
         """
@@ -143,19 +144,24 @@ class Stack(Weights):
             cross = dict(positions=positions, segment_ids=segment_ids, **where)
         if layer_inputs is not None:
             of_layers["layer_input"] = jnp.moveaxis(layer_inputs, 2, 0)
+        if chosen is not None:
+            of_layers["chosen"] = jnp.moveaxis(chosen, 2, 0)
         layers = self.layers
         if isinstance(layers, tuple):
             layers = tuple(
-                {**layer, **jax.tree.map(itemgetter(i), of_layers)}
+                {**layer, **{name: _at(c, name, x, i) for name, x in of_layers.items()}}
                 for i, layer in enumerate(layers)
             )
         else:
             layers = {**layers, **of_layers}
         # Without a cache the model trains, or scores what is there already; with one it decodes.
         run = partial(self._scan, shared) if cache is None else self._unroll
-        x, cache, routing = run(x, layers, positions, segment_ids, cache, cross)
+        x, cache, routing, routes = run(x, layers, positions, segment_ids, cache, cross)
         x = self.normalise(x, *self.final_norm) if c.final_norm else x
-        return x, cache, {"routing": routing} if routing else {}
+        aux = {}
+        if routes:
+            aux = {"routing": routing, EXPERTS: shared.expand(jnp.stack(routes, axis=2))}
+        return x, cache, aux
 
     def _scan(self, shared, x, layers, positions, segment_ids, cache, cross):
         """Training: one compiled block, scanned over the repeating pattern of kinds; the layers
@@ -174,11 +180,12 @@ class Stack(Weights):
             x, routing, lent = carry
             layer = _layer(c, stack, run, repeat, place)
             kind = c.kind(run.start + place)
-            x, kv, more = _block(
+            x, kv, routed = _block(
                 c, layer, x, kind, rotations, None, attention_inputs, cross, lent, shared
             )
             lent = lent if kind.lends is None else {**lent, kind.lends: kv}
-            return constrain(x, "batch", "sequence", None), _add(routing, more), lent
+            carry = constrain(x, "batch", "sequence", None), _add(routing, routed), lent
+            return carry, None if routed is None else routed.chosen
 
         # The repeat is an array, the index of the scan; run and place are Python values, as which
         # leaves a layer has, and its window, are known when the program is compiled.
@@ -186,22 +193,27 @@ class Stack(Weights):
             apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat]
         )
         carry = x, self._no_routing(x), nothing_lent(c, *positions.shape)
+        routes: list[Array] = []
         for first, number, stack in _stacks(layers, c):
             # Vectors of all layers at once: gathered one by one, each would cost a message.
             stack = {name: _replicated_if_vectors(leaf) for name, leaf in stack.items()}
             for run in _runs(c, first, number):
                 # Defaults bind this round's values; a closure would see the last round's.
                 def pattern(carry, repeat, stack=stack, run=run):
+                    of_places = []
                     for place in range(run.length):
-                        carry = apply(carry, stack, repeat, run, place)
-                    return carry, None
+                        carry, chosen = apply(carry, stack, repeat, run, place)
+                        of_places += [] if chosen is None else [chosen]
+                    return carry, of_places
 
                 if run.times > 1:
                     repeats = jnp.arange(run.times)
-                    carry, _ = jax.lax.scan(pattern, carry, repeats, unroll=unroll)
+                    carry, of_places = jax.lax.scan(pattern, carry, repeats, unroll=unroll)
+                    routes += [x[i] for i in range(run.times) for x in of_places]
                 else:
-                    carry, _ = pattern(carry, 0)
-        return carry[0], None, carry[1]
+                    carry, of_places = pattern(carry, 0)
+                    routes += of_places
+        return carry[0], None, carry[1], routes
 
     def _unroll(self, x, layers, positions, segment_ids, cache, cross):
         """Prefill and decoding: each layer by itself over the same stacked parameters, with a cache
@@ -237,9 +249,10 @@ class Stack(Weights):
             positions, segment_ids, None if fills else (cache_positions, cache_segments)
         )
         layer_caches: list[Any] = []
+        routes: list[Array] = []
         lent = nothing_lent(c, *cache.positions.shape)
         for i, layer in enumerate(cut(layers, c)):
-            x, kv, more = _block(
+            x, kv, routed = _block(
                 c,
                 layer,
                 x,
@@ -253,7 +266,8 @@ class Stack(Weights):
             lent = lent if c.kind(i).lends is None else {**lent, c.kind(i).lends: kv}
             # What a layer takes of another is in that one's cache.
             layer_caches.append(() if c.kind(i).borrows else kv)
-            routing = _add(routing, more)
+            routing = _add(routing, routed)
+            routes += [] if routed is None else [routed.chosen]
         # A device cannot raise.  Beyond the end `dynamic_update_slice` moves the start back and
         # writes over older tokens, which would be believed; NaN is not.
         written_over = cache.written + x.shape[1] > room
@@ -262,6 +276,7 @@ class Stack(Weights):
             x,
             Cache(cache.written + x.shape[1], cache_positions, cache_segments, tuple(layer_caches)),
             routing,
+            routes,
         )
 
     def _where(self, positions, segment_ids, cached):
@@ -336,18 +351,31 @@ class Transformer(Stack):
         return c.causal and not _by_length(c) and not mixes
 
     def hidden(self, tokens, *, positions, segment_ids, cache=None, inputs=None, shared=NOT_SHARED):
-        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and
-        `{"routing": …}` of experts.
+        """Hidden states `[B, T, D]` of the embedding's size, the cache with these tokens, and of
+        experts `{"routing": …, "experts": …}`.
 
         Args:
+          inputs: `token_types` of models that have them; of experts, `experts` to take in place of
+            the routers' choice.
           shared: the columns that rows share are read once; without a cache.
         """
         c = self.config
         inputs = inputs or {}
-        if unknown := sorted(inputs.keys() - ({"token_types"} if c.token_types else set())):
+        known = {"token_types"} if c.token_types else set()
+        known |= set() if c.experts is None else {EXPERTS}
+        if unknown := sorted(inputs.keys() - known):
             raise ValueError(
                 f"this model is conditioned on its tokens alone, but got inputs {unknown}"
             )
+        chosen = inputs.get(EXPERTS)
+        if chosen is not None:
+            sparse = sum(c.kind(i).sparse for i in range(c.num_layers))
+            wanted = (*tokens.shape, sparse, c.experts.per_token)
+            if chosen.shape != wanted:
+                raise ValueError(
+                    f"inputs[{EXPERTS!r}] {list(chosen.shape)} but tokens {list(tokens.shape)} and "
+                    f"{sparse} layers of experts, {c.experts.per_token} a token, need {list(wanted)}"
+                )
         # Every device must have as many groups as the others: smaller ones, if need be.  Where
         # devices share the columns, those of a group are on one device no more.
         shared = shared.fitting(len(tokens), ways("batch")) if ways("sequence") == 1 else NOT_SHARED
@@ -362,7 +390,13 @@ class Transformer(Stack):
         inputs_of_layers = self._layer_inputs(x, tokens)
         x = linear(x, self.project_in) if c.embed_size else x
         x, cache, aux = self.run(
-            x, positions, segment_ids, cache, layer_inputs=inputs_of_layers, shared=shared
+            x,
+            positions,
+            segment_ids,
+            cache,
+            layer_inputs=inputs_of_layers,
+            chosen=None if chosen is None else shared.deduplicate(chosen),
+            shared=shared,
         )
         return shared.expand(linear(x, self.project_out) if c.embed_size else x), cache, aux
 
@@ -471,10 +505,10 @@ def _divisible(matrix: Any) -> Any:
 
 def _block(c, layer, x, kind, rotations, cached, attention_inputs, cross, lent, shared=NOT_SHARED):
     # What the layer has of its own travelled with its parameters.
-    others = {"cross", "layer_input"}
+    others = {"cross", "layer_input", "chosen"}
     params = {name: leaf for name, leaf in layer.items() if name not in others}
     cross = None if cross is None else {**cross, **layer["cross"]}
-    extra = Extra(cross, lent, layer.get("layer_input"))
+    extra = Extra(cross, lent, layer.get("layer_input"), layer.get("chosen"))
     return Block(c, shared, parent=None).apply(
         {"params": params}, x, kind, rotations, cached, attention_inputs, extra
     )
@@ -581,7 +615,7 @@ def _layer(
     def cut(name, leaf):
         # The index counts the layers before this one that have the leaf.
         of_first, of_start, of_place, of_end = (
-            rank(c, name, i)
+            rank(c, "router" if name == "chosen" else name, i)
             for i in (run.first, run.start, run.start + place, run.start + run.length)
         )
         i = of_place - of_first + repeat * (of_end - of_start)
@@ -590,5 +624,12 @@ def _layer(
     return {name: cut(name, leaf) for name, leaf in stack.items() if name not in absent}
 
 
-def _add(a: Routing | None, b: Routing | None) -> Routing | None:
-    return a if b is None else jax.tree.map(jnp.add, a, b)
+def _at(c: TransformerConfig, name: str, x: Any, i: int) -> Any:
+    """What layer i has of its own, of arrays of all layers, or of those with experts."""
+    place = rank(c, "router", i) if name == "chosen" else i
+    # Of a layer that has none, any: it is not read.
+    return jax.tree.map(lambda leaf: leaf[min(place, len(leaf) - 1)], x)
+
+
+def _add(a: Routing | None, b: Routed | None) -> Routing | None:
+    return a if b is None else jax.tree.map(jnp.add, a, b.routing)

@@ -43,15 +43,17 @@ def by_definition(x, router, gate, up, down, per_token, renormalise):
 @pytest.mark.parametrize(("per_token", "renormalise"), [(2, True), (1, False), (4, True)])
 def test_experts_are_their_definition(per_token, renormalise):
     config = Experts(NUMBER, per_token, INNER, renormalise=renormalise)
-    y, routing = jax.jit(
+    y, routed = jax.jit(
         lambda x: experts(x, Router(ROUTER), Weights(GATE, UP, DOWN), REAL, config, jax.nn.silu)
     )(X)
     out, probs, picked = by_definition(X, ROUTER, GATE, UP, DOWN, per_token, renormalise)
     np.testing.assert_allclose(y, out, rtol=0, atol=2e-5)
     counted = REAL[:, :, None]
+    chosen = np.eye(NUMBER)[routed.chosen].sum(-2)
+    np.testing.assert_array_equal(chosen, picked)
     expected = Routing((probs * counted).sum(1), (picked * counted).sum(1), REAL.sum(1))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), routing, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), routed.routing, expected
     )
 
 

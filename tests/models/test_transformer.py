@@ -54,7 +54,7 @@ def run_all(lm, params, tokens, positions, segment_ids, cache=None):
 
 def run(*args):
     hidden, cache, aux = run_all(*args)
-    assert set(aux) <= {"routing"}
+    assert set(aux) <= {"routing", "experts"}
     return hidden, cache
 
 

@@ -1,0 +1,150 @@
+"""Experts that a policy sampled with, taken again where its tokens are scored."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_goldens import load, names
+
+from rlhf import rollouts
+from rlhf.models import Experts, LayerKind, TransformerConfig, transformer
+from rlhf.rollouts import Prompts
+from rlhf.shared_prefix import SharedPrefix
+
+SPARSE = LayerKind(sparse=True)
+LM = transformer(
+    TransformerConfig(
+        vocab_size=11,
+        hidden_size=16,
+        num_layers=5,
+        num_heads=2,
+        mlp_size=8,
+        kinds=(LayerKind(), SPARSE, SPARSE, SPARSE, SPARSE),
+        experts=Experts(6, 2, 8),
+    )
+)
+PROMPTS = Prompts(
+    jnp.array([[3, 4, 5, 6], [0, 0, 7, 8]]), jnp.array([[True] * 4, [False, False, True, True]])
+)
+
+
+@functools.cache
+def sampled():
+    params = LM.init(jax.random.key(0))
+    options = dict(max_new_tokens=6, num_samples=2, record_experts=True)
+    return params, rollouts.generate(LM, params, PROMPTS, jax.random.key(1), **options)
+
+
+def moved(params):
+    """As a step of training or another device's rounding moves them: routers choose otherwise."""
+    rng = np.random.default_rng(0)
+    layers = {**params["layers"]}
+    layers["router"] = layers["router"] + jnp.asarray(
+        0.2 * rng.normal(size=layers["router"].shape), jnp.float32
+    )
+    return {**params, "layers": layers}
+
+
+def choices(params, rollout, inputs=None):
+    where = dict(positions=rollout.positions, segment_ids=rollout.segment_ids, inputs=inputs)
+    return np.sort(LM.hidden(params, rollout.tokens, **where)[2]["experts"], axis=-1)
+
+
+def read(rollout):
+    """The tokens that were read: all but padding and the last."""
+    real = np.asarray(rollout.segment_ids) != 0
+    last = real & (np.cumsum(real[:, ::-1], axis=1)[:, ::-1] == 1)
+    return real & ~last
+
+
+def test_what_is_recorded_is_what_the_routers_chose():
+    params, rollout = sampled()
+    recorded = rollout.inputs["experts"]
+    assert recorded.shape == (*rollout.tokens.shape, 4, 2)
+    at = read(rollout)
+    assert at.sum() == 2 * (9 + 7)
+    np.testing.assert_array_equal(np.sort(recorded, axis=-1)[at], choices(params, rollout)[at])
+
+
+def test_replay_takes_the_recorded_experts_whatever_the_router_says():
+    params, rollout = sampled()
+    other = moved(params)
+    at = read(rollout)
+    recorded = np.sort(rollout.inputs["experts"], axis=-1)
+    assert (choices(other, rollout)[at] != recorded[at]).mean() > 0.05
+    np.testing.assert_array_equal(choices(other, rollout, rollout.inputs)[at], recorded[at])
+
+
+def test_scores_with_replay_are_those_of_sampling():
+    params, rollout = sampled()
+    scored = rollouts.score_batch(LM, params, rollout)
+    np.testing.assert_allclose(scored.logprobs, rollout.logprobs, rtol=0, atol=1e-5)
+    # A group's prompt is read once, with the experts that it has in each row.
+    shared = SharedPrefix(2, 6)
+    again = rollouts.score_batch(LM, params, rollout, shared=shared)
+    np.testing.assert_allclose(again.logprobs, scored.logprobs, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(
+        again.aux["experts"][read(rollout)], scored.aux["experts"][read(rollout)]
+    )
+
+
+def test_without_replay_a_tie_that_rounds_otherwise_moves_the_log_probs():
+    """Two experts of the same score, until something in the last bit decides: with replay it counts for nothing."""
+    params, rollout = sampled()
+    layers = {**params["layers"]}
+    router = np.array(layers["router"])
+    # The score of an expert that another one has too, but for a last bit.
+    router[:, :, 1] = np.nextafter(router[:, :, 0], np.inf)
+    flipped = np.array(router)
+    flipped[:, :, 0], flipped[:, :, 1] = router[:, :, 1], router[:, :, 0]
+    one, other = (
+        {**params, "layers": {**layers, "router": jnp.asarray(r)}} for r in (router, flipped)
+    )
+    options = dict(max_new_tokens=6, num_samples=2, record_experts=True)
+    rollout = rollouts.generate(LM, one, PROMPTS, jax.random.key(1), **options)
+    replayed = rollouts.score_batch(LM, other, rollout).logprobs
+    free = rollouts.score_batch(LM, other, rollout._replace(inputs=None)).logprobs
+    np.testing.assert_allclose(replayed, rollout.logprobs, rtol=0, atol=1e-5)
+    assert np.abs(free - rollout.logprobs).max() > 1e-3
+
+
+def test_gradients_flow_to_the_router_through_the_weights():
+    params, rollout = sampled()
+    loss = lambda params: rollouts.score_batch(LM, params, rollout).logprobs.sum()
+    gradient = jax.grad(loss)(params)["layers"]["router"]
+    assert np.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ("phimoe", "llama4_text") if name in names("causal")]
+)
+@pytest.mark.exhaustive
+def test_replay_in_families_with_routers_of_their_own(name):
+    lm, _, params, _ = load(name)
+    prompts = Prompts(PROMPTS.tokens, PROMPTS.mask)
+    options = dict(max_new_tokens=6, record_experts=True)
+    rollout = rollouts.generate(lm, params, prompts, jax.random.key(1), **options)
+    scored = rollouts.score_batch(lm, params, rollout)
+    np.testing.assert_allclose(scored.logprobs, rollout.logprobs, rtol=0, atol=1e-5)
+
+
+def test_bad_requests_name_both_sides():
+    params, rollout = sampled()
+    dense = transformer(
+        TransformerConfig(vocab_size=11, hidden_size=4, num_layers=1, num_heads=1, mlp_size=8)
+    )
+    options = dict(max_new_tokens=2, record_experts=True)
+    with pytest.raises(ValueError, match="this model has no experts"):
+        rollouts.generate(
+            dense, dense.init(jax.random.key(0)), PROMPTS, jax.random.key(1), **options
+        )
+    with pytest.raises(ValueError, match="with a prefix, which is read once for all"):
+        rollouts.generate(
+            LM, params, PROMPTS, jax.random.key(1), prefix=jnp.array([1, 2]), **options
+        )
+    short = {"experts": rollout.inputs["experts"][:, 1:]}
+    message = r"inputs\['experts'\] \[4, 9, 4, 2\] but tokens \[4, 10\] and 4 layers of experts"
+    with pytest.raises(ValueError, match=message):
+        rollouts.score_batch(LM, params, rollout._replace(inputs=short))
