@@ -103,15 +103,20 @@ class LoRAWeight(NamedTuple):
                 f"DoRA on experts whose inputs the mesh splits over {inputs!r}; give dora=False, or "
                 "a mesh without that axis"
             )
-        return self._replace(
-            base=of_base,
-            a=PartitionSpec(experts, inputs, None),
-            b=PartitionSpec(experts, None, outputs),
-            scale=PartitionSpec(experts),
-            magnitude=None if self.magnitude is None else PartitionSpec(experts, outputs),
-            key=None if self.key is None else PartitionSpec(experts),
-            rate=None if self.rate is None else PartitionSpec(experts),
-        )
+        of_experts = PartitionSpec(experts)
+        places: dict[str, Any] = {
+            "base": of_base,
+            "a": PartitionSpec(experts, inputs, None),
+            "b": PartitionSpec(experts, None, outputs),
+            "scale": of_experts,
+            "magnitude": PartitionSpec(experts, outputs),
+            "key": of_experts,
+            "rate": of_experts,
+        }
+        there = self._asdict()
+        # Keywords of a dict, whose values the type checker would hold against each field's.
+        of_parts: Any = {k: None if there[k] is None else v for k, v in places.items()}
+        return LoRAWeight(**of_parts)
 
     @property
     def shape(self) -> tuple[int, ...]:

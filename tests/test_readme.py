@@ -59,7 +59,7 @@ def test_the_program_from_a_checkpoint_to_a_checkpoint_runs(tmp_path, monkeypatc
 
 
 def test_every_family_is_named():
-    families = set(re.findall(r"\b[a-z]+[0-9]*(?:_[a-z]+)*\b", README))
+    families = set(re.findall(r"\b[a-z]+[0-9]*(?:_[a-z0-9]+)*\b", README))
     assert {name.removesuffix("_text") for name in FAMILIES} <= families
     assert f"spans {len(FAMILIES)} families" in README
 

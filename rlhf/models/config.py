@@ -115,7 +115,7 @@ class Experts:
     def __post_init__(self):
         if self.scores not in (allowed := ("softmax", "chosen", "sigmoid", "sparsemixer")):
             raise ValueError(f"scores must be one of {allowed}, but is {self.scores!r}")
-        if not 0 < self.per_token <= self.number:
+        if self.per_token is None or not 0 < self.per_token <= self.number:
             raise ValueError(f"{self.per_token} experts a token of {self.number}")
         if self.number % self.groups or not 0 < self.groups_per_token <= self.groups:
             raise ValueError(

@@ -149,7 +149,7 @@ def experts(
             of_tokens,
             of_tokens,
         ),
-        out_specs=(of_tokens, Routed(PartitionSpec(rows), of_tokens)),
+        out_specs=(of_tokens, Routed._make((PartitionSpec(rows), of_tokens))),
     )
     return local(x, router_input, router, weights, real, chosen)
 

@@ -443,7 +443,8 @@ def save(
     if wrong := _misfits(flat, shapes):
         raise ValueError(f"params are not the config's: {'; '.join(wrong)}")
     # The experts' tensors as the original has them.
-    rows = known.rows(config, () if original is None else find(original))
+    names = find(original) if original is not None and has_weights(original) else ()
+    rows = known.rows(config, names)
     tensors = list(mapping.write(mapping.places(rows, shapes, config), flat))
     if head is not None:
         leaves = mapping.flat(_with_labels(head))

@@ -135,10 +135,16 @@ def test_an_end_token_ends_a_row(name):
 
 @pytest.mark.parametrize("name", exhaustive(SAMPLING, quick=FEW))
 def test_scored_logprobs_are_the_generated_ones(name):
-    """But for a row that grows past the length at which its long-rope factors change: it is scored as the row it became."""
+    """But for a row that grows past the length at which its long-rope factors change: it is scored as the row it became.
+
+    Within 1e-5; where float32 rounds transformers' own two ways further apart, half as much again as those.
+    """
+    theirs = meta(name)["facts"].get("max_abs_difference_cached_decode_vs_full_forward", 0.0)
     r, rows = rollout(name), same_rows(name)
     scored = np.where(r.mask, forward(name)["generated"].logprobs, 0.0)
-    np.testing.assert_allclose(scored[rows], r.logprobs[rows], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        scored[rows], r.logprobs[rows], rtol=0, atol=max(1e-5, 1.5 * theirs if theirs > 1e-5 else 0)
+    )
 
 
 # --- classifiers and encoders ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from checkpoint_goldens import HOME as CHECKPOINTS
 from safetensors.numpy import load_file, save_file
 
 from rlhf.models import huggingface, mapping, tokenizer_files
+from rlhf.models import huggingface_config as configs
 from rlhf.models.families import FAMILIES, schema
 
 VALUES: list = [None, "text", -1, 0, 1e300, math.nan, [], {}, True, 10**12, 10**6]
@@ -594,7 +595,11 @@ def test_the_schema_knows_every_field_that_families_read():
     from transformers import AutoConfig
 
     for name, family in FAMILIES.items():
-        hf, seen = AutoConfig.for_model(name), set()
+        # DeepSeek V2's class says no number by itself.
+        needed = {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}
+        hf, seen = AutoConfig.for_model(name, **needed), set()
+        if name in configs.OF_LAYERS:
+            setattr(hf, configs.OF_MODEL, True)
 
         class Watched:
             def __getattr__(self, field, hf=hf, seen=seen):

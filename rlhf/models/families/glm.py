@@ -27,6 +27,8 @@ def _read_glm4_moe(hf) -> TransformerConfig:
     return read(
         hf,
         kinds=sparse_after(kind, hf.num_hidden_layers, lambda i: i >= hf.first_k_dense_replace),
+        # Its class has no default, and no heads that divide its width.
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         qk_norm="head" if hf.use_qk_norm else None,
         qkv_bias=hf.attention_bias,
         experts=experts(hf),

@@ -90,6 +90,7 @@ FIELDS: Mapping[str, Any] = {
     "hidden_size_per_layer_input": Annotated[int, between(0, 10**6)] | None,
     "vocab_size_per_layer_input": Annotated[int, between(0, 10**7)] | None,
     "num_kv_shared_layers": Annotated[int, between(0, 1000)] | None,
+    "per_layer_config": dict | None,
     **_all("block_ff_dim", Inner),
     "moe_layers": list[Id] | None,
     # numbers in the equations
