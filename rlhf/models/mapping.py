@@ -213,14 +213,16 @@ def parts_of(x: np.ndarray, row: Tensor, sizes: list[int]) -> list[np.ndarray]:
     if not row.groups:
         return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
     # [..., groups, the parts of a group]
-    groups = x.reshape(*x.shape[:-1], row.groups, -1)
-    parts = np.split(groups, np.cumsum([size // row.groups for size in sizes])[:-1], axis=-1)
+    number = sizes[0] if row.groups < 0 else row.groups
+    groups = x.reshape(*x.shape[:-1], number, -1)
+    parts = np.split(groups, np.cumsum([size // number for size in sizes])[:-1], axis=-1)
     return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
 
 def joined(parts: list[np.ndarray], row: Tensor) -> np.ndarray:
     if row.groups:
-        parts = [part.reshape(*part.shape[:-1], row.groups, -1) for part in parts]
+        number = parts[0].shape[-1] if row.groups < 0 else row.groups
+        parts = [part.reshape(*part.shape[:-1], number, -1) for part in parts]
     x = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     x = x.reshape(*x.shape[:-2], -1) if row.groups else x
     x = np.asarray(np.swapaxes(x, -1, -2) if row.transpose else x, order="C")

@@ -11,22 +11,18 @@ EXPERTS = f"{LAYER}mlp.experts."
 ATTENTION = {ours: theirs for ours, theirs in PROJECTIONS.items() if ours in ("q", "k", "v", "o")}
 
 
-def _tensors(c: TransformerConfig) -> tuple[Tensor, ...]:
-    size = c.experts.size if c.experts else 1
-    return (
-        *tensors(projections=ATTENTION),
-        Tensor(f"{LAYER}self_attn.sinks", "layers.sinks"),
-        *matrices(LAYER, {"router": "mlp.router"}),
-        # As a product takes them, [E, in, out]; columns of gate and up in turn.
-        Tensor(f"{EXPERTS}gate_up_proj", "layers.expert_gate layers.expert_up", groups=size),
-        Tensor(
-            f"{EXPERTS}gate_up_proj_bias",
-            "layers.expert_gate_bias layers.expert_up_bias",
-            groups=size,
-        ),
-        Tensor(f"{EXPERTS}down_proj", "layers.expert_down"),
-        Tensor(f"{EXPERTS}down_proj_bias", "layers.expert_down_bias"),
-    )
+TENSORS = (
+    *tensors(projections=ATTENTION),
+    Tensor(f"{LAYER}self_attn.sinks", "layers.sinks"),
+    *matrices(LAYER, {"router": "mlp.router"}),
+    # As a product takes them, [E, in, out].
+    Tensor(f"{EXPERTS}gate_up_proj", "layers.expert_gate layers.expert_up", groups=-1),
+    Tensor(
+        f"{EXPERTS}gate_up_proj_bias", "layers.expert_gate_bias layers.expert_up_bias", groups=-1
+    ),
+    Tensor(f"{EXPERTS}down_proj", "layers.expert_down"),
+    Tensor(f"{EXPERTS}down_proj_bias", "layers.expert_down_bias"),
+)
 
 
 def _read(hf) -> TransformerConfig:
@@ -49,4 +45,4 @@ def _read(hf) -> TransformerConfig:
     )
 
 
-FAMILIES = {"gpt_oss": Family("GptOssForCausalLM", "model.", _tensors, _read)}
+FAMILIES = {"gpt_oss": Family("GptOssForCausalLM", "model.", TENSORS, _read)}

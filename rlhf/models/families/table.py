@@ -26,7 +26,7 @@ class Tensor(NamedTuple):
         axis.
       transpose: there [..., out, in], here [..., in, out].
       groups: the parts lie by so many groups: one group's of every part, then the next group's; 0:
-        part after part.
+        part after part; -1: a column of each part in turn.
       ones: where there are axes of size 1 there, which are not here.
     """
 
