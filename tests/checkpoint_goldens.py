@@ -36,11 +36,13 @@ WAYS = (
     "t5",
     "bart",
     "deepseek_v3",
+    "gemma4_moe",
     "gemma4_text",
     "gpt_oss",
     "kimi_linear",
     "lfm2",
     "llama4_text",
+    "qwen3_5_moe",
     "qwen3_next",
 )
 GENERATING = (

@@ -114,51 +114,66 @@ def _chunk(before: Memory, parts) -> tuple[Memory, Array]:
     the diagonal, and changes U of `(I + A) U = β (v - e^G Sᵀ k)`.
     """
     q, k, v, decay, beta, ids = parts
+    # What is left of a thing after so many tokens: sums of g, which are never differences of larger
+    # sums, whose rounding the exponential would show.
     total = jnp.cumsum(decay, axis=2)
     same = ids[:, None, :, None] == ids[:, None, None, :]
     continues = (ids == before.segment_ids[:, None])[:, None, :, None]
     # The share of the memory before that a token still has.
     left = jnp.where(continues, jnp.exp(total), 0)
     causal = jnp.tril(jnp.ones((1, 1, *same.shape[-2:]), bool))
-    a = jnp.where(same & jnp.tril(causal, -1), _decayed(k, k, total), 0)
+    a = jnp.where(same & jnp.tril(causal, -1), _decayed(k, k, decay), 0)
     a = a * beta[..., None]
     wanted = beta[..., None] * (v - einsum("bhck,bhkv->bhcv", k * left, before.state))
     changes = jax.lax.linalg.triangular_solve(
         a, wanted, left_side=True, lower=True, unit_diagonal=True
     )
-    of_chunk = jnp.where(same & causal, _decayed(q, k, total), 0)
+    of_chunk = jnp.where(same & causal, _decayed(q, k, decay), 0)
     o = einsum("bhck,bhkv->bhcv", q * left, before.state)
     o = o + einsum("bhij,bhjv->bhiv", of_chunk, changes)
     # What the last token leaves.
-    to_end = jnp.where(same[:, :, -1:].swapaxes(-1, -2), jnp.exp(total[:, :, -1:] - total), 0)
+    to_end = jnp.where(same[:, :, -1:].swapaxes(-1, -2), jnp.exp(_after(decay)), 0)
     state = left[:, :, -1, :, None] * before.state
     state = state + einsum("bhck,bhcv->bhkv", k * to_end, changes)
     return Memory(state, ids[:, -1]), o
 
 
-def _decayed(a: Array, b: Array, total: Array) -> Array:
-    """`Σ_d a_id b_jd e^(G_id - G_jd)` for `i ≥ j`, `[B, H, C, C]`; anything above the diagonal.
+def _after(decay: Array) -> Array:
+    """`[.., C, D]`: the sum of g over the tokens after each."""
+    after = jnp.flip(jnp.cumsum(jnp.flip(decay, axis=2), axis=2), axis=2)
+    return jnp.pad(after[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+
+def _between(decay: Array) -> Array:
+    """`[B, H, C, C, D]`: the sum of g from after token j to token i, for `i ≥ j`; else 0."""
+    size = decay.shape[2]
+    later = jnp.tril(jnp.ones((size, size), bool), -1)[None, None, :, :, None]
+    return jnp.cumsum(jnp.where(later, decay[:, :, :, None], 0), axis=2)
+
+
+def _decayed(a: Array, b: Array, decay: Array) -> Array:
+    """`Σ_d a_id b_jd e^(g_(j+1)d + .. + g_id)` for `i ≥ j`, `[B, H, C, C]`; anything above the
+    diagonal.
 
     No exponent is above 0, whatever the decay.
     """
-    size = total.shape[2]
-    if total.shape[-1] == 1:
-        # Above the diagonal it would overflow.
-        exponents = jnp.minimum(total - jnp.swapaxes(total, -1, -2), 0)
-        return einsum("bhik,bhjk->bhij", a, b) * jnp.exp(exponents)
+    size = decay.shape[2]
+    if decay.shape[-1] == 1:
+        return einsum("bhik,bhjk->bhij", a, b) * jnp.exp(_between(decay)[..., 0])
     out = []
     for start in range(0, size, BLOCK):
         here = slice(start, min(start + BLOCK, size))
-        # Columns before the block: both sides of its first row.
-        first = total[:, :, start : start + 1]
+        # Columns before the block: from them to its start, and from its start on.
         earlier = einsum(
             "bhik,bhjk->bhij",
-            a[:, :, here] * jnp.exp(total[:, :, here] - first),
-            b[:, :, :start] * jnp.exp(first - total[:, :, :start]),
+            a[:, :, here] * jnp.exp(jnp.cumsum(decay[:, :, here], axis=2)),
+            b[:, :, :start] * jnp.exp(_after(decay[:, :, :start])),
         )
-        between = total[:, :, here, None] - total[:, :, None, here]
         within = einsum(
-            "bhik,bhjk,bhijk->bhij", a[:, :, here], b[:, :, here], jnp.exp(jnp.minimum(between, 0))
+            "bhik,bhjk,bhijk->bhij",
+            a[:, :, here],
+            b[:, :, here],
+            jnp.exp(_between(decay[:, :, here])),
         )
         rest = size - here.stop
         out.append(jnp.pad(jnp.concatenate([earlier, within], -1), [(0, 0)] * 3 + [(0, rest)]))

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf.fields import documented
 from rlhf.models.linear import are_ids, look_up, or_zero
@@ -64,7 +65,9 @@ class Rotation(NamedTuple):
 
 def plain(theta: float, size: int) -> Array:
     """`theta ** (-2 i / size)`, the frequencies of pretraining."""
-    return 1.0 / theta ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    # In float64, and rounded once: a power in float32 is off by several last bits on some devices,
+    # and far positions multiply them.
+    return jnp.asarray(theta ** (-np.arange(0, size, 2) / size), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

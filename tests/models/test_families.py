@@ -11,7 +11,6 @@ from checkpoint_goldens import (
     GENERATING,
     HOME,
     NEW,
-    WAYS,
     forward,
     generate,
     golden,
@@ -30,7 +29,7 @@ from rlhf.models.families import FAMILIES
 
 LMS = names("causal", "seq2seq")
 # Positions, norms, experts and encoders of every kind; the rest differ from these by names and sizes.
-FEW = ["gemma3_text", "gemma4_text", "llama", "qwen3_next", "t5"]
+FEW = ["gemma3_text", "gemma4_moe", "llama", "qwen3_5_moe", "t5"]
 CAUSAL = names("causal")
 SEQ2SEQ = names("seq2seq")
 CLASSIFIERS = names("seqcls", "tokcls", "encoder_seqcls")
@@ -88,7 +87,7 @@ LONG = [name for name in CAUSAL if "long_input_ids" in meta(name)["arrays"]]
 
 
 @pytest.mark.parametrize(
-    "name", exhaustive(PACKED, quick=[name for name in (*WAYS, *FEW) if name in PACKED])
+    "name", exhaustive(PACKED, quick=[name for name in (*FEW, "gpt_oss", "lfm2") if name in PACKED])
 )
 def test_packed_sequences_are_those_of_transformers_one_by_one(name):
     assert_close(forward(name)["packed"].logits, golden(name).packed_logits, golden(name).tolerance)
