@@ -62,7 +62,7 @@ def test_runs_side_by_side_are_runs_in_turn(name, start):
     for name, curve in one.items():
         np.testing.assert_allclose(both[name][0], curve, atol=1e-6, err_msg=name)
     # Nothing is learned at a rate of 0, and the held-out prompts stay the same.
-    assert len(set(both["score"][0].tolist())) == 1
+    assert len(set(both["score"][0][:-1].tolist())) == 1
     assert len(set(both["score"][1].tolist())) > 1
     assert (np.diff(both["tokens"], axis=1) > 0).all()
 
@@ -124,8 +124,17 @@ def test_the_table_says_what_the_runs_say():
         f"{statistics.interquartile_mean(found[0].final):.3f}"
     )
     said = findings.sentences(table, rng)
+    assert said[-1].endswith("2 of the 2 tasks; of fewer: GRPO (0) and RLOO (0).")
     assert any(
         "Of 3 pairs of algorithms 2 differ" in text and "1 are equal" in text for text in said
+    )
+
+
+def test_the_bar_is_for_every_run_of_those_that_sample():
+    table = pa.Table.from_pylist(runs_that_end(GRPO=0.95, RLOO=0.945, DPO=0.5))
+    said = findings.sentences(table, np.random.default_rng(0))
+    assert said[-1] == (
+        "Of 2 algorithms that sample, 1 end at 0.95 or above in every run of at least 2 of the 2 tasks; of fewer: RLOO (0)."
     )
 
 

@@ -17,6 +17,7 @@ FITS = 200  # resamples of a fit
 MARGIN = 0.02  # within which two algorithms count as equal; set before the first run
 BASE = "GRPO"
 LEVEL = 0.05
+BAR = 0.95  # of the oracle, which every run should reach
 OF_PIECE = ("task", "algorithm", "hidden_size", "staleness", "control")
 Lines = list[dict[str, str]]
 
@@ -219,6 +220,7 @@ def sentences(table: pa.Table, rng: np.random.Generator) -> list[str]:
         *_of_sampling(found, rng),
         *_of_staleness(table, rng),
         *_of_controls(table),
+        _of_the_bar(table),
     ]
 
 
@@ -300,6 +302,24 @@ def _of_controls(table: pa.Table) -> list[str]:
         [f"With other rewards {BASE} goes, in the mean of all tasks: {', '.join(lines)}."]
         if lines
         else []
+    )
+
+
+def _of_the_bar(table: pa.Table) -> str:
+    """How many tasks each algorithm that samples learns in every run."""
+    ends = reported(table, kind="main")
+    ends = ends.filter(pc.equal(ends["evaluation"], pc.max(ends["evaluation"])))
+    least = ends.group_by(["algorithm", "task"]).aggregate([("exact", "min")]).to_pylist()
+    learned = {row["algorithm"]: 0 for row in least if row["algorithm"] not in OFFLINE}
+    for row in least:
+        if row["algorithm"] in learned and row["exact_min"] >= BAR:
+            learned[row["algorithm"]] += 1
+    number = len({row["task"] for row in least})
+    fewer = [f"{name} ({tasks})" for name, tasks in learned.items() if tasks < min(3, number)]
+    return (
+        f"Of {len(learned)} algorithms that sample, {len(learned) - len(fewer)} end at {BAR} or "
+        f"above in every run of at least {min(3, number)} of the {number} tasks"
+        + (f"; of fewer: {_listed(fewer)}." if fewer else ".")
     )
 
 

@@ -44,6 +44,8 @@ class Setting(NamedTuple):
       samples: completions of a prompt.
       evaluations: evenly spread, after the one at the start; a divisor of `steps`.
       eval_prompts: of each.
+      last_prompts: of the one at the end, which is compared: 256 would leave a run's share of right
+        completions uncertain by 0.01.
       staleness: steps by which the policy that samples is behind.
       rates: learning rates of the sweep.
     """
@@ -56,6 +58,7 @@ class Setting(NamedTuple):
     samples: int = 8
     evaluations: int = 10
     eval_prompts: int = 256
+    last_prompts: int = 1024
     staleness: int = 0
     rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4, 1.6e-3)
 
@@ -219,10 +222,14 @@ def make_train(algorithm: Algorithm, setting: Setting, reward: Callable | None =
             state, more = learn(state, behaviour, jax.random.fold_in(run_key, number))
             return (state, behaviours, tokens + more), {**found, "tokens": tokens}
 
-        # One step more than there are: each evaluates before it learns.
+        # Each step evaluates before it learns.
         carry = state, behaviours, jnp.zeros((), jnp.int32)
-        _, curves = jax.lax.scan(step, carry, jnp.arange(setting.steps + 1))
-        return jax.tree.map(lambda x: x[::every], curves)
+        (state, _, tokens), curves = jax.lax.scan(step, carry, jnp.arange(setting.steps))
+        of_last = setting._replace(eval_prompts=setting.last_prompts)
+        last = evaluated(algorithm, of_last, policy, state, held_out_key)
+        return jax.tree.map(
+            lambda x, end: jnp.append(x[::every], end), curves, {**last, "tokens": tokens}
+        )
 
     return train
 

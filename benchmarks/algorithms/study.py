@@ -87,13 +87,17 @@ def _setting(name: str, **options) -> Setting:
 
 SETTINGS = {
     "walks": _setting("task:walks", hidden_size=16, warm_steps=50, rates=(5e-4, 1e-3, 2e-3, 4e-3)),
-    "countdown": _setting("task:countdown", warm_steps=250, rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3)),
-    "sort": _setting("task:sort"),
+    "countdown": _setting("task:countdown", warm_steps=350, steps=200),
+    "sort": _setting("task:sort", warm_steps=380, steps=200),
     "sums": _setting("task:sums", warm_steps=150),
 }
 SIZES = {
     "smallest": Size(
-        {"walks": SETTINGS["walks"]._replace(steps=60, evaluations=6)},
+        {
+            "walks": SETTINGS["walks"]._replace(
+                steps=60, evaluations=6, rates=(7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
+            )
+        },
         ("GRPO", "RLOO", "DPO"), sweep_seeds=1, controls=("flipped",),
     ),
     "small": Size(
