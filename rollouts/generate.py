@@ -86,9 +86,7 @@ def generate(
     >>> rollout.mask.astype(int).tolist(), rollout.positions.tolist()
     ([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]], [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
     """
-    settings = checked(
-        prompts, key, max_new_tokens, num_samples, eos_ids, pad_id, record_experts
-    )
+    settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id, record_experts)
     _check_prefix(prefix, prompts)
     if prefix is not None and record_experts:
         raise ValueError(

@@ -89,7 +89,7 @@ SETTINGS = {
     "walks": _setting("task:walks", hidden_size=16, warm_steps=50, rates=(5e-4, 1e-3, 2e-3, 4e-3)),
     "countdown": _setting("task:countdown", warm_steps=350, steps=200),
     "sort": _setting("task:sort", warm_steps=380, steps=200),
-    "sums": _setting("task:sums", warm_steps=150),
+    "sums": _setting("task:sums", warm_steps=240),
 }
 SIZES = {
     "smallest": Size(
