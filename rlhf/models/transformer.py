@@ -164,8 +164,8 @@ class Stack(Weights):
         return x, cache, aux
 
     def _scan(self, shared, x, layers, positions, segment_ids, cache, cross):
-        """Training: one compiled block, scanned over the repeating pattern of kinds; the layers
-        left over follow.
+        """Training: of each run of layers whose kinds repeat one compiled pattern, scanned; layers
+        that repeat nothing stand by themselves.
 
         A layer's weights are cut from the stack where they are used, and cut again in the backward
         pass: kept, they would be a second copy of the model.  A CPU runs four layers a turn of the

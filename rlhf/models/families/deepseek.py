@@ -7,14 +7,11 @@ from rlhf.models.config import Experts, LayerKind, TransformerConfig
 from rlhf.models.families.llama import PROJECTIONS, read, tensors
 from rlhf.models.families.qwen import EXPERTS as QWEN_EXPERTS
 from rlhf.models.families.qwen import ROUTER
-from rlhf.models.families.table import Family, Tensor, matrices, rope, sparse_after, vectors
+from rlhf.models.families.table import Family, Tensor, rope, shared_mlp, sparse_where, vectors
 from rlhf.models.latent import Latent
 
 EXPERTS = (*QWEN_EXPERTS, ROUTER)
-SHARED = matrices(
-    "model.layers.{}.mlp.shared_experts.",
-    {"shared_gate": "gate_proj", "shared_up": "up_proj", "shared_down": "down_proj"},
-)
+SHARED = shared_mlp("model.layers.{}.mlp.shared_experts.")
 CORRECTION = Tensor("model.layers.{}.mlp.gate.e_score_correction_bias", "layers.router_correction")
 LATENT = {
     "latent_q_down": "self_attn.q_a_proj",
@@ -78,8 +75,8 @@ def _read(hf, interleaved: bool, experts: Experts) -> TransformerConfig:
         sharper = 0.1 * p["mscale_all_dim"] * math.log(p["factor"]) + 1.0
     return read(
         hf,
-        kinds=sparse_after(
-            LayerKind(rope=turning, mixer=latent(hf)),
+        kinds=sparse_where(
+            (LayerKind(rope=turning, mixer=latent(hf)),),
             hf.num_hidden_layers,
             lambda i: i >= hf.first_k_dense_replace,
         ),

@@ -3,7 +3,7 @@
 from rlhf.models.config import LayerKind, TransformerConfig
 from rlhf.models.families.deepseek import CORRECTION, EXPERTS, SHARED, experts
 from rlhf.models.families.llama import PROJECTIONS, read, tensors
-from rlhf.models.families.table import Family, rope, sparse_after
+from rlhf.models.families.table import Family, rope, sparse_where
 
 NORMS = {
     "attention_norm": "input_layernorm",
@@ -26,7 +26,7 @@ def _read_glm4_moe(hf) -> TransformerConfig:
     kind = LayerKind(rope=rope(hf))
     return read(
         hf,
-        kinds=sparse_after(kind, hf.num_hidden_layers, lambda i: i >= hf.first_k_dense_replace),
+        kinds=sparse_where((kind,), hf.num_hidden_layers, lambda i: i >= hf.first_k_dense_replace),
         # Its class has no default, and no heads that divide its width.
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         qk_norm="head" if hf.use_qk_norm else None,

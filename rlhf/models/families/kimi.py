@@ -5,7 +5,7 @@ from rlhf.models.delta import Delta
 from rlhf.models.families.deepseek import LATENT, LATENT_NORMS, OTHERS, latent
 from rlhf.models.families.llama import read, tensors
 from rlhf.models.families.mixtral import EXPERTS, MOE
-from rlhf.models.families.table import Family, Tensor, matrices, pattern, vectors
+from rlhf.models.families.table import Family, Tensor, matrices, pattern, shared_mlp, vectors
 
 LAYER = "model.layers.{}."
 ATTENTION = f"{LAYER}self_attn."
@@ -42,10 +42,7 @@ TENSORS = (
         Tensor(f"{MOE}experts.{{}}.{theirs}.weight", f"layers.expert_{ours}", transpose=True)
         for ours, theirs in EXPERTS.items()
     ),
-    *matrices(
-        f"{MOE}shared_experts.",
-        {"shared_gate": "gate_proj", "shared_up": "up_proj", "shared_down": "down_proj"},
-    ),
+    *shared_mlp(f"{MOE}shared_experts."),
 )
 
 

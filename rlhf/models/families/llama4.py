@@ -2,7 +2,7 @@
 
 from rlhf.models.config import Experts, LayerKind, Temperature, TransformerConfig
 from rlhf.models.families.llama import PROJECTIONS, read_llama, tensors
-from rlhf.models.families.table import Family, Tensor, matrices, pattern, rope
+from rlhf.models.families.table import Family, Tensor, pattern, rope, shared_mlp
 
 MLP = "model.layers.{}.feed_forward."
 NAMES = {ours: theirs.replace("mlp.", "feed_forward.") for ours, theirs in PROJECTIONS.items()}
@@ -11,10 +11,7 @@ EXPERTS = (
     Tensor(f"{MLP}experts.gate_up_proj", "layers.expert_gate layers.expert_up"),
     Tensor(f"{MLP}experts.down_proj", "layers.expert_down"),
     Tensor(f"{MLP}router.weight", "layers.router", transpose=True),
-    *matrices(
-        f"{MLP}shared_expert.",
-        {"shared_gate": "gate_proj", "shared_up": "up_proj", "shared_down": "down_proj"},
-    ),
+    *shared_mlp(f"{MLP}shared_expert."),
 )
 
 

@@ -1,16 +1,13 @@
 """Qwen 2 and 3, and their mixtures of experts."""
 
-import dataclasses
-
 from rlhf.models.config import Experts, LayerKind, TransformerConfig
 from rlhf.models.families.llama import read, tensors, write
 from rlhf.models.families.table import (
     Family,
     Tensor,
     kinds,
-    matrices,
-    pattern,
-    sparse_after,
+    shared_mlp,
+    sparse_where,
 )
 
 EXPERTS = tuple(
@@ -65,14 +62,15 @@ def _write_qwen3(c: TransformerConfig) -> dict:
 
 def _of_layers(hf) -> tuple[LayerKind, ...]:
     """Kinds of the layers of a mixture of experts."""
-    dense = kinds(hf, ["sliding_attention" if hf.use_sliding_window else "full_attention"])[0]
+    every = ["sliding_attention" if hf.use_sliding_window else "full_attention"]
+    dense = kinds(hf, getattr(hf, "layer_types", None) or every)
 
     # As transformers' decoder layer decides it.
     def sparse(i):
         on_step = (i + 1) % hf.decoder_sparse_step == 0
         return i not in hf.mlp_only_layers and hf.num_experts > 0 and on_step
 
-    return sparse_after(dense, hf.num_hidden_layers, sparse)
+    return sparse_where(dense, hf.num_hidden_layers, sparse)
 
 
 def _experts(hf, **fields) -> Experts | None:
@@ -85,26 +83,12 @@ def _read_qwen3_moe(hf) -> TransformerConfig:
 
 
 def _read_qwen2_moe(hf) -> TransformerConfig:
-    of_layers = _of_layers(hf)
-    if "sliding_attention" in hf.layer_types:
-        windows = kinds(hf, hf.layer_types)
-        of_layers = pattern(
-            tuple(
-                dataclasses.replace(
-                    windows[i % len(windows)], sparse=of_layers[i % len(of_layers)].sparse
-                )
-                for i in range(hf.num_hidden_layers)
-            )
-        )
     experts = _experts(hf, shared_size=hf.shared_expert_intermediate_size, shared_gate=True)
-    return read(hf, kinds=of_layers, qkv_bias=hf.qkv_bias, experts=experts)
+    return read(hf, kinds=_of_layers(hf), qkv_bias=hf.qkv_bias, experts=experts)
 
 
 SHARED = (
-    *matrices(
-        "model.layers.{}.mlp.shared_expert.",
-        {"shared_gate": "gate_proj", "shared_up": "up_proj", "shared_down": "down_proj"},
-    ),
+    *shared_mlp("model.layers.{}.mlp.shared_expert."),
     Tensor("model.layers.{}.mlp.shared_expert_gate.weight", "layers.shared_router", transpose=True),
 )
 FAMILIES = {

@@ -6,7 +6,7 @@ from rlhf.models.config import Experts, TransformerConfig
 from rlhf.models.delta import Delta
 from rlhf.models.families.llama import PROJECTIONS, read, tensors
 from rlhf.models.families.qwen import EXPERTS, ROUTER, SHARED
-from rlhf.models.families.table import Family, Tensor, kinds, matrices, pattern
+from rlhf.models.families.table import Family, Tensor, kinds, matrices, sparse_where
 
 DELTA = "model.layers.{}.linear_attn."
 QKV = "layers.delta_q layers.delta_k layers.delta_v"
@@ -75,13 +75,10 @@ def _read(hf, is_sparse=lambda i: False, **fields) -> TransformerConfig:
     attention = kinds(hf, ["full_attention"])[0]
     linear = dataclasses.replace(attention, rope=None, mixer=delta)
 
-    def kind(i, layer_type):
-        one = linear if layer_type == "linear_attention" else attention
-        return dataclasses.replace(one, sparse=is_sparse(i))
-
+    of_layers = [linear if name == "linear_attention" else attention for name in hf.layer_types]
     return read(
         hf,
-        kinds=pattern(tuple(kind(*layer) for layer in enumerate(hf.layer_types))),
+        kinds=sparse_where(of_layers, hf.num_hidden_layers, is_sparse),
         norm_offset=1.0,
         qk_norm="head",
         attention_gate=True,

@@ -117,6 +117,12 @@ def matrices(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple
     )
 
 
+def shared_mlp(layer: str) -> tuple[Tensor, ...]:
+    """The MLP beside the experts, which every token goes through, at a layer's name of it."""
+    names = {f"shared_{name}": f"{name}_proj" for name in ("gate", "up", "down")}
+    return matrices(layer, names)
+
+
 def vectors(layer: str, names: Mapping[str, str], to: str = "layers.") -> tuple[Tensor, ...]:
     """Scales and biases of norms, ours -> theirs."""
     return tuple(
@@ -237,11 +243,15 @@ def kinds(hf, layer_types: Sequence[str]) -> tuple[LayerKind, ...]:
     return pattern(tuple(map(kind, layer_types)))
 
 
-def sparse_after(
-    dense: LayerKind, layers: int, is_sparse: Callable[[int], bool]
+def sparse_where(
+    dense: Sequence[LayerKind], layers: int, is_sparse: Callable[[int], bool]
 ) -> tuple[LayerKind, ...]:
-    """Layers of one kind, with experts where a layer's number says so."""
-    return pattern(tuple(dataclasses.replace(dense, sparse=is_sparse(i)) for i in range(layers)))
+    """Layers of these kinds in turn, with experts where a layer's number says so."""
+    return pattern(
+        tuple(
+            dataclasses.replace(dense[i % len(dense)], sparse=is_sparse(i)) for i in range(layers)
+        )
+    )
 
 
 def pattern(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
