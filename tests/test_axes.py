@@ -47,6 +47,8 @@ CONFIGS = {
         kinds=(LayerKind(rope=None, mixer=Delta(2, 4, 8, 8)), LayerKind()),
         attention_gate=True,
         sinks=True,
+        # The output of a segment's first token is `(q · k) v`, normed: near 0 it shows every rounding.
+        norm_eps=1e-2,
     ),
     "latent": dict(
         head_dim=12, kinds=(LayerKind(rope=Rope(share=1 / 3), mixer=Latent(8, 8, 4, 6)),)
