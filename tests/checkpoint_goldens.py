@@ -18,10 +18,6 @@ from rlhf.models import huggingface
 
 HOME = Path(__file__).parent / "checkpoints"
 CHECKPOINTS = Path(os.environ.get("RLHF_CHECKPOINTS", HOME))
-LATER = (  # no families yet: models that see images
-    *("gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_vl", "qwen2_5_vl"),
-    *("qwen3_vl", "qwen3_5_vl", "smolvlm"),
-)  # fmt: skip
 NEW = 8
 WAYS = (
     "gpt2",
@@ -57,9 +53,7 @@ def names(*kinds):
     return [
         name
         for name in folders
-        if name not in LATER
-        and meta(name).get("kind") in kinds
-        and (CHECKPOINTS / name / "config.json").exists()
+        if meta(name).get("kind") in kinds and (CHECKPOINTS / name / "config.json").exists()
     ]
 
 

@@ -396,8 +396,15 @@ def test_several_tokens_may_end_a_completion(base, tmp_path):
     assert huggingface.end_ids(base, tokenizer) == (2,)
     file.write_text(json.dumps({"eos_token_id": [7, 5]}))
     assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2, 5, 7)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [2, 9]}))
+    assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2, 5, 7, 9)
     file.unlink()
-    assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2,)
+    assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2, 9)
+    lm, params = huggingface.load(tmp_path / "base")
+    huggingface.save(tmp_path / "again", lm, params, like=tmp_path / "base", tokenizer=tokenizer)
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [2, 9]
 
 
 def test_every_name_of_trl_is_an_option_here():

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rlhf import hosts
 from rlhf.lm import LM, Head, Params
 from rlhf.models import huggingface_config as configs
-from rlhf.models import mapping, mxfp4
+from rlhf.models import language_part, mapping, mxfp4
 from rlhf.models.config import Config, TransformerConfig
 from rlhf.models.families import Family, Tensor
 from rlhf.models.families.table import numberless
@@ -52,6 +52,7 @@ def load(
     mesh: Mesh | None = None,
     say: Callable | None = None,
     shapes_only: bool = False,
+    text_only: bool = False,
     **fields,
 ) -> tuple[LM, Params, Any]:
     """A language model, its parameters and its tokenizer, from a folder or a name of the Hugging
@@ -68,6 +69,7 @@ def load(
       say: as in `rlhf.sharding.shardings`, for sizes that the mesh does not divide.
       shapes_only: shapes with their places instead of parameters; of the weights only the files'
         headers are read, and config.json alone will do where there are none.
+      text_only: of a model that reads images or sounds too, the language model alone.
       fields: of `TransformerConfig`, in place of what the folder says: `remat="full"`;
         `param_dtype=jnp.float32` keeps float32 master copies beside a computation in bfloat16.
 
@@ -90,7 +92,10 @@ def load(
     (True, True, None)
     """
     folder, _, family, config, tensors = _found(
-        path_or_name, {"dtype": dtype, "param_dtype": dtype, **fields}, shapes_only
+        path_or_name,
+        {"dtype": dtype, "param_dtype": dtype, **fields},
+        shapes_only,
+        text_only,
     )
     lm = configs.lm_of(config)
     parts = {"lm": (lm, family.rows(config, tensors))}
@@ -139,6 +144,7 @@ def load_for_classification(
     mesh: Mesh | None = None,
     say: Callable | None = None,
     shapes_only: bool = False,
+    text_only: bool = False,
     **fields,
 ):
     """A trunk and a `Head` to train: of the head what the files have is taken, and the rest is new.
@@ -157,6 +163,7 @@ def load_for_classification(
       dtype: of the computation, and of the parameters.
       mesh: every parameter is created where its axes say on this mesh; None: on the default device.
       say: called with a line for every size that the mesh does not divide.
+      text_only: as in `load`.
       fields: of `TransformerConfig`, in place of what the folder says.
 
     Returns: `(lm, head, params, tokenizer)`, params being `{"lm": …, "head": …}`.
@@ -164,7 +171,9 @@ def load_for_classification(
     Raises: ValueError for an encoder-decoder, a classifier of another kind or with other labels,
     and where a file is broken or tensors do not fit; FileNotFoundError where a file is missing.
     """
-    folder, hf, family, config, tensors = _trunk(path_or_name, dtype, fields, shapes_only)
+    folder, hf, family, config, tensors = _trunk(
+        path_or_name, dtype, fields, shapes_only, text_only
+    )
     rows = family.head_rows(of_tokens)
     # A stored head that does not fit is refused: to replace it silently would lose its training.
     found = next(
@@ -210,7 +219,13 @@ def load_for_classification(
     return lm, head, params | {"head": fresh | params["head"]}, _tokenizer(folder)
 
 
-def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any], shapes_only: bool = False):
+def _trunk(
+    path_or_name,
+    dtype: Any,
+    fields: Mapping[str, Any],
+    shapes_only: bool = False,
+    text_only: bool = False,
+):
     """What `_found` returns, of a model without an output matrix."""
     config = read_config(path_or_name)
     if not isinstance(config, TransformerConfig):
@@ -220,7 +235,7 @@ def _trunk(path_or_name, dtype: Any, fields: Mapping[str, Any], shapes_only: boo
             "decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, DistilBERT)"
         )
     fields = {"dtype": dtype, "param_dtype": dtype, **fields, "unembeds": False}
-    return _found(path_or_name, fields, shapes_only)
+    return _found(path_or_name, fields, shapes_only, text_only)
 
 
 def _head(trunk: TransformerConfig, family: Family, labels: int, of_tokens: bool) -> Head:
@@ -335,16 +350,13 @@ def load_tokenizer(path_or_name, *, eos_token: str | None = None) -> Any:
 
 def end_ids(path_or_name, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's end token, and those that
-    generation_config.json names (some models have several).
+    generation_config.json and config.json name (some models have several).
 
     Raises: ValueError where generation_config.json or config.json cannot be, or an id is beyond the
     vocabulary.
     """
-    folder = _folder(path_or_name)
-    named = configs.generation(folder, configs.read(folder)[0].vocab_size).get("eos_token_id")
-    return tuple(
-        sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
-    )
+    named = configs.end_ids(_folder(path_or_name))
+    return tuple(sorted(named | configs.ids(tokenizer.eos_token_id)))
 
 
 def decoder_start(path_or_name) -> int | None:
@@ -443,7 +455,7 @@ def save(
     if wrong := _misfits(flat, shapes):
         raise ValueError(f"params are not the config's: {'; '.join(wrong)}")
     # The experts' tensors as the original has them.
-    names = find(original) if original is not None and has_weights(original) else ()
+    names = _stored(original) if original is not None and has_weights(original) else ()
     rows = known.rows(config, names)
     tensors = list(mapping.write(mapping.places(rows, shapes, config), flat))
     if head is not None:
@@ -541,18 +553,26 @@ def _folder(path_or_name) -> Path:
         raise FileNotFoundError(f"{nowhere} ({type(error).__name__}: {why})") from error
 
 
-def _found(path_or_name, fields: Mapping[str, Any], shapes_only: bool = False):
+def _found(
+    path_or_name, fields: Mapping[str, Any], shapes_only: bool = False, text_only: bool = False
+):
     """`(folder, transformers' config, family, our config, tensors)`; tensors by their full names,
     and nothing of them read.  `shapes_only` needs none.
     """
     folder = _folder(path_or_name)
     hf, config = configs.read(folder)
+    if (senses := configs.senses(folder)) and not text_only:
+        raise ValueError(
+            f"{path_or_name} has parts beside its language model ({', '.join(senses)}), which are "
+            "not loaded here; rlhf.load(…, text_only=True), or --text_only of a recipe, leaves "
+            "them out"
+        )
     configs.generation(folder, hf.vocab_size)
     family = configs.family_of(hf.model_type)
     config = configs.replaced(config, **fields)
     stored_tensors: Mapping[str, Any] = {}
     if not shapes_only or has_weights(folder):
-        stored_tensors = find(folder)
+        stored_tensors = _stored(folder)
     if configs.quantised_by(hf) == mxfp4.METHOD:
         stored_tensors = mxfp4.unpacked(stored_tensors)
     tensors = {_full_name(name, family, config): stored for name, stored in stored_tensors.items()}
@@ -561,6 +581,16 @@ def _found(path_or_name, fields: Mapping[str, Any], shapes_only: bool = False):
     if configs.decoder_of(config).tied and _differ(tensors, family.rows(config)):
         config = configs.replaced(config, tied=False)
     return folder, hf, family, config, tensors
+
+
+def _stored(folder: Path) -> Mapping[str, Any]:
+    """The tensors of a folder; of a model that reads images or sounds too its language model's, by
+    the names that they have in a file of it alone.
+    """
+    stored = find(folder)
+    if not configs.senses(folder):
+        return stored
+    return {name: stored[there] for there, name in language_part.names(stored).items()}
 
 
 def _with_labels(head: Params) -> Params:
@@ -631,6 +661,10 @@ def _read(
             (f"; {cure}" for name, cure in hints.items() if "head" not in parts and name in found),
             "",
         )
+        if last.unembeds and not last.tied and outputs and tensors.keys().isdisjoint(outputs):
+            hint = (
+                "; tie_word_embeddings is false, but the files have no output matrix; set it true"
+            )
         raise ValueError(f"the tensors of {folder} do not fit its config: {found}{hint}")
     if mesh:
         _check_heads(last, mesh.shape.get("tensor", 1), say)
@@ -790,12 +824,12 @@ def _write_companions(folder: Path, hf, tokenizer, original: Path | None, *, pad
     file = folder / "generation_config.json"
     if not file.exists():
         transformers.GenerationConfig.from_model_config(hf).save_pretrained(folder)
-    # transformers stops at the ids of this file alone, so the tokenizer's end token joins them.
-    end = getattr(tokenizer, "eos_token_id", None)
-    named = json.loads(file.read_text()).get("eos_token_id")
-    ends = {*(named if isinstance(named, list) else [named])} - {None}
-    if end is not None and end not in ends:
-        _edit(file, eos_token_id=sorted({end, *ends}) if ends else end)
+    # transformers stops at the ids of this file alone, so those of `end_ids` join them.
+    named = configs.ids(json.loads(file.read_text()).get("eos_token_id"))
+    ends = named | configs.ids(getattr(tokenizer, "eos_token_id", None))
+    ends |= configs.end_ids(original) if original else set()
+    if ends > named:
+        _edit(file, eos_token_id=sorted(ends) if len(ends) > 1 else ends.pop())
 
 
 def _edit(file: Path, **fields) -> None:

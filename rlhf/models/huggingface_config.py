@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.lm import LM
-from rlhf.models import mxfp4
+from rlhf.models import language_part, mxfp4
 from rlhf.models.config import Config, EncoderDecoderConfig, LayerKind, TransformerConfig
 from rlhf.models.encoder_decoder import encoder_decoder
 from rlhf.models.families import FAMILIES, Family, schema
@@ -44,7 +44,7 @@ def config_of(lm: LM) -> Config:
 
 def read(folder: Path) -> tuple[Any, Config]:
     """config.json as transformers' object, defaults filled in and older keys turned into today's;
-    and as our config.
+    and as our config.  Of a model that reads images or sounds too: its language model's.
 
     Every field that counts is held against its kind and range first, so that no array, list or loop
     is made of one that cannot be.
@@ -61,7 +61,7 @@ def read(folder: Path) -> tuple[Any, Config]:
         if (folder / "adapter_config.json").exists():
             hint = "; it holds an adapter alone, and adapter_config.json names its base model"
         raise FileNotFoundError(f"{folder} has no {CONFIG}{hint}")
-    raw = read_object(file, LIMIT)
+    raw = _raw(folder)
     if (method := quantised_by(raw)) not in (None, mxfp4.METHOD):
         raise ValueError(
             f"{folder} holds quantised weights ({method}), not supported; known: {mxfp4.METHOD}"
@@ -89,11 +89,20 @@ def read(folder: Path) -> tuple[Any, Config]:
     return hf, config
 
 
+def _raw(folder: Path) -> dict[str, Any]:
+    return language_part.config(read_object(folder / CONFIG, LIMIT))
+
+
+def senses(folder: Path) -> list[str]:
+    """What the model of a folder reads beside text: vision, audio."""
+    return language_part.senses(read_object(folder / CONFIG, LIMIT))
+
+
 def quantised_by(config: Any) -> str | None:
     """The method by which a config says that the files' matrices are held in few bits."""
     fields = config if isinstance(config, Mapping) else vars(config)
     found = fields.get("quantization_config")
-    return found.get("quant_method") if isinstance(found, Mapping) else found
+    return found.get("quant_method", "of no known kind") if isinstance(found, Mapping) else found
 
 
 def transformers_config(folder: Path):
@@ -120,6 +129,21 @@ def generation(folder: Path, vocab_size: int) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return raw
+
+
+def end_ids(folder: Path) -> set[int]:
+    """The tokens that end a completion, as generation_config.json and config.json name them:
+    models have come with a list in either.
+
+    Raises: ValueError where one of the files, or an id, cannot be.
+    """
+    said = generation(folder, read(folder)[0].vocab_size), _raw(folder)
+    return set().union(*(ids(fields.get("eos_token_id")) for fields in said))
+
+
+def ids(value: int | list[int] | None) -> set[int]:
+    """Of a field that holds a token, several, or none."""
+    return {*(value if isinstance(value, list) else [value])} - {None}
 
 
 def _check_names(raw: Mapping[str, Any]) -> None:
@@ -229,6 +253,8 @@ def described_as(original: Path, config: Config, fields: Mapping[str, Any]):
     if hasattr(hf, "quantization_config"):
         # What is written is plain.
         del hf.quantization_config
+    # Of a language model that was part of another the file has no class.
+    hf.architectures = hf.architectures or [family_of(hf.model_type).architecture]
     hf.update(dict(fields))
     vars(hf).pop(OF_MODEL, None)
     return hf

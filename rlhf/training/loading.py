@@ -269,14 +269,22 @@ def load_classifier(
 
 
 def reading(options: ModelOptions) -> dict[str, Any]:
-    """Keyword arguments of `rlhf.load` and its kin: in which dtypes, and whether shapes alone."""
+    """Keyword arguments of `rlhf.load` and its kin: which parts, in which dtypes, and whether shapes
+    alone.
+    """
     dtype = jnp.dtype(options.dtype)
     fields = {} if options.remat == "none" else {"remat": options.remat}
     # What is trained needs float32 masters: updates of 1e-5 are lost in bfloat16's 8 bits.  Under
     # adapters the base is not trained, and may be in few.
     of_params = dtype if options.has_adapters else jnp.float32
     shapes_only = programs.is_planned()
-    return {"dtype": dtype, "param_dtype": of_params, "shapes_only": shapes_only, **fields}
+    return {
+        "dtype": dtype,
+        "param_dtype": of_params,
+        "shapes_only": shapes_only,
+        "text_only": options.text_only,
+        **fields,
+    }
 
 
 def hidden_size(lm: LM, params: Any) -> int:

@@ -69,6 +69,7 @@ class ModelOptions:
       chat_template: a Jinja file or text in place of the tokenizer's own template.
       eos_token: the token that ends a completion; null: what the tokenizer's files name.
       pad_token: the token that fills rows; null: what the tokenizer's files name.
+      text_only: of a model that reads images or sounds too, its language model alone.
     """
 
     model: str | tuple
@@ -87,6 +88,7 @@ class ModelOptions:
     chat_template: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
+    text_only: bool = False
 
     def __post_init__(self):
         check_fields(self)

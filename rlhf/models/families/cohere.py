@@ -29,6 +29,14 @@ def _read(hf) -> TransformerConfig:
 
 FAMILIES = {
     "cohere2": Family(
-        "Cohere2ForCausalLM", "model.", tensors({"attention_norm": "input_layernorm"}), _read
+        "Cohere2ForCausalLM",
+        "model.",
+        tensors({"attention_norm": "input_layernorm"}),
+        _read,
+        only={
+            "use_parallel_block": (True,),
+            "use_gated_activation": (True,),
+            "use_qk_norm": (False,),
+        },
     )
 }

@@ -30,6 +30,7 @@ TENSORS = (
     *EXPERTS,
     *SHARED,
 )
+EVERY_LAYER = {"moe_layer_freq": (1,)}  # after the first dense ones
 
 
 def experts(hf, **fields) -> Experts:
@@ -106,7 +107,18 @@ FAMILIES = {
         "model.",
         TENSORS,
         _read_v2,
-        only={"topk_method": ("greedy", "group_limited_greedy"), "mlp_bias": (False,)},
+        only={
+            "topk_method": ("greedy", "group_limited_greedy"),
+            "scoring_func": ("softmax",),
+            "mlp_bias": (False,),
+            **EVERY_LAYER,
+        },
     ),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", "model.", (*TENSORS, CORRECTION), _read_v3),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        "model.",
+        (*TENSORS, CORRECTION),
+        _read_v3,
+        only={"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), **EVERY_LAYER},
+    ),
 }

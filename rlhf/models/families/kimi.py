@@ -72,4 +72,12 @@ def _read(hf) -> TransformerConfig:
     return read(hf, kinds=pattern(of_layers), num_kv_heads=None, head_dim=width, experts=experts)
 
 
-FAMILIES = {"kimi_linear": Family("KimiLinearForCausalLM", "model.", TENSORS, _read)}
+FAMILIES = {
+    "kimi_linear": Family(
+        "KimiLinearForCausalLM",
+        "model.",
+        TENSORS,
+        _read,
+        only={"moe_router_activation_func": ("sigmoid",)},
+    )
+}

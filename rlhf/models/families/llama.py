@@ -52,10 +52,11 @@ def tensors(
 
 
 def read(hf, activation_field: str | None = "hidden_act", **fields) -> TransformerConfig:
-    # `hasattr`: families differ in a few of these fields, and our defaults serve for what is
-    # absent.
-    common = {ours: getattr(hf, theirs) for ours, theirs in COMMON.items() if hasattr(hf, theirs)}
-    common["head_dim"] = getattr(hf, "head_dim", None)
+    # Families differ in a few of these fields, and our defaults serve for what is absent.  Not by
+    # `getattr`, which warns where layers have fields of their own.
+    of_model = vars(hf)
+    common = {ours: of_model[theirs] for ours, theirs in COMMON.items() if theirs in of_model}
+    common["head_dim"] = of_model.get("head_dim")
     if activation_field is not None:
         common["activation"] = activation(getattr(hf, activation_field))
     if "kinds" not in fields:
@@ -148,11 +149,18 @@ FAMILIES = {
     "smollm3": Family("SmolLM3ForCausalLM", "model.", tensors(), _read_smollm3),
     "ministral3": Family("Ministral3ForCausalLM", "model.", tensors(), _read_ministral3),
     "seed_oss": Family("SeedOssForCausalLM", "model.", tensors(), _read_seed_oss),
-    "ernie4_5": Family("Ernie4_5ForCausalLM", "model.", tensors(), _read_ernie),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM",
+        "model.",
+        tensors(),
+        _read_ernie,
+        only={"compression_ratio": (1.0,)},
+    ),
     "hunyuan_v1_dense": Family(
         "HunYuanDenseV1ForCausalLM",
         "model.",
         tensors({**NORMS, **HUNYUAN_NORMS}),
         _read_hunyuan,
+        only={"use_cla": (False,), "use_qk_norm": (True,)},
     ),
 }

@@ -52,6 +52,11 @@ FAMILIES = {
         "model.",
         (*TENSORS, Tensor(f"{MOE}e_score_correction_bias", "layers.router_correction")),
         _read_minimax,
+        only={
+            "scoring_func": ("sigmoid",),
+            "use_qk_norm": (True,),
+            "qk_norm_type": ("per_layer",),
+        },
     ),
     "phimoe": Family(
         "PhimoeForCausalLM",

@@ -12,6 +12,7 @@ PHI = {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
+PHI_NORMS = {"q_norm": "self_attn.q_layernorm", "k_norm": "self_attn.k_layernorm"}
 # Parts of a fused tensor in the order in which they lie in it.
 PHI3 = {
     "q k v": "self_attn.qkv_proj",
@@ -38,6 +39,7 @@ def _read_phi(hf) -> TransformerConfig:
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
+        qk_norm="head" if hf.qk_layernorm else None,
         unembed_bias=True,
         tied=hf.tie_word_embeddings,
     )
@@ -49,15 +51,13 @@ def _read_phi3(hf) -> TransformerConfig:
 
 PHI_TENSORS = (
     Tensor("model.embed_tokens.weight", "embedding"),
-    *vectors("model.layers.{}.", {"attention_norm": "input_layernorm"}),
+    *vectors("model.layers.{}.", {"attention_norm": "input_layernorm", **PHI_NORMS}),
     *matrices("model.layers.{}.", PHI),
     *vectors("model.", {"final_norm": "final_layernorm"}, to=""),
     *matrices("", {"unembedding": "lm_head"}, to=""),
 )
 
 FAMILIES = {
-    "phi": Family(
-        "PhiForCausalLM", "model.", PHI_TENSORS, _read_phi, only={"qk_layernorm": (False,)}
-    ),
+    "phi": Family("PhiForCausalLM", "model.", PHI_TENSORS, _read_phi),
     "phi3": Family("Phi3ForCausalLM", "model.", tensors(NORMS, PHI3), _read_phi3),
 }

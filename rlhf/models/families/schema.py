@@ -122,7 +122,8 @@ FIELDS: Mapping[str, Any] = {
     ),
     **_all(
         "multi_query new_decoder_architecture parallel_attn alibi use_parallel_residual "
-        "norm_topk_prob qkv_bias attention_out_bias use_bias use_qk_norm lm_head_bias "
+        "norm_topk_prob qkv_bias attention_out_bias use_bias use_qk_norm qk_layernorm "
+        "lm_head_bias "
         "attn_temperature_tuning rope_interleave moe_renormalize conv_bias "
         "block_auto_adjust_ff_dim tie_embedding attention_k_eq_v enable_moe_block "
         "use_double_wide_mlp",
@@ -297,7 +298,8 @@ def check_heads(raw: Mapping[str, Any], hf) -> None:
                 f"{_said(hf, field)} {heads} does not divide {_said(hf, WIDTH)} {hf.hidden_size}"
             )
     for field in ("num_key_value_heads", "num_kv_heads"):
-        groups = getattr(hf, field, None)
+        # Not by `getattr`, which warns where layers have fields of their own.
+        groups = vars(hf).get(field)
         if groups is not None and hf.num_attention_heads % groups:
             raise ValueError(
                 f"{field} {groups} does not divide {_said(hf, HEADS)} {hf.num_attention_heads}"
