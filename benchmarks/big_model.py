@@ -1,6 +1,6 @@
-"""A model of Qwen2.5-0.5B's real shape, random weights in bfloat16 shards: loading, a forward pass, and its peer's.
+"""Models of real shapes, random weights in bfloat16 shards: loading, a forward pass, a step, and their peer's.
 
-    python benchmarks/big_model.py [--peer python-with-torch] [--json benchmarks/results/big_model.json]
+    python benchmarks/big_model.py [--shape Qwen3.5-0.8B] [--peer python-with-torch] [--json FILE]
 
 Each measurement is a process of its own.  `extra host MiB` is what the process' peak memory grew by, from just before the
 call; the file's pages in the system's cache are not the process'.  `--peer` compares the logits with those of transformers.
@@ -14,11 +14,22 @@ import tempfile
 import time
 from pathlib import Path
 
-SHAPE: dict = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 896,
-    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
-    "max_position_embeddings": 32_768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "hidden_act": "silu", "use_sliding_window": False, "torch_dtype": "bfloat16",
+COMMON: dict = {"tie_word_embeddings": True, "hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}  # fmt: skip
+SHAPES: dict[str, dict] = {
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 896,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+        "max_position_embeddings": 32_768, "rope_theta": 1e6, "use_sliding_window": False,
+    },
+    # Three layers of the gated delta rule to one of attention.
+    "Qwen3.5-0.8B": {
+        "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "vocab_size": 248_320,
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 256, "intermediate_size": 3584, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4, "max_position_embeddings": 262_144, "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+    },
 }  # fmt: skip
 TOKENS = [list(range(7, 39)), list(range(100_000, 100_032))]
 
@@ -33,41 +44,40 @@ def peak() -> float:
     return int(line.split()[1]) / 1024
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, shape: dict) -> None:
     """Writes the folder: config and two shards."""
+    import jax
     import ml_dtypes
     import numpy as np
     from safetensors.numpy import save_file
 
-    d, f, kv = SHAPE["hidden_size"], SHAPE["intermediate_size"], 128
-    layer = {
-        "input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "self_attn.q_proj.weight": (d, d),
-        "self_attn.k_proj.weight": (kv, d), "self_attn.v_proj.weight": (kv, d), "self_attn.o_proj.weight": (d, d),
-        "self_attn.q_proj.bias": (d,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,),
-        "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f),
-    }  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (SHAPE["vocab_size"], d), "model.norm.weight": (d,)}
-    shapes |= {
-        f"model.layers.{i}.{name}": shape
-        for i in range(SHAPE["num_hidden_layers"])
-        for name, shape in layer.items()
+    from rlhf.models import huggingface, mapping
+    from rlhf.models import huggingface_config as configs
+
+    (folder / "config.json").write_text(json.dumps({**COMMON, **shape}))
+    config = huggingface.read_config(folder)
+    lm = configs.lm_of(config)
+    shapes = {
+        path: leaf.shape
+        for path, leaf in mapping.flat(jax.eval_shape(lm.init, jax.random.key(0))).items()
     }
+    rows = configs.family_of(shape["model_type"]).rows(config)
+    places = mapping.places(rows, shapes, config)
     rng = np.random.default_rng(0)
-    names = list(shapes)
+    names = list(places)
     files: dict[str, str] = {}
     for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
         file = f"model-0000{i + 1}-of-00002.safetensors"
         tensors = {}
         for name in part:
-            x = rng.standard_normal(shapes[name], np.float32)
-            x = 1 + 0.1 * x if "norm" in name else x * 0.02
+            x = rng.standard_normal(mapping.file_shape(places[name], shapes), np.float32)
+            x = 1 - configs.decoder_of(config).norm_offset + 0.1 * x if "norm" in name else x * 0.02
             tensors[name] = x.astype(ml_dtypes.bfloat16)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": files})
     )
-    (folder / "config.json").write_text(json.dumps(SHAPE))
 
 
 def load(folder: Path) -> dict:
@@ -124,45 +134,46 @@ def step(folder: Path) -> dict:
     import optax
 
     import rlhf
-    from rlhf import adapters, losses, rollouts
+    from rlhf import adapters, rollouts
+    from rlhf.models.huggingface_config import config_of, decoder_of
+    from rlhf.recipes import grpo
+    from rlhf.training.policy import Policy
 
     lm, params, _ = rlhf.load(folder, dtype=jnp.bfloat16, remat="full")
     trainable, frozen = adapters.add(params, jax.random.key(0), rank=16)
-    tokens = jax.random.randint(jax.random.key(1), (8, 128), 0, SHAPE["vocab_size"])
-    batch = rollouts.unpacked_rows(
-        tokens, jnp.ones_like(tokens, bool), jnp.arange(128)[None, :] >= jnp.full((8, 1), 32)
+    # Prompts of 32 tokens, four completions of 96 each.
+    tokens = jax.random.randint(
+        jax.random.key(1), (8, 128), 0, decoder_of(config_of(lm)).vocab_size
     )
-    advantages = losses.groups.to_tokens(
-        losses.group_relative(jnp.array([[1.0, 0, 0, 0], [1, 1, 0, 0]])), batch.mask
-    )
-    weights = losses.weights.token_mean(batch.mask)
-    where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
-    old = rollouts.token_logprobs(lm, params, tokens, **where)
-    batch = batch._replace(advantages=advantages, weights=weights, old_logprobs=old)
-
-    def loss_fn(own, frozen, batch, key):
-        where = dict(positions=batch.positions, segment_ids=batch.segment_ids)
-        logprobs = rollouts.token_logprobs(lm, adapters.join(own, frozen), batch.tokens, **where)
-        per_token = losses.clipped_surrogate(
-            logprobs, batch.old_logprobs, batch.advantages, batch.mask
-        )
-        return losses.weighted_sum(per_token, batch.weights), {}
-
+    real = jnp.ones_like(tokens, bool)
+    rows = rollouts.unpacked_rows(tokens, real, real & (jnp.arange(128) >= 32)[None, :])
+    where = dict(positions=rows.positions, segment_ids=rows.segment_ids)
+    logprobs = rollouts.token_logprobs(lm, params, tokens, **where)
+    rollout = rollouts.Rollout(
+        tokens, rows.mask, **where, logprobs=logprobs, sampling_logprobs=logprobs,
+        finished=real[:, 0], temperature=jnp.float32(1),
+    )  # fmt: skip
+    rewards = jnp.array([1.0, 0, 0, 0, 1, 1, 0, 0])
     optimizer = optax.adamw(1e-4)
-    state = rlhf.init_state(trainable, optimizer, jax.random.key(2), frozen)
-    compiled = jax.jit(rlhf.train_step(loss_fn, optimizer)).lower(state, batch).compile()
+    state = rlhf.init_state(trainable, optimizer, jax.random.key(2), {"frozen": frozen})
+    update = grpo.make_update(Policy(lm, has_adapters=True), optimizer, num_samples=4)
     begin = time.perf_counter()
-    state, metrics = compiled(state, batch)
-    loss = float(metrics["loss"])
+    arguments = state, rollout, rewards, jax.random.key(3)
+    compiled = jax.jit(update, donate_argnums=0).lower(*arguments).compile()
+    compiling = time.perf_counter() - begin
+    begin = time.perf_counter()
+    state, metrics = compiled(*arguments)
+    grad_norm = float(metrics["grad_norm"])
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes / 2**20 if memory else float("nan")
     return {
         "what": "LoRA GRPO step, 8 × 128",
         "seconds": seconds,
+        "compile seconds": compiling,
         "peak MiB": peak(),
         "temporary MiB": temporary,
-        "loss": loss,
+        "gradient's norm": grad_norm,
     }
 
 
@@ -192,6 +203,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--shape", choices=SHAPES, default="Qwen2.5-0.5B")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", help="a python that has torch and transformers")
     parser.add_argument(
@@ -204,7 +216,7 @@ def main():
     import report
 
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder))
+        make(Path(folder), SHAPES[args.shape])
         rows = []
         for name in ("load", "forward", "step"):
             command = [sys.executable, __file__, "--only", name, folder]
@@ -214,7 +226,7 @@ def main():
             rows.append(compare(Path(folder), args.peer))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     report.show(
-        "Qwen2.5-0.5B's shape",
+        f"{args.shape}'s shape",
         [{name: row.get(name, "") for name in columns} for row in rows],
         args.json,
     )

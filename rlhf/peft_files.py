@@ -111,20 +111,24 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
 
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, tuple[int, float]] = {}
+    ends = set()
     left_out = []
     transposed = True
     for row, names, of_row in rows:
         if not adapted.intersection(names):
             continue
+        on_host = [_fetched(leaves[name]) for name in names]
         # GPT-2's Conv1D holds `[in, out]`, as ours; PEFT must know, and has one flag for all.
         transposed &= row.transpose
-        for i, module in enumerate(of_row):
-            parts = [_layer(leaves[name], i if "{}" in row.name else None) for name in names]
+        for module, at in of_row.items():
+            parts = [jax.tree.map(lambda x, at=at: x[at], w) for w in on_host]
             w = _alive(_side_by_side(parts, row))
             if w is None:
                 left_out.append(module)
                 continue
-            ends = {
+            # Of experts with the number: in other layers an MLP may end alike.
+            ends.add(re.sub(r"^.*?\.\d+\." if len(at) > 1 else r"^.*\.\d+\.", "", module))
+            matrices = {
                 "lora_A.weight": w.a.T,
                 "lora_B.weight": w.b.T,
                 "lora_magnitude_vector": w.magnitude,
@@ -133,7 +137,7 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
                 # safetensors writes the buffer as it lies: a transposed view would be saved
                 # untransposed.
                 f"{PREFIX}{module}.{end}": np.ascontiguousarray(x)
-                for end, x in ends.items()
+                for end, x in matrices.items()
                 if x is not None
             }
             rank = w.a.shape[-1]
@@ -155,11 +159,9 @@ def save(folder, lm: LM, params: Any, family: str, *, base: str | None = None) -
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, (value, _) in modules.items() if value != rank},
         "alpha_pattern": {name: value for name, (_, value) in modules.items() if value != alpha},
-        "target_modules": sorted(
-            # Ends of names fit every layer; where some layers are left out, full names say which
-            # have one.
-            {module if left_out else re.sub(r"^.*\.\d+\.", "", module) for module in modules}
-        ),
+        # Ends of names fit every layer; where some layers are left out, full names say which have
+        # one.
+        "target_modules": sorted(modules if left_out else ends),
         "use_dora": any(name.endswith("lora_magnitude_vector") for name in tensors),
         # Whatever gave the scale: `lora_alpha` is written so that it is lora_alpha / r.
         "use_rslora": False,
@@ -245,7 +247,7 @@ def load(folder, lm: LM, params: Any, family: str) -> tuple[Any, Any]:
         # A and the scale are the same for all matrices of a row; B and the magnitude are split by
         # their outputs, as the base's columns are.
         first, *rest = (
-            np.stack(arrays) if "{}" in row.name else arrays[0]
+            np.stack(arrays).reshape((*leaves[names[0]].shape[:-2], *np.shape(arrays[0])))
             for arrays in zip(*parts, strict=True)
         )
         share, *rest = rest
@@ -385,7 +387,7 @@ def _read_layer(
     of: _Chosen,
     inputs: int,
     outputs: int,
-    modules: list[str],
+    modules: Mapping[str, Any],
 ) -> tuple:
     """A module's A, share, B and, for DoRA, magnitude, with zeros up to the largest rank; zeros
     alone without an adapter.
@@ -433,30 +435,32 @@ def _leaves(params: Any) -> dict[str, Any]:
 
 def _matrices(
     lm: LM, family: str, leaves: Mapping[str, Any]
-) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """The family's rows of matrices that `leaves` has: the row, our leaves' names, PEFT's names of
-    the modules by layer.
+) -> Iterator[tuple[Tensor, list[str], dict[str, tuple[int, ...]]]]:
+    """The family's rows of matrices that `leaves` has: the row, our leaves' names, and where in
+    them each of PEFT's modules lies.
+
+    Experts that a file has in one tensor are no modules to PEFT, and left out.
     """
     config = config_of(lm)
     shapes = {
         tuple(name.split(".")): (w.base if is_adapter(w) else w).shape for name, w in leaves.items()
     }
-    rows = [
-        row
-        for row in family_of(family).rows(config)
-        # Two places in a name, layer and expert: matrices of experts are left out.
-        if row.name.endswith(".weight") and row.name.count("{}") < 2
-    ]
+    rows = [row for row in family_of(family).rows(config) if row.name.endswith(".weight")]
     for row in rows:
-        if modules := [name.removesuffix(".weight") for name in places([row], shapes, config)]:
+        modules = {
+            name.removesuffix(".weight"): place.at
+            for name, place in places([row], shapes, config).items()
+            if len(shapes[place.leaves[0]]) == len(place.at) + 2
+        }
+        if modules:
             yield row, row.leaves.split(), modules
 
 
-def _layer(w: Any, layer: int | None) -> Any:
-    """One layer's adapter, without its base, on the host; or one layer's plain matrix."""
-    # Without the base, which is large, and is not written.
-    w = jax.device_get(hosts.fetch(w._replace(base=None))) if is_adapter(w) else w
-    return w if layer is None else jax.tree.map(lambda x: x[layer], w)
+def _fetched(w: Any) -> Any:
+    """An adapter without its base, which is large and is not written, on the host; or a plain
+    matrix as it is.
+    """
+    return jax.device_get(hosts.fetch(w._replace(base=None))) if is_adapter(w) else w
 
 
 def _side_by_side(parts: list, row: Tensor) -> LoRAWeight:

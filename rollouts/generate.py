@@ -87,11 +87,7 @@ def generate(
     ([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]], [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]])
     """
     settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id, record_experts)
-    _check_prefix(prefix, prompts)
-    if prefix is not None and record_experts:
-        raise ValueError(
-            "record_experts with a prefix, which is read once for all; write it before each prompt"
-        )
+    _check_prefix(prefix, prompts, record_experts)
     _check_ids(lm, prompts, prefix, settings)
     return _generate(lm, settings, early_end, params, prompts, key, sampler, stop, prefix)
 
@@ -111,6 +107,7 @@ def generate_many(
     prefix: Array | None = None,
     pad_id: int = 0,
     refill: int | None = None,
+    record_experts: bool = False,
 ) -> Rollout:
     """As `generate`, with continuous batching: `slots` rows decode at a time, and rows that have
     ended take the next prompts.
@@ -133,6 +130,7 @@ def generate_many(
       pad_id: what stands in `tokens` after the end.
       refill: prompts that are read together, once so many rows are free; None: an eighth of the
         slots.
+      record_experts: as in `generate`.
 
     Returns: a `Rollout` of `B = P * num_samples` rows and `T = S + L + max_new_tokens` columns; row
     `p * num_samples + g` is sample g of prompt p.  No gradient flows.
@@ -150,8 +148,8 @@ def generate_many(
     >>> bool((few.tokens == generate(lm, params, prompts, key, max_new_tokens=4).tokens).all())
     True
     """
-    settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id)
-    _check_prefix(prefix, prompts)
+    settings = checked(prompts, key, max_new_tokens, num_samples, eos_ids, pad_id, record_experts)
+    _check_prefix(prefix, prompts, record_experts)
     _check_ids(lm, prompts, prefix, settings)
     # An eighth: reading a prompt pays off over several rows, and waiting rows do nothing.
     refill = max(1, slots // (8 * num_samples)) if refill is None else refill
@@ -298,7 +296,11 @@ def _rollout(rows: Rows, prompts: Prompts, prefix, settings: Settings, sampler) 
     )
 
 
-def _check_prefix(prefix, prompts: Prompts) -> None:
+def _check_prefix(prefix, prompts: Prompts, record_experts: bool) -> None:
+    if prefix is not None and record_experts:
+        raise ValueError(
+            "record_experts with a prefix, which is read once for all; write it before each prompt"
+        )
     if prefix is not None and prefix.ndim != 1:
         raise ValueError(
             f"prefix {list(prefix.shape)} but it must be [S], the same tokens for every prompt"

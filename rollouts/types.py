@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf.fields import documented
-from rlhf.lm import LM
+from rlhf.lm import EXPERTS, LM
 
 Array = Any  # of JAX, or of NumPy on its way to the device
 
@@ -240,6 +240,16 @@ def batch_of(rollout: Rollout, **fields) -> Batch:
     # The log-probs of the policy that sampled are the old ones of a ratio.
     rollout_fields = dict(temperature=rollout.temperature, old_logprobs=rollout.logprobs)
     return token_rows(rollout)._replace(**{**rollout_fields, **fields})
+
+
+def without_experts(batch: Batch | Rollout) -> Batch | Rollout:
+    """A mixture's batch or rollout without the experts that `generate` recorded, which another
+    model is not to take.
+    """
+    if not batch.inputs or EXPERTS not in batch.inputs:
+        return batch
+    others = {name: x for name, x in batch.inputs.items() if name != EXPERTS}
+    return batch._replace(inputs=others or None)
 
 
 def unpacked_rows(tokens: Array, real: Array, mask: Array | None = None) -> Batch:

@@ -504,6 +504,7 @@ def test_quantising_refuses():
 
 # --- PEFT's files ------------------------------------------------------------------------------------------------------
 
+MODULES = "base_model.model.model.layers."
 KINDS = {"lora": {}, "dora": dict(dora=True), "rslora": dict(rank_stabilised=True, alpha=7)}
 
 
@@ -538,6 +539,41 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(kind, tmp_path):
     )
     assert config["lora_alpha"] == (float(np.float32(7 / 3**0.5)) * 3 if kind == "rslora" else 32)
     assert config["target_modules"][:2] == ["lm_head", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_saved_one_by_one(kind, tmp_path):
+    """A layer is dense: its MLP is no expert's, though the names end alike."""
+    lm, params = checkpoint("qwen3_moe")
+    targets = (adapters.BLOCKS, r"layers\.expert_.*")
+    start = adapters.add(params, jax.random.key(0), rank=2, targets=targets, **KINDS[kind])
+    trainable, frozen = randomised(start[0]), start[1]
+    peft_files.save(tmp_path, lm, adapters.join(trainable, frozen), "qwen3_moe")
+    again = peft_files.load(tmp_path, lm, params, "qwen3_moe")
+    assert jax.tree.structure(again) == jax.tree.structure((trainable, frozen))
+    jax.tree.map(np.testing.assert_array_equal, again, (trainable, frozen))
+
+    sparse, number = trainable["layers"]["expert_up"]["a"].shape[:2]
+    assert sparse < params["layers"]["q"].shape[0]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    names = [f"{MODULES}{i}.mlp.experts.0.up_proj.lora_A.weight" for i in range(2)]
+    layer = [i for i, name in enumerate(names) if name in tensors]
+    assert len(layer) == sparse
+    for expert in range(number):
+        np.testing.assert_array_equal(
+            tensors[f"{MODULES}{layer[-1]}.mlp.experts.{expert}.up_proj.lora_B.weight"],
+            trainable["layers"]["expert_up"]["b"][-1, expert].T,
+        )
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert {"mlp.up_proj", f"mlp.experts.{number - 1}.up_proj"} <= set(targets)
+    assert "up_proj" not in targets
+
+
+def test_experts_in_one_tensor_are_no_modules(tmp_path):
+    lm, params = checkpoint("granitemoe")
+    start = adapters.add(params, jax.random.key(0), rank=2, targets=r"layers\.expert_up")
+    with pytest.raises(ValueError, match="adapters at .*expert_up.*but a granitemoe file can name"):
+        peft_files.save(tmp_path, lm, adapters.join(*start), "granitemoe")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from rlhf.tasks.task import Task
 ALGORITHMS = {**ONLINE, **OFFLINE}
 POINTS = 8  # of a sweep: each learning rate with both values of the other hyper-parameter
 # Of a piece's time a third is compilation: this halves it, and the runs take as long as before.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 SWEEP_SEED = 1000  # of the first run of a sweep: other seeds than those that are reported
 
 

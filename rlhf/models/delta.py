@@ -125,9 +125,7 @@ def _chunk(before: Memory, parts) -> tuple[Memory, Array]:
     a = jnp.where(same & jnp.tril(causal, -1), _decayed(k, k, decay), 0)
     a = a * beta[..., None]
     wanted = beta[..., None] * (v - einsum("bhck,bhkv->bhcv", k * left, before.state))
-    changes = jax.lax.linalg.triangular_solve(
-        a, wanted, left_side=True, lower=True, unit_diagonal=True
-    )
+    changes = _solved(a, wanted)
     of_chunk = jnp.where(same & causal, _decayed(q, k, decay), 0)
     o = einsum("bhck,bhkv->bhcv", q * left, before.state)
     o = o + einsum("bhij,bhjv->bhiv", of_chunk, changes)
@@ -136,6 +134,62 @@ def _chunk(before: Memory, parts) -> tuple[Memory, Array]:
     state = left[:, :, -1, :, None] * before.state
     state = state + einsum("bhck,bhcv->bhkv", k * to_end, changes)
     return Memory(state, ids[:, -1]), o
+
+
+@jax.custom_vjp
+def _solved(a: Array, y: Array) -> Array:
+    """x of `(I + A) x = y`, for A `[B, H, C, C]` of which the part below the diagonal counts.
+
+    By the inverse, which the gradient needs too.  Not by `triangular_solve`, whose threads XLA on a
+    CPU lets wait for each other for ever, and which is no product of matrices on a TPU.
+    """
+    return einsum("bhij,bhjv->bhiv", _inverse(a), y)
+
+
+def _solved_forward(a: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    inverse = _inverse(a)
+    x = einsum("bhij,bhjv->bhiv", inverse, y)
+    return x, (inverse, x)
+
+
+def _solved_back(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    inverse, x = residuals
+    of_y = einsum("bhji,bhjv->bhiv", inverse, g)
+    return -einsum("bhiv,bhjv->bhij", of_y, x), of_y
+
+
+_solved.defvjp(_solved_forward, _solved_back)
+
+
+def _inverse(a: Array) -> Array:
+    """`(I + A)⁻¹` for A `[B, H, C, C]` below the diagonal: of blocks on the diagonal, each twice as
+    large as those before.
+
+    `[[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]]`; no number is larger than one of the result.
+    """
+    batch, heads, length, _ = a.shape
+    size = 1 << (length - 1).bit_length()
+    a = jnp.pad(a, ((0, 0), (0, 0), (0, size - length), (0, size - length)))
+    inverses = jnp.ones((batch, heads, size, 1, 1), a.dtype)
+    half = 1
+    while half < size:
+        number = size // (2 * half)
+        blocks = a.reshape(batch, heads, number, 2 * half, number, 2 * half)
+        at = jnp.arange(number)
+        # The axis of blocks comes first, as indices that lie apart have it.
+        corner = jnp.moveaxis(blocks[:, :, at, half:, at, :half], 0, 2)
+        first, second = inverses[:, :, 0::2], inverses[:, :, 1::2]
+        corner = -einsum("bhnij,bhnjk,bhnkl->bhnil", second, corner, first)
+        zeros = jnp.zeros_like(corner)
+        inverses = jnp.concatenate(
+            [
+                jnp.concatenate([first, zeros], axis=-1),
+                jnp.concatenate([corner, second], axis=-1),
+            ],
+            axis=-2,
+        )
+        half *= 2
+    return inverses[:, :, 0, :length, :length]
 
 
 def _after(decay: Array) -> Array:

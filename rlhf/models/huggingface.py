@@ -661,7 +661,7 @@ def _read(
             (f"; {cure}" for name, cure in hints.items() if "head" not in parts and name in found),
             "",
         )
-        if last.unembeds and not last.tied and outputs and tensors.keys().isdisjoint(outputs):
+        if not hint and not last.tied and any(f"missing: {name}" in found for name in outputs):
             hint = (
                 "; tie_word_embeddings is false, but the files have no output matrix; set it true"
             )

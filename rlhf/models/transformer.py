@@ -174,7 +174,7 @@ class Stack(Weights):
         """
         c = self.config
         attention_inputs, rotations = self._where(positions, segment_ids, None)
-        unroll = 4 if platform() == "cpu" else 1
+        layers_a_turn = 4 if platform() == "cpu" else 1
 
         def apply(carry, stack, repeat, run, place):
             x, routing, lent = carry
@@ -189,20 +189,25 @@ class Stack(Weights):
 
         # The repeat is an array, the index of the scan; run and place are Python values, as which
         # leaves a layer has, and its window, are known when the program is compiled.
-        apply = jax.checkpoint(
-            apply, static_argnums=(3, 4), prevent_cse=unroll > 1, policy=REMAT[c.remat]
-        )
+        def again(prevent_cse):
+            return jax.checkpoint(
+                apply, static_argnums=(3, 4), prevent_cse=prevent_cse, policy=REMAT[c.remat]
+            )
+
         carry = x, self._no_routing(x), nothing_lent(c, *positions.shape)
         routes: list[Array] = []
         for first, number, stack in _stacks(layers, c):
             # Vectors of all layers at once: gathered one by one, each would cost a message.
             stack = {name: _replicated_if_vectors(leaf) for name, leaf in stack.items()}
             for run in _runs(c, first, number):
+                unroll = max(1, layers_a_turn // run.length)
+                step = again(prevent_cse=unroll > 1 or run.times == 1)
+
                 # Defaults bind this round's values; a closure would see the last round's.
-                def pattern(carry, repeat, stack=stack, run=run):
+                def pattern(carry, repeat, stack=stack, run=run, step=step):
                     of_places = []
                     for place in range(run.length):
-                        carry, chosen = apply(carry, stack, repeat, run, place)
+                        carry, chosen = step(carry, stack, repeat, run, place)
                         of_places += [] if chosen is None else [chosen]
                     return carry, of_places
 

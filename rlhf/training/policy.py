@@ -126,6 +126,9 @@ class Policy(NamedTuple):
     ) -> jax.Array:
         """`[B, T]`: log-probs of a batch's tokens under the reference, at the batch's temperature;
         no gradient.
+
+        A mixture's reference chooses its experts itself, whatever the policy's were.
         """
+        batch = rollouts.types.without_experts(batch)
         scored = rollouts.score_batch(self.lm, self.reference_params(context), batch, shared=shared)
         return jax.lax.stop_gradient(scored.logprobs)

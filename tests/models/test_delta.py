@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf.models.convolution import short_convolution
-from rlhf.models.delta import Memory, delta_rule
+from rlhf.models.delta import Memory, _inverse, delta_rule
 
 BATCH, HEADS, LENGTH, K, V = 2, 3, 11, 4, 5
 # Padding at the start, between the tokens of a segment and between segments.
@@ -117,6 +117,20 @@ def test_a_long_row_takes_a_step_a_chunk_and_no_square_array(channels):
     assert f"length={length // chunk}\n" in text
     assert f"{length},{length}]" not in text
     assert f"{chunk},{chunk}]" in text
+    # XLA on a CPU hung in it, at 8 heads of 128 and 128 tokens.
+    assert "triangular_solve" not in text
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 64])
+def test_a_chunk_s_inverse_is_numpy_s(size):
+    rng = np.random.default_rng(4)
+    below = np.tril(rng.normal(size=(2, 3, size, size)), -1) * 0.3
+    expected = np.linalg.inv(np.eye(size) + below)
+    found = _inverse(jnp.asarray(below, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    # Keys that are all alike: powers of such a matrix have entries of 1e17.
+    alike = np.tril(np.ones((1, 1, size, size), np.float32), -1)
+    np.testing.assert_array_equal(_inverse(jnp.asarray(alike)), np.linalg.inv(np.eye(size) + alike))
 
 
 def test_a_convolution_reads_its_own_segment_alone():

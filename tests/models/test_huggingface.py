@@ -457,6 +457,15 @@ def test_damaged_files_are_refused_before_anything_is_read(damage, message, tmp_
         huggingface.load(folder)
 
 
+def test_a_config_that_ties_nothing_needs_an_output_matrix(tmp_path):
+    shutil.copytree(CHECKPOINTS / "gemma", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    untied = {**config, "tie_word_embeddings": False}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(untied))
+    with pytest.raises(ValueError, match="lm_head.weight; tie_word_embeddings is false, but"):
+        huggingface.load(tmp_path / "a")
+
+
 def test_a_classifier_is_told_from_a_language_model():
     with pytest.raises(
         ValueError, match=r"left over: score\.weight; load_classifier reads models with a head"

@@ -1,30 +1,34 @@
 """Experts that a policy sampled with, taken again where its tokens are scored."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from checkpoint_goldens import load, names
 
-from rlhf import rollouts
+from rlhf import rollouts, sharding
 from rlhf.models import Experts, LayerKind, TransformerConfig, transformer
+from rlhf.recipes import grpo
 from rlhf.rollouts import Prompts
 from rlhf.shared_prefix import SharedPrefix
+from rlhf.train import init_state
+from rlhf.training import meshes
+from rlhf.training.policy import Policy
 
 SPARSE = LayerKind(sparse=True)
-LM = transformer(
-    TransformerConfig(
-        vocab_size=11,
-        hidden_size=16,
-        num_layers=5,
-        num_heads=2,
-        mlp_size=8,
-        kinds=(LayerKind(), SPARSE, SPARSE, SPARSE, SPARSE),
-        experts=Experts(6, 2, 8),
-    )
+SIZES: dict[str, Any] = dict(
+    vocab_size=11,
+    hidden_size=16,
+    num_layers=5,
+    num_heads=2,
+    mlp_size=8,
+    kinds=(LayerKind(), SPARSE, SPARSE, SPARSE, SPARSE),
 )
+LM = transformer(TransformerConfig(**SIZES, experts=Experts(6, 2, 8)))
 PROMPTS = Prompts(
     jnp.array([[3, 4, 5, 6], [0, 0, 7, 8]]), jnp.array([[True] * 4, [False, False, True, True]])
 )
@@ -148,3 +152,54 @@ def test_bad_requests_name_both_sides():
     message = r"inputs\['experts'\] \[4, 9, 4, 2\] but tokens \[4, 10\] and 4 layers of experts"
     with pytest.raises(ValueError, match=message):
         rollouts.score_batch(LM, params, rollout._replace(inputs=short))
+
+
+def test_many_prompts_through_few_rows_record_the_same_experts():
+    params, rollout = sampled()
+    options = dict(max_new_tokens=6, num_samples=2, record_experts=True)
+    many = rollouts.generate_many(LM, params, PROMPTS, jax.random.key(1), slots=2, **options)
+    np.testing.assert_array_equal(many.tokens, rollout.tokens)
+    at = read(rollout)
+    np.testing.assert_array_equal(
+        np.asarray(many.inputs["experts"])[at], np.asarray(rollout.inputs["experts"])[at]
+    )
+
+
+def test_a_reference_takes_experts_of_its_own():
+    params, rollout = sampled()
+    other = moved(params)
+    free = rollouts.score_batch(LM, other, rollout._replace(inputs=None)).logprobs
+    found = Policy(LM).reference_logprobs({"reference": other}, rollout)
+    np.testing.assert_array_equal(found, free)
+    assert np.abs(free - rollouts.score_batch(LM, other, rollout).logprobs).max() > 1e-3
+
+
+def grpo_step(lm, rollout, rewards, mesh):
+    """Parameters and metrics after one step, with the state and the rows in their places on a mesh."""
+    update = grpo.make_update(Policy(lm), optax.sgd(0.5), num_samples=2, micro_batches=2)
+    params = sharding.create(lm.init, lm.axes(), mesh, jax.random.key(0))
+    state = init_state(params, optax.sgd(0.5), jax.random.key(2))
+    with jax.set_mesh(mesh):
+        rollout, rewards = meshes.place((rollout, rewards), mesh)
+        state, metrics = jax.jit(update)(state, rollout, rewards, jax.random.key(3))
+    return jax.device_get((state.params, metrics))
+
+
+def test_a_grpo_step_on_experts_in_parts_is_one_device_s():
+    """Experts over 4 devices, rows over 8, with the experts that sampled the completions."""
+    lm = transformer(TransformerConfig(**{**SIZES, "experts": Experts(8, 2, 8)}))
+    rows = Prompts(jnp.tile(PROMPTS.tokens, (4, 1)), jnp.tile(PROMPTS.mask, (4, 1)))
+    options = dict(max_new_tokens=6, num_samples=2, record_experts=True)
+    rollout = rollouts.generate(lm, lm.init(jax.random.key(0)), rows, jax.random.key(1), **options)
+    rewards = jnp.arange(16) % 3 / 2
+    one = grpo_step(lm, rollout, rewards, sharding.make_mesh(devices=jax.devices()[:1]))
+    found = grpo_step(lm, rollout, rewards, sharding.make_mesh(expert=4, data=2))
+    for x, y in zip(jax.tree.leaves(one[0]), jax.tree.leaves(found[0]), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max())
+    # The loss is a sum of advantages that cancel.
+    for name, x in one[1].items():
+        np.testing.assert_allclose(found[1][name], x, rtol=1e-5, atol=1e-7, err_msg=name)
+    before = lm.init(jax.random.key(0))
+    moved_by = jax.tree.map(lambda x, y: np.abs(x - y).max(), one[0], before)
+    assert moved_by["layers"]["router"] > 1e-4
+    assert moved_by["layers"]["expert_down"] > 1e-4
