@@ -21,10 +21,15 @@ def token_logprob(logits, tokens) -> Array:
     [-1.386]
     """
     _check(logits, tokens)
-    logits = widen(logits)
+    shifted = _shifted(logits)
     # One logit is picked before it is normalised: log_softmax would be a second [..., V].
-    picked = pick(logits, tokens[..., None])[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return pick(shifted, tokens[..., None])[..., 0] - jnp.log(jnp.exp(shifted).sum(-1))
+
+
+def _shifted(logits) -> Array:
+    """Logits whose largest is 0: small numbers, of which a difference rounds less."""
+    logits = widen(logits)
+    return logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
 
 
 def entropy(logits) -> Array:
@@ -60,9 +65,8 @@ def token_logprob_and_entropy(logits, tokens) -> tuple[Array, Array]:
     [[-1.386], [1.386]]
     """
     _check(logits, tokens)
-    logits = widen(logits)
     # Sums of exponentials that XLA makes on the way, and no array of log-probs beside the logits.
-    shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    shifted = _shifted(logits)
     unnormalised = jnp.exp(shifted)
     total = unnormalised.sum(-1)
     logprob = pick(shifted, tokens[..., None])[..., 0] - jnp.log(total)

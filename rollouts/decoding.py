@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf import losses
 from rlhf.fields import documented
 from rlhf.lm import EXPERTS
 from rlhf.rollouts import samplers
@@ -246,8 +247,7 @@ def decoder(lm, settings, params, sampler, stop, prefix, width) -> Decoder:
         sampled = samplers.draw(uniform, filtered)
 
         def logprob_of_sampled(x):
-            chosen = jnp.take_along_axis(x, sampled[:, None], axis=-1)[:, 0]
-            return chosen - jax.nn.logsumexp(x, axis=-1)
+            return losses.logits.token_logprob(x, sampled)
 
         # A column beyond the array is dropped: that is how rows which are over write nothing,
         # without a branch.  Row by row, so that XLA on a mesh need not gather them all.

@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+from hlo import check_delta_rule
 
 from rlhf import cli
 from rlhf.planning import hlo, topologies
@@ -52,3 +53,8 @@ def test_rollouts_and_their_updates_have_no_scores(model):
         assert "flash_forward" in text
         sizes = [(150, 150), (150, 300), (300, 300)]
         assert not [shape for size in sizes for shape in hlo.squares(text, *size)]
+
+
+@pytest.mark.parametrize("channels", [1, 128])
+def test_the_delta_rule_is_a_loop_of_chunks(channels):
+    check_delta_rule(topologies.find("h200:1x1x2").devices[0], channels)

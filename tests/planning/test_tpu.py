@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+from hlo import check_delta_rule
 
 from rlhf import cli
 from rlhf.planning import hlo, plan, topologies
@@ -47,3 +48,8 @@ def test_a_token_gathers_no_weights(model):
     assert sample.fits
     assert sample.token is not None
     assert sample.token_bytes < MATRIX
+
+
+@pytest.mark.parametrize("channels", [1, 128])
+def test_the_delta_rule_is_a_loop_of_chunks(channels):
+    check_delta_rule(topologies.find("v5p:2x2x1").devices[0], channels)
