@@ -75,6 +75,23 @@ def test_quoted_numbers_of_the_big_model_are_the_committed_results():
     )
 
 
+def committed(name: str) -> list[dict]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+
+def test_quoted_numbers_of_the_hybrid_model_are_the_committed_results():
+    load, _, step, peer = committed("big_model_hybrid")
+    assert f"loading takes {load['of the files']:.2f} times the\nfiles" in README
+    assert f"the step peaks at {step['peak MiB'] * 2**20 / 1e9:.1f} GB" in README
+    difference = f"{peer['largest difference']:.0e}".replace("e-0", "e-")
+    assert f"agrees to {difference} (logits up to {peer['largest logit']:.1f})" in README
+    value, gradient = committed("delta_rule")
+    for row, digits in ((value, 2), (gradient, 1)):
+        assert f"{row['transformers / by chunks']:.{digits}f} times" in README
+    slower = [row["token by token / by chunks"] for row in (value, gradient)]
+    assert f"{slower[0]:.1f} and {slower[1]:.1f} times as long as by chunks" in README
+
+
 def test_quoted_speed_is_the_committed_result():
     found = results.read(ROOT / "benchmarks" / "results" / "speed.json")
     assert page.short(found) in README
