@@ -401,7 +401,7 @@ def test_several_tokens_may_end_a_completion(base, tmp_path):
     assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2, 5, 7, 9)
     file.unlink()
     assert huggingface.end_ids(tmp_path / "base", tokenizer) == (2, 9)
-    lm, params = huggingface.load(tmp_path / "base")
+    lm, params, _ = huggingface.load(tmp_path / "base")
     huggingface.save(tmp_path / "again", lm, params, like=tmp_path / "base", tokenizer=tokenizer)
     written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert written["eos_token_id"] == [2, 9]
