@@ -245,6 +245,14 @@ def batch_of(rollout: Rollout, **fields) -> Batch:
 def without_experts(batch: Batch | Rollout) -> Batch | Rollout:
     """A mixture's batch or rollout without the experts that `generate` recorded, which another
     model is not to take.
+
+    Args:
+      batch: `[B, T]`, with `inputs["experts"]` `[B, T, sparse layers, k]` or without.
+
+    >>> one = jnp.ones((1, 2), bool)
+    >>> rows = unpacked_rows(jnp.array([[5, 6]]), one)._replace(inputs={EXPERTS: jnp.zeros((1, 2, 1, 1))})
+    >>> without_experts(rows).inputs is None
+    True
     """
     if not batch.inputs or EXPERTS not in batch.inputs:
         return batch

@@ -141,7 +141,7 @@ def _solved(a: Array, y: Array) -> Array:
     """x of `(I + A) x = y`, for A `[B, H, C, C]` of which the part below the diagonal counts.
 
     By the inverse, which the gradient needs too.  Not by `triangular_solve`, whose threads XLA on a
-    CPU lets wait for each other for ever, and which is no product of matrices on a TPU.
+    CPU lets wait for each other for ever.
     """
     return einsum("bhij,bhjv->bhiv", _inverse(a), y)
 
@@ -165,7 +165,8 @@ def _inverse(a: Array) -> Array:
     """`(I + A)⁻¹` for A `[B, H, C, C]` below the diagonal: of blocks on the diagonal, each twice as
     large as those before.
 
-    `[[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]]`; no number is larger than one of the result.
+    `[[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]]`; every block is one of the result, and none
+    grows as powers of A would.
     """
     batch, heads, length, _ = a.shape
     size = 1 << (length - 1).bit_length()
